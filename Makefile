@@ -1,0 +1,35 @@
+# Each target sets up all that it needs on a fresh machine: Python 3.11 or later and a package registry.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.ready
+
+.PHONY: train test check bench format clean
+
+train: $(STAMP)          ## GraNet to 90 % sparsity beside its dense twin, on real data, with a report at the end
+	$(BIN)/granet train
+
+test: $(STAMP)           ## every test, doctests of the README, docs and docstrings included
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+check: $(STAMP)          ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)          ## upkeep of the masks against the official procedure
+	$(BIN)/python benchmarks/upkeep.py
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "python3-venv is missing: installing it"; \
+	  apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,images]" --group dev
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache
