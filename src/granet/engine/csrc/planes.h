@@ -1,0 +1,60 @@
+// Planes: the layout the kernels compute on, and the moves between it and a tensor's NCHW.
+//
+// A plane holds one channel (one phase of it, under a stride) of `batch` images, images innermost:
+//
+//   [front zeros][row 0: width x batch | gap zeros][row 1 ...]...[zeros up to stride]
+//
+// `pitch` - width columns of zeros separate the rows, so a convolution's tap is one fixed shift of the flat position,
+// and padding needs no branch. A stride of 2 splits the input into phases (even and odd rows and columns), each a
+// plane of its own, which makes the convolution one of stride 1.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace granet {
+
+struct Planes {
+  int64_t height, width;  // of one plane, in positions
+  int64_t pitch;          // positions from one row to the next
+  int64_t batch;          // images, innermost
+  int64_t front;          // zeros before the first position, in floats; a multiple of 16
+  int64_t stride;         // floats from one plane to the next
+
+  int64_t positions() const { return height > 0 && width > 0 ? ((height - 1) * pitch + width) * batch : 0; }
+};
+
+// An NCHW tensor's part: `images` images (at most Planes::batch) of channels x height x width floats.
+struct Image {
+  int64_t channels, height, width;
+  int64_t images;
+  int64_t image_stride;
+};
+
+struct Phase {
+  int64_t y, x;  // first row and column
+};
+
+struct Tile {
+  int64_t start;    // first position, in floats
+  int32_t vectors;
+};
+
+const Kernels& kernels();
+
+// `positions` floats cut into tiles of about the same length, none longer than `longest` vectors.
+std::vector<Tile> tiles(int64_t positions, int32_t longest, int64_t at_least = 1);
+
+// Fills planes[(c * phases + f)] with every sy-th row and sx-th column of channel c from phase f on; the rest with 0.
+void pack(const float* from, const Image& image, float* planes, const Planes& layout, const Phase* phases,
+          int64_t phase_count, int64_t sy, int64_t sx, int64_t first_channel, int64_t last_channel);
+
+// The reverse; positions of `to` in no phase are left as they are.
+void unpack(const float* planes, const Planes& layout, float* to, const Image& image, const Phase* phases,
+            int64_t phase_count, int64_t sy, int64_t sx, int64_t first_channel, int64_t last_channel);
+
+// Memory of this thread, kept between calls, at least `floats` long and aligned to a cache line.
+float* scratch(int slot, int64_t floats);
+
+}  // namespace granet

@@ -1,0 +1,154 @@
+"""The geometry of one layer on one input shape: how its activations lie in planes (see csrc/planes.h)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from granet.engine.spec import Spec
+
+LINE = 16  # floats in a cache line: plane starts are aligned to it, whatever the vector width
+FIRST_LEVEL = 24 * 1024  # bytes of activations a block of channels may occupy, of a 32 KiB first-level cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Shapes and strides of a layer's planes; lengths in floats unless said otherwise.
+
+    Attributes:
+        images, channels, height, width: the input, NCHW (a linear layer's has height = width = 1).
+        out_channels, out_height, out_width: the output.
+        stride: rows and columns between two outputs.
+        pitch: positions from one row of a plane to the next, gap included.
+        batch: images that lie innermost in a plane.
+        front: zeros before a plane's first position.
+        plane: floats from one plane to the next.
+        tile: floats of the output computed at a time.
+        chunks: groups of rows that threads may take separately.
+        phases: (row, column) phases of the input that some tap reads.
+        taps: (phase index, shift in floats) for each position of the kernel, row by row.
+    """
+
+    images: int
+    channels: int
+    height: int
+    width: int
+    out_channels: int
+    out_height: int
+    out_width: int
+    stride: tuple[int, int]
+    pitch: int
+    batch: int
+    front: int
+    plane: int
+    tile: int
+    chunks: int
+    phases: tuple[tuple[int, int], ...]
+    taps: tuple[tuple[int, int], ...]
+
+    @property
+    def planes(self) -> int:
+        """The number of input planes: one per channel and phase in use."""
+        return self.channels * len(self.phases)
+
+    @property
+    def spread(self) -> int:
+        """The floats between the first and the last position that one output position reads in a plane."""
+        shifts = [shift for _, shift in self.taps]
+        return max(shifts) - min(shifts)
+
+    def blocks(self, columns: int, rows: int, nonzeros: int) -> int:
+        """The number of blocks to cut `columns` planes into, so that a block's tile stays in the first-level cache.
+
+        A block must leave a row enough non-zeros to pay for loading and storing its sums.
+        """
+        per_plane = 4 * (min(self.tile, self.positions) + self.spread)
+        wanted = -(-columns * per_plane // FIRST_LEVEL)
+        affordable = nonzeros // (6 * rows)
+        return max(1, min(wanted, affordable, columns))
+
+    @property
+    def positions(self) -> int:
+        """The floats from the first output position to the last, gaps included."""
+        return ((self.out_height - 1) * self.pitch + self.out_width) * self.batch
+
+    def as_list(self, forward_blocks: int, backward_blocks: int) -> list[int]:
+        """The integers that the native operators take."""
+        head = [self.images, self.channels, self.height, self.width, self.out_channels]
+        head += [self.out_height, self.out_width, *self.stride, self.pitch, self.batch, self.front, self.plane]
+        return [*head, self.tile, self.chunks, forward_blocks, backward_blocks, *(n for p in self.phases for n in p)]
+
+
+def taps_of(spec: Spec) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """For each kernel position: the (row, column) phase it reads and its (row, column) shift within the phase."""
+    result = []
+    for y in range(spec.kernel[0]):
+        for x in range(spec.kernel[1]):
+            at = (y * spec.dilation[0] - spec.padding[0], x * spec.dilation[1] - spec.padding[1])
+            phase = (at[0] % spec.stride[0], at[1] % spec.stride[1])
+            result.append((phase, (at[0] // spec.stride[0], at[1] // spec.stride[1])))
+    return result
+
+
+def least_pitch(spec: Spec, size: tuple[int, int]) -> int:
+    """The smallest distance between rows, in positions, for which no tap reads across a row's end into data."""
+    columns = [shift[1] for _, shift in taps_of(spec)]
+    phase_width = -(-size[1] // spec.stride[1])
+    out_width = spec.output_size(size)[1]
+    return max(phase_width + max(0, -min(columns)), out_width + max(0, max(columns)))
+
+
+def least_front(spec: Spec, pitch: int, batch: int) -> int:
+    """The zeros needed before a plane's first position (and after its last), in floats, a whole number of lines."""
+    reach = max(abs(row * pitch + column) for _, (row, column) in taps_of(spec))
+    return -(-reach * batch // LINE) * LINE
+
+
+def plane_stride(front: int, positions: int) -> int:
+    """Floats from one plane to the next: an odd number of lines, so that planes spread over the cache's sets."""
+    lines = -(-positions // LINE) + 2 * front // LINE + 1
+    return (lines | 1) * LINE
+
+
+def geometry(
+    spec: Spec, images: int, size: tuple[int, int], *, vector: int, batch: int = 1, chunks: int = 1, tile: int = 0
+) -> Geometry:
+    """The geometry of `spec` on `images` inputs of `size` (height, width).
+
+    Args:
+        spec: the layer.
+        images: the number of images (rows of a linear layer's input).
+        size: height and width of the input.
+        vector: floats in a vector of the kernels.
+        batch: images that lie innermost in a plane: 1, or a multiple of `vector`.
+        chunks: groups of output channels for threads to share; must divide the number of channels.
+        tile: floats computed at a time; 0 for the default.
+    """
+    found = taps_of(spec)
+    phases = tuple(sorted({phase for phase, _ in found}))
+    pitch = least_pitch(spec, size)
+    front = least_front(spec, pitch, batch)
+    out_height, out_width = spec.output_size(size)
+    rows = max(-(-size[0] // spec.stride[0]), out_height)
+    columns = max(-(-size[1] // spec.stride[1]), out_width)
+    plane = plane_stride(front, ((rows - 1) * pitch + columns) * batch)
+    planes = spec.in_channels * len(phases)
+    while chunks > 1 and (spec.out_channels % chunks or planes % chunks):
+        chunks -= 1
+    return Geometry(
+        images=images,
+        channels=spec.in_channels,
+        height=size[0],
+        width=size[1],
+        out_channels=spec.out_channels,
+        out_height=out_height,
+        out_width=out_width,
+        stride=spec.stride,
+        pitch=pitch,
+        batch=batch,
+        front=front,
+        plane=plane,
+        tile=tile or vector * (8 if spec.kernel == (1, 1) else 12),
+        chunks=chunks,
+        phases=phases,
+        taps=tuple((phases.index(phase), (row * pitch + column) * batch) for phase, (row, column) in found),
+    )

@@ -1,0 +1,136 @@
+"""The sparse layer as a torch operator: forward, shapes for tracing, and gradients.
+
+`conv` is what the rest of the engine calls; `torch.ops.granet.*` are the operators behind it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from granet.engine import build
+from granet.engine.geometry import Geometry, geometry
+from granet.engine.pattern import Pattern, patterns
+from granet.engine.spec import Spec
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layer's topology on one input shape, ready for the kernels."""
+
+    spec: Spec
+    geometry: Geometry
+    forward: Pattern
+    backward: Pattern
+
+    @property
+    def numbers(self) -> list[int]:
+        """The geometry as the operators take it."""
+        return self.geometry.as_list(self.forward.blocks, self.backward.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of index structures."""
+        return self.forward.nbytes + self.backward.nbytes
+
+
+@functools.cache
+def cpu() -> tuple[int, int, int]:
+    """Floats in a vector, longest tile and longest block tile in vectors, of the kernels chosen for this machine."""
+    prepare()
+    width, tile, block_tile = torch.ops.granet.cpu()
+    return width, tile, block_tile
+
+
+def layout(mask: Tensor, spec: Spec, shape: tuple[int, ...], batch: int | None = None) -> Layout:
+    """The layout of a layer with this mask for inputs of `shape` (NCHW, or (rows, features)).
+
+    Args:
+        mask: True where the weight is active.
+        spec: the layer.
+        shape: the input's shape.
+        batch: images innermost in a plane; None chooses.
+    """
+    width = cpu()[0]
+    images, size = shape[0], ((shape[2], shape[3]) if len(shape) == 4 else (1, 1))
+    if batch is None:
+        batch = default_batch(images, size, spec)
+    place = geometry(spec, images, size, vector=width, batch=batch, chunks=torch.get_num_threads())
+    return Layout(spec, place, *patterns(mask, spec, place))
+
+
+def default_batch(images: int, size: tuple[int, int], spec: Spec) -> int:
+    """How many images to lay innermost: one, unless the output is so small that vectors would stay half empty."""
+    width = cpu()[0]
+    out = spec.output_size(size)
+    if out == (1, 1):
+        share = -(-images // torch.get_num_threads())
+        return min(-(-share // width), 8) * width
+    return width if images >= width and out[0] * out[1] <= 5 * width else 1
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, place: Layout) -> Tensor:
+    """The sparse layer's output for x (NCHW or (rows, features)) and the dense weight, differentiable in all three."""
+    f, b = place.forward, place.backward
+    return torch.ops.granet.conv(
+        x, weight, bias, f.ptr, f.id, f.offset, f.index, b.ptr, b.id, b.offset, b.index, place.numbers, False
+    )
+
+
+def _conv(x, weight, bias, ptr, id_, offset, index, b_ptr, b_id, b_offset, b_index, numbers, dense_weight_gradient):
+    return torch.ops.granet.conv_forward(x.contiguous(), weight.contiguous(), bias, ptr, id_, offset, index, numbers)
+
+
+def _output_shape(x: Tensor, numbers: list[int]) -> list[int]:
+    return [x.shape[0], numbers[4]] if x.dim() == 2 else [x.shape[0], *numbers[4:7]]
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, *structure, numbers, dense = inputs
+    ctx.save_for_backward(x, weight, *structure)
+    ctx.numbers, ctx.dense, ctx.has_bias = numbers, dense, bias is not None
+
+
+def _backward(ctx, dy):
+    x, weight, *structure = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    dx, dw = torch.ops.granet.conv_backward(
+        dy.contiguous(),
+        x.contiguous(),
+        weight.contiguous(),
+        *structure,
+        ctx.numbers,
+        need_x,
+        need_weight,
+    )
+    db = dy.sum([d for d in range(dy.dim()) if d != 1]) if ctx.has_bias and need_bias else None
+    return (dx if need_x else None, dw if need_weight else None, db, *[None] * 10)
+
+
+@functools.cache
+def prepare() -> None:
+    """Loads the kernels and registers what torch must know about them. Raises build.EngineUnavailable."""
+    build.load()
+    pattern = "Tensor ptr, Tensor id, Tensor offset, Tensor index"
+    back = "Tensor back_ptr, Tensor back_id, Tensor back_offset, Tensor back_index"
+    torch.library.define(
+        "granet::conv",
+        f"(Tensor x, Tensor weight, Tensor? bias, {pattern}, {back}, int[] geometry, bool dense) -> Tensor",
+    )
+    torch.library.impl("granet::conv", "CPU")(_conv)
+    torch.library.register_fake("granet::conv")(lambda x, weight, bias, *rest: x.new_empty(_output_shape(x, rest[-2])))
+    torch.library.register_fake("granet::conv_forward")(
+        lambda x, weight, bias, ptr, id_, offset, index, numbers: x.new_empty(_output_shape(x, numbers))
+    )
+
+    def gradients(dy, x, weight, *rest):
+        need_x, need_weight = rest[-2:]
+        return torch.empty_like(x) if need_x else x.new_empty(0), (
+            torch.empty_like(weight) if need_weight else weight.new_empty(0)
+        )
+
+    torch.library.register_fake("granet::conv_backward")(gradients)
+    torch.library.register_autograd("granet::conv", _backward, setup_context=_setup)

@@ -1,0 +1,66 @@
+"""What a linear or convolution layer computes, apart from its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """The hyper-parameters of one layer, a linear or one-dimensional layer being a special case of Conv2d."""
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the output for an input of `size`. Raises ValueError if the kernel does not fit."""
+        out = []
+        for i in range(2):
+            reach = self.dilation[i] * (self.kernel[i] - 1) + 1
+            out.append((size[i] + 2 * self.padding[i] - reach) // self.stride[i] + 1)
+        if min(out) < 1:
+            raise ValueError(f"a kernel of {self.kernel} with padding {self.padding} does not fit an input of {size}")
+        return out[0], out[1]
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """The shape of the weight, as Conv2d has it."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+
+
+def spec_of(module: nn.Module) -> Spec:
+    """The spec of a Linear, Conv1d or Conv2d. Raises ValueError, saying why, for what the kernels do not compute."""
+    if isinstance(module, nn.Linear):
+        return Spec(in_channels=module.in_features, out_channels=module.out_features)
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        raise ValueError(f"a {type(module).__name__} is none of Linear, Conv1d, Conv2d")
+    if module.padding_mode != "zeros":
+        raise ValueError(f"padding mode {module.padding_mode!r} is not zeros")
+    padding = module.padding
+    if padding == "valid":
+        padding = (0,) * len(module.kernel_size)
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(t % 2 for t in total):
+            raise ValueError("padding 'same' with an even kernel pads unevenly")
+        padding = tuple(t // 2 for t in total)
+
+    def pair(numbers: tuple[int, ...], filler: int) -> tuple[int, int]:
+        return (filler, *numbers) if len(numbers) == 1 else (numbers[0], numbers[1])
+
+    return Spec(
+        in_channels=module.in_channels,
+        out_channels=module.out_channels,
+        kernel=pair(module.kernel_size, 1),
+        stride=pair(module.stride, 1),
+        padding=pair(padding, 0),
+        dilation=pair(module.dilation, 1),
+        groups=module.groups,
+    )
