@@ -109,8 +109,39 @@ def plane_stride(front: int, positions: int) -> int:
     return (lines | 1) * LINE
 
 
+@dataclass(frozen=True)
+class Lanes:
+    """How the rows of planes lie in memory: what layers that share activations must agree on."""
+
+    pitch: int
+    front: int
+    plane: int
+
+
+def least_lanes(
+    layers: list[tuple[Spec, tuple[int, int]]], batch: int, sizes: tuple[tuple[int, int], ...] = ()
+) -> Lanes:
+    """The tightest lanes that serve all `layers` (spec and input size) and hold planes of all `sizes`."""
+    sizes = list(sizes)
+    for spec, size in layers:
+        sizes.append(tuple(-(-n // s) for n, s in zip(size, spec.stride, strict=True)))
+        sizes.append(spec.output_size(size))
+    pitch = max([least_pitch(spec, size) for spec, size in layers] + [width for _, width in sizes])
+    front = max([least_front(spec, pitch, batch) for spec, _ in layers], default=0)
+    positions = max(((height - 1) * pitch + width) * batch for height, width in sizes)
+    return Lanes(pitch, front, plane_stride(front, positions))
+
+
 def geometry(
-    spec: Spec, images: int, size: tuple[int, int], *, vector: int, batch: int = 1, chunks: int = 1, tile: int = 0
+    spec: Spec,
+    images: int,
+    size: tuple[int, int],
+    *,
+    vector: int,
+    batch: int = 1,
+    chunks: int = 1,
+    tile: int = 0,
+    lanes: Lanes | None = None,
 ) -> Geometry:
     """The geometry of `spec` on `images` inputs of `size` (height, width).
 
@@ -122,15 +153,12 @@ def geometry(
         batch: images that lie innermost in a plane: 1, or a multiple of `vector`.
         chunks: groups of output channels for threads to share; must divide the number of channels.
         tile: floats computed at a time; 0 for the default.
+        lanes: pitch, front and plane stride shared with other layers; None for the least this layer needs.
     """
     found = taps_of(spec)
     phases = tuple(sorted({phase for phase, _ in found}))
-    pitch = least_pitch(spec, size)
-    front = least_front(spec, pitch, batch)
     out_height, out_width = spec.output_size(size)
-    rows = max(-(-size[0] // spec.stride[0]), out_height)
-    columns = max(-(-size[1] // spec.stride[1]), out_width)
-    plane = plane_stride(front, ((rows - 1) * pitch + columns) * batch)
+    lanes = lanes or least_lanes([(spec, size)], batch)
     planes = spec.in_channels * len(phases)
     while chunks > 1 and (spec.out_channels % chunks or planes % chunks):
         chunks -= 1
@@ -143,12 +171,12 @@ def geometry(
         out_height=out_height,
         out_width=out_width,
         stride=spec.stride,
-        pitch=pitch,
+        pitch=lanes.pitch,
         batch=batch,
-        front=front,
-        plane=plane,
+        front=lanes.front,
+        plane=lanes.plane,
         tile=tile or vector * (8 if spec.kernel == (1, 1) else 12),
         chunks=chunks,
         phases=phases,
-        taps=tuple((phases.index(phase), (row * pitch + column) * batch) for phase, (row, column) in found),
+        taps=tuple((phases.index(phase), (row * lanes.pitch + column) * batch) for phase, (row, column) in found),
     )

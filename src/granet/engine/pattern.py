@@ -51,15 +51,52 @@ def patterns(mask: Tensor, spec: Spec, geometry: Geometry) -> tuple[Pattern, Pat
         spec: the layer.
         geometry: where its activations lie.
     """
+    return forward_pattern(mask, spec, geometry), backward_pattern(mask, spec, geometry)
+
+
+def forward_pattern(
+    mask: Tensor,
+    spec: Spec,
+    geometry: Geometry,
+    *,
+    group: int = 1,
+    chunks: int | None = None,
+    blocks: int | None = None,
+) -> Pattern:
+    """The pattern whose rows are output channels, or groups of `group` channels that share their non-zeros' places.
+
+    With group > 1 a place counts if any channel of the group is active there, `id` names the group's first channel, and
+    `index` holds `group` numbers per non-zero. `chunks` and `blocks` override the
+    geometry's.
+    """
     index = mask.reshape(-1).nonzero().squeeze(1)
     row, plane, shift = coordinates(index, spec, geometry)
+    rows, columns = geometry.out_channels // group, geometry.planes
+    offset = plane * geometry.plane + shift
+    _check_reach(geometry)
+    if group == 1:
+        return _compress(row, plane, offset, index, rows, columns, geometry, chunks, blocks)
+    per_row = mask[0].numel()
+    place = torch.unique(row // group * per_row + index % per_row)
+    first = place // per_row * group * per_row + place % per_row
+    row, plane, shift = coordinates(first, spec, geometry)
+    found = _compress(row // group, plane, plane * geometry.plane + shift, first, rows, columns, geometry, chunks, 1)
+    wide = found.index.unsqueeze(1) + torch.arange(group, dtype=torch.int32) * per_row
+    return Pattern(found.ptr, found.id * group, found.offset, wide.reshape(-1).contiguous(), found.blocks)
+
+
+def backward_pattern(mask: Tensor, spec: Spec, geometry: Geometry) -> Pattern:
+    """The pattern whose rows are input planes."""
+    index = mask.reshape(-1).nonzero().squeeze(1)
+    row, plane, shift = coordinates(index, spec, geometry)
+    _check_reach(geometry)
+    offset = row * geometry.plane - shift
+    return _compress(plane, row, offset, index, geometry.planes, geometry.out_channels, geometry)
+
+
+def _check_reach(geometry: Geometry) -> None:
     if max(geometry.planes, geometry.out_channels) * geometry.plane >= 2**31:
         raise ValueError("the activations of one block of images exceed 8 GiB")
-    columns, rows = geometry.planes, geometry.out_channels
-    forward_offset = plane * geometry.plane + shift
-    backward_offset = row * geometry.plane - shift
-    forward = _compress(row, plane, forward_offset, index, rows, columns, geometry)
-    return forward, _compress(plane, row, backward_offset, index, columns, rows, geometry)
 
 
 def coordinates(index: Tensor, spec: Spec, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,9 +112,18 @@ def coordinates(index: Tensor, spec: Spec, geometry: Geometry) -> tuple[Tensor, 
 
 
 def _compress(
-    row: Tensor, column: Tensor, offset: Tensor, index: Tensor, rows: int, columns: int, geometry: Geometry
+    row: Tensor,
+    column: Tensor,
+    offset: Tensor,
+    index: Tensor,
+    rows: int,
+    columns: int,
+    geometry: Geometry,
+    chunks: int | None = None,
+    blocks: int | None = None,
 ) -> Pattern:
-    blocks, chunks = geometry.blocks(columns, rows, index.numel()), geometry.chunks
+    blocks = blocks or geometry.blocks(columns, rows, index.numel())
+    chunks = chunks or geometry.chunks
     per_block, per_chunk = -(-columns // blocks), rows // chunks
     blocks = -(-columns // per_block)
     # The group of a non-zero: its chunk and block; and the row's place among the group's rows.
@@ -92,6 +138,4 @@ def _compress(
     ptr = torch.zeros(rows * blocks + 1, dtype=torch.int64)
     torch.cumsum(length.gather(1, order).view(-1), 0, out=ptr[1:])
     ids = order * chunks + (torch.arange(chunks).repeat_interleave(blocks)).unsqueeze(1)
-    return Pattern(
-        ptr.int(), ids.reshape(-1).int(), offset[by_row].int(), index[by_row].int(), blocks
-    )
+    return Pattern(ptr.int(), ids.reshape(-1).int(), offset[by_row].int(), index[by_row].int(), blocks)

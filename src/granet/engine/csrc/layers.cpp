@@ -245,7 +245,6 @@ STABLE_TORCH_LIBRARY(granet, m) {
       "Tensor back_ptr, Tensor back_id, Tensor back_offset, Tensor back_index, int[] geometry, bool need_x, "
       "bool need_weight) -> (Tensor, Tensor)");
   m.def("cpu() -> int[]");
-  m.def("run(Tensor[] inputs, Tensor[] constants, Tensor(a!) arena, Tensor program) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet, CPU, m) {

@@ -1,0 +1,355 @@
+// Compiled inference: a list of steps over planes, run in one call, so that activations stay in the kernels' layout
+// and in the cache from layer to layer. granet.engine.program writes the list; the two files share its encoding.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <limits>
+
+#include "planes.h"
+
+namespace granet {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::parallel_for;
+
+namespace {
+
+constexpr int64_t kRow = 24;  // integers per slot and per step
+
+enum Op : int64_t { kPack = 0, kUnpack, kConv, kSplit, kMaxPool, kAvgPool, kAdd, kOps };
+enum Kind : int64_t { kSparse = 0, kBlock = 1, kVector = 2 };
+
+// A set of planes in the arena: `blocks` times `planes` planes.
+struct Slot {
+  float* data;
+  int64_t planes, blocks, images;
+  Planes layout;
+
+  float* block(int64_t b) const { return data + b * planes * layout.stride; }
+  // The zeros around plane p's positions, which the consumers' taps rely on.
+  void clear_front(int64_t b, int64_t p) const {
+    std::memset(block(b) + p * layout.stride, 0, sizeof(float) * layout.front);
+  }
+  void clear_back(int64_t b, int64_t p, int64_t written) const {
+    std::memset(block(b) + p * layout.stride + layout.front + written, 0,
+                sizeof(float) * (layout.stride - layout.front - written));
+  }
+};
+
+struct Machine {
+  const std::vector<Tensor>& constants;
+  std::vector<Slot> slots;
+
+  const Slot& slot(int64_t i) const {
+    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(slots.size()), "granet: no slot ", i);
+    return slots[i];
+  }
+  const Tensor& constant(int64_t i) const {
+    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(constants.size()), "granet: no constant ", i);
+    return constants[i];
+  }
+  const float* floats(int64_t i) const { return i < 0 ? nullptr : constant(i).const_data_ptr<float>(); }
+  const int32_t* ints(int64_t i) const { return i < 0 ? nullptr : constant(i).const_data_ptr<int32_t>(); }
+};
+
+std::vector<Phase> phases_of(const Machine& m, int64_t index) {
+  const Tensor& t = m.constant(index);
+  const int32_t* p = t.const_data_ptr<int32_t>();
+  std::vector<Phase> result;
+  for (int64_t i = 0; i + 1 < t.numel(); i += 2) result.push_back({p[i], p[i + 1]});
+  return result;
+}
+
+// step: op, input, slot, channels, height, width, phases, sy, sx
+void run_pack(const Machine& m, const int64_t* s, const std::vector<Tensor>& inputs) {
+  STD_TORCH_CHECK(s[1] >= 0 && s[1] < static_cast<int64_t>(inputs.size()), "granet: no input ", s[1]);
+  const Tensor& x = inputs[s[1]];
+  const Slot& out = m.slot(s[2]);
+  const int64_t channels = s[3], height = s[4], width = s[5];
+  const std::vector<Phase> phases = phases_of(m, s[6]);
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
+                  "granet: the input must be a contiguous float32 tensor on the CPU");
+  STD_TORCH_CHECK(x.numel() == out.images * channels * height * width, "granet: the input has the wrong shape");
+  const int64_t image = channels * height * width;
+  const float* from = x.const_data_ptr<float>();
+  parallel_for(0, out.blocks * channels, std::max<int64_t>(1, 16384 / (height * width)), [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t block = i / channels, c = i % channels;
+      const int64_t first = block * out.layout.batch;
+      pack(from + first * image, {channels, height, width, std::min(out.layout.batch, out.images - first), image},
+           out.block(block), out.layout, phases.data(), phases.size(), s[7], s[8], c, c + 1);
+    }
+  });
+}
+
+// step: op, slot, channels, height, width, dimensions of the result
+Tensor run_unpack(const Machine& m, const int64_t* s, const Tensor& like) {
+  const Slot& in = m.slot(s[1]);
+  const int64_t channels = s[2], height = s[3], width = s[4];
+  Tensor y = s[5] == 2   ? torch::stable::new_empty(like, {in.images, channels})
+             : s[5] == 3 ? torch::stable::new_empty(like, {in.images, channels, width})
+                         : torch::stable::new_empty(like, {in.images, channels, height, width});
+  const Phase whole[1] = {{0, 0}};
+  const int64_t image = channels * height * width;
+  float* to = y.mutable_data_ptr<float>();
+  parallel_for(0, in.blocks * channels, std::max<int64_t>(1, 16384 / (height * width)), [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t block = i / channels, c = i % channels;
+      const int64_t first = block * in.layout.batch;
+      unpack(in.block(block), in.layout, to + first * image,
+             {channels, height, width, std::min(in.layout.batch, in.images - first), image}, whole, 1, 1, 1, c, c + 1);
+    }
+  });
+  return y;
+}
+
+// step: op, in, out, residual, ptr, id, offset, value, bias, keep, chunks, column blocks, activation, kind, tile
+void run_conv(const Machine& m, const int64_t* s) {
+  const Slot& in = m.slot(s[1]);
+  const Slot& out = m.slot(s[2]);
+  const Slot* residual = s[3] >= 0 ? &m.slot(s[3]) : nullptr;
+  const Rows matrix{m.ints(s[4]), m.ints(s[5]), m.ints(s[6]), m.floats(s[7])};
+  const float* bias = m.floats(s[8]);
+  const int32_t* keep = m.ints(s[9]);
+  const int64_t chunks = s[10], column_blocks = s[11], kind = s[13];
+  const int32_t activation = static_cast<int32_t>(s[12]);
+  const Kernels& k = kernels();
+  const int64_t rows = m.constant(s[5]).numel() / (chunks * column_blocks);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t out_stride = out.layout.stride;
+
+  if (kind == kVector) {
+    // One position per plane: the planes are gathered into a plain vector first.
+    float* const x = scratch(0, in.planes);
+    float* const y = scratch(1, 2 * out.planes);
+    for (int64_t b = 0; b < out.blocks; ++b) {
+      for (int64_t p = 0; p < in.planes; ++p) x[p] = in.block(b)[p * in.layout.stride + in.layout.front];
+      Epilogue e{};
+      e.bias = bias;
+      e.activation = activation;
+      e.last = true;
+      if (residual) {
+        float* const r = y + out.planes;
+        for (int64_t p = 0; p < out.planes; ++p) r[p] = residual->block(b)[p * out_stride + out.layout.front];
+        e.residual = r;
+        e.residual_stride = 1;
+      }
+      parallel_for(0, rows, std::max<int64_t>(1, rows / threads), [&](int64_t begin, int64_t end) {
+        k.spmv(matrix, static_cast<int32_t>(begin), static_cast<int32_t>(end), x, y, e);
+      });
+      for (int64_t p = 0; p < out.planes; ++p) {
+        out.clear_front(b, p);
+        out.block(b)[p * out_stride + out.layout.front] = y[p];
+        out.clear_back(b, p, 1);
+      }
+    }
+    return;
+  }
+
+  const int32_t longest =
+      static_cast<int32_t>(std::clamp<int64_t>(s[14] / k.width, 1, kind == kBlock ? k.max_block_vectors : k.max_vectors));
+  // Tiles for every thread, unless that leaves them too short to keep the arithmetic units busy.
+  const bool enough = out.blocks < threads && out.layout.positions() >= threads * 6 * k.width;
+  const std::vector<Tile> cut = tiles(out.layout.positions(), longest, enough ? threads : 1);
+  const int64_t tile_count = static_cast<int64_t>(cut.size());
+  const int64_t written = cut.back().start + int64_t{cut.back().vectors} * k.width;
+  // Threads take tiles; chunks of rows only where there are too few tiles.
+  const bool by_row = out.blocks * tile_count < 2 * threads && (out.blocks * tile_count) % threads != 0;
+  const int64_t parts = by_row ? chunks : 1;
+  // A stretch of tiles (or one row chunk of one tile) is one item.
+  parallel_for(0, out.blocks * tile_count * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item / (tile_count * parts), t = item / parts % tile_count, part = item % parts;
+      const Tile& tile = cut[t];
+      const float* x = in.block(block) + in.layout.front + tile.start;
+      float* y = out.block(block) + out.layout.front + tile.start;
+      Epilogue e{};
+      e.bias = bias;
+      e.residual = residual ? residual->block(block) + residual->layout.front + tile.start : nullptr;
+      e.residual_stride = residual ? residual->layout.stride : 0;
+      e.keep = keep ? keep + tile.start : nullptr;
+      e.activation = activation;
+      for (int64_t chunk = part * chunks / parts; chunk < (part + 1) * chunks / parts; ++chunk) {
+        for (int64_t b = 0; b < column_blocks; ++b) {
+          const int32_t first = static_cast<int32_t>((chunk * column_blocks + b) * rows);
+          const int32_t last = first + static_cast<int32_t>(rows);
+          e.accumulate = b > 0;
+          e.last = b + 1 == column_blocks;
+          (kind == kBlock ? k.spmm_block : k.spmm)(matrix, first, last, x, y, out_stride, tile.vectors, e);
+        }
+        if (t > 0 && t + 1 < tile_count) continue;
+        const int64_t first = chunk * column_blocks * rows;
+        for (int64_t r = first; r < first + rows; ++r) {
+          for (int64_t p = matrix.id[r]; p < matrix.id[r] + (kind == kBlock ? 4 : 1); ++p) {
+            if (t == 0) out.clear_front(block, p);
+            if (t + 1 == tile_count) out.clear_back(block, p, written);
+          }
+        }
+      }
+    }
+  });
+}
+
+// step: op, in, out, phases, sy, sx: splits every plane into its phases, for a strided layer that follows
+void run_split(const Machine& m, const int64_t* s) {
+  const Slot& in = m.slot(s[1]);
+  const Slot& out = m.slot(s[2]);
+  const std::vector<Phase> phases = phases_of(m, s[3]);
+  const int64_t count = phases.size(), sy = s[4], sx = s[5], nb = in.layout.batch;
+  parallel_for(0, in.blocks * in.planes, std::max<int64_t>(1, 16384 / in.layout.stride), [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t block = i / in.planes, c = i % in.planes;
+      const float* from = in.block(block) + c * in.layout.stride + in.layout.front;
+      for (int64_t f = 0; f < count; ++f) {
+        float* plane = out.block(block) + (c * count + f) * out.layout.stride;
+        std::memset(plane, 0, sizeof(float) * out.layout.stride);
+        for (int64_t y = phases[f].y, row = 0; y < in.layout.height; y += sy, ++row) {
+          const float* source = from + y * in.layout.pitch * nb;
+          float* to = plane + out.layout.front + row * out.layout.pitch * nb;
+          if (nb == 1) {
+            for (int64_t x = phases[f].x; x < in.layout.width; x += sx) *to++ = source[x];
+          } else {
+            for (int64_t x = phases[f].x; x < in.layout.width; x += sx, to += nb) {
+              std::memcpy(to, source + x * nb, sizeof(float) * nb);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+// step: op, in, out, kernel y, x, stride y, x, padding y, x
+void run_max_pool(const Machine& m, const int64_t* s) {
+  const Slot& in = m.slot(s[1]);
+  const Slot& out = m.slot(s[2]);
+  const int64_t ky = s[3], kx = s[4], sy = s[5], sx = s[6], py = s[7], px = s[8], nb = in.layout.batch;
+  const int64_t row = in.layout.width * nb;
+  parallel_for(0, in.blocks * in.planes, 1, [&](int64_t b, int64_t e) {
+    float* const best = scratch(0, row);
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t block = i / in.planes, c = i % in.planes;
+      const float* from = in.block(block) + c * in.layout.stride + in.layout.front;
+      float* plane = out.block(block) + c * out.layout.stride;
+      std::memset(plane, 0, sizeof(float) * out.layout.stride);
+      for (int64_t oy = 0; oy < out.layout.height; ++oy) {
+        const int64_t first = std::max<int64_t>(0, oy * sy - py), last = std::min(in.layout.height, oy * sy - py + ky);
+        std::memcpy(best, from + first * in.layout.pitch * nb, sizeof(float) * row);
+        for (int64_t y = first + 1; y < last; ++y) kernels().maximum(from + y * in.layout.pitch * nb, best, row);
+        float* to = plane + out.layout.front + oy * out.layout.pitch * nb;
+        for (int64_t ox = 0; ox < out.layout.width; ++ox) {
+          const int64_t begin = std::max<int64_t>(0, ox * sx - px), end = std::min(in.layout.width, ox * sx - px + kx);
+          if (nb == 1) {
+            float value = best[begin];
+            for (int64_t x = begin + 1; x < end; ++x) value = best[x] > value || best[x] != best[x] ? best[x] : value;
+            to[ox] = value;
+          } else {
+            std::memcpy(to + ox * nb, best + begin * nb, sizeof(float) * nb);
+            for (int64_t x = begin + 1; x < end; ++x) kernels().maximum(best + x * nb, to + ox * nb, nb);
+          }
+        }
+      }
+    }
+  });
+}
+
+// step: op, in, out: the mean over all positions
+void run_avg_pool(const Machine& m, const int64_t* s) {
+  const Slot& in = m.slot(s[1]);
+  const Slot& out = m.slot(s[2]);
+  const int64_t nb = in.layout.batch;
+  const float scale = 1.0f / static_cast<float>(in.layout.height * in.layout.width);
+  parallel_for(0, in.blocks * in.planes, 16, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t block = i / in.planes, c = i % in.planes;
+      const float* from = in.block(block) + c * in.layout.stride + in.layout.front;
+      float* plane = out.block(block) + c * out.layout.stride;
+      std::memset(plane, 0, sizeof(float) * out.layout.stride);
+      float* to = plane + out.layout.front;
+      for (int64_t y = 0; y < in.layout.height; ++y) {
+        const float* source = from + y * in.layout.pitch * nb;
+        if (nb == 1) {
+          float sum = 0;
+          for (int64_t x = 0; x < in.layout.width; ++x) sum += source[x];
+          to[0] += sum;
+        } else {
+          for (int64_t x = 0; x < in.layout.width; ++x) kernels().add(to, source + x * nb, to, nb, kIdentity);
+        }
+      }
+      for (int64_t n = 0; n < nb; ++n) to[n] *= scale;
+    }
+  });
+}
+
+// step: op, a, out, b or -1, activation; the slots share one geometry, gaps hold zeros and every activation keeps 0
+void run_add(const Machine& m, const int64_t* s) {
+  const Slot& a = m.slot(s[1]);
+  const Slot& out = m.slot(s[2]);
+  const float* other = s[3] >= 0 ? m.slot(s[3]).data : nullptr;
+  const int64_t total = out.blocks * out.planes * out.layout.stride;
+  parallel_for(0, total, 16384, [&](int64_t b, int64_t e) {
+    kernels().add(a.data + b, other ? other + b : nullptr, out.data + b, e - b, static_cast<int32_t>(s[4]));
+  });
+}
+
+std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<Tensor> constants, const Tensor& arena,
+                        const Tensor& program, bool time) {
+  STD_TORCH_CHECK(program.scalar_type() == ScalarType::Long && program.is_contiguous() && program.numel() >= 2,
+                  "granet: malformed program");
+  STD_TORCH_CHECK(arena.scalar_type() == ScalarType::Float && arena.is_contiguous(), "granet: malformed arena");
+  STD_TORCH_CHECK(!inputs.empty(), "granet: a program needs an input");
+  const int64_t* numbers = program.const_data_ptr<int64_t>();
+  const int64_t slot_count = numbers[0], step_count = numbers[1];
+  STD_TORCH_CHECK(program.numel() == 2 + kRow * (slot_count + step_count), "granet: malformed program");
+  Machine machine{constants, {}};
+  float* const memory = arena.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < slot_count; ++i) {
+    const int64_t* s = numbers + 2 + kRow * i;
+    const Slot slot{memory + s[0], s[1], s[2], s[3], {s[4], s[5], s[6], s[7], s[8], s[9]}};
+    STD_TORCH_CHECK(s[0] >= 0 && s[0] + slot.planes * slot.blocks * slot.layout.stride <= arena.numel(),
+                    "granet: slot ", i, " reaches outside the arena");
+    machine.slots.push_back(slot);
+  }
+  std::vector<Tensor> outputs;
+  Tensor spent;
+  int64_t* nanoseconds = nullptr;
+  if (time) {
+    spent = torch::stable::new_empty(program, {step_count});
+    nanoseconds = spent.mutable_data_ptr<int64_t>();
+  }
+  for (int64_t i = 0; i < step_count; ++i) {
+    const int64_t* s = numbers + 2 + kRow * (slot_count + i);
+    const auto start = std::chrono::steady_clock::now();
+    switch (s[0]) {
+      case kPack: run_pack(machine, s, inputs); break;
+      case kUnpack: outputs.push_back(run_unpack(machine, s, inputs[0])); break;
+      case kConv: run_conv(machine, s); break;
+      case kSplit: run_split(machine, s); break;
+      case kMaxPool: run_max_pool(machine, s); break;
+      case kAvgPool: run_avg_pool(machine, s); break;
+      case kAdd: run_add(machine, s); break;
+      default: STD_TORCH_CHECK(false, "granet: no operation ", s[0]);
+    }
+    if (time) {
+      nanoseconds[i] =
+          std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
+    }
+  }
+  if (time) outputs.push_back(spent);
+  return outputs;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(granet, m) {
+  m.def("run(Tensor[] inputs, Tensor[] constants, Tensor(a!) arena, Tensor program, bool time) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(granet, CPU, m) { m.impl("run", TORCH_BOX(&run)); }
+
+}  // namespace granet

@@ -1,0 +1,302 @@
+"""Compiled inference as a list of steps over planes, and its encoding for the native `run` (csrc/program.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from granet.engine import ops
+from granet.engine.geometry import LINE, Lanes, geometry, least_lanes, taps_of
+from granet.engine.pattern import forward_pattern
+from granet.engine.spec import Spec
+
+ROW = 24  # integers per slot and per step
+PACK, UNPACK, CONV, SPLIT, MAX_POOL, AVG_POOL, ADD = range(7)
+KINDS = {"sparse": 0, "block": 1, "vector": 2}
+ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2, "silu": 3}
+GROUP = 4  # channels that share their places in the "block" kernel
+
+
+@dataclass(eq=False)
+class Value:
+    """Activations inside a segment: `images` of `channels` x `size`; `shape` is what a tensor of them looks like."""
+
+    images: int
+    channels: int
+    size: tuple[int, int]
+    shape: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Step:
+    """One operation of a segment; `out` is the value it makes."""
+
+    out: Value
+    inputs: list[Value]
+
+
+@dataclass(eq=False)
+class Input(Step):
+    """A tensor that enters the segment; `key` names it for whoever feeds the segment."""
+
+    key: object = None
+
+
+@dataclass(eq=False)
+class Layer(Step):
+    """A convolution or linear layer with all that is fused into it: inputs are the data and perhaps a residual."""
+
+    name: str = ""
+    spec: Spec | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    activation: str = ""
+
+    @property
+    def density(self) -> float:
+        """The share of weights that are not zero."""
+        return self.weight.count_nonzero().item() / max(1, self.weight.numel())
+
+
+@dataclass(eq=False)
+class MaxPool(Step):
+    """A maximum over windows."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+
+@dataclass(eq=False)
+class AvgPool(Step):
+    """The mean over all positions."""
+
+
+@dataclass(eq=False)
+class Add(Step):
+    """The sum of one or two values, then an activation."""
+
+    activation: str = ""
+
+
+@dataclass(eq=False)
+class Segment:
+    """Steps that run in one native call. `outputs` are the values that leave it."""
+
+    images: int
+    steps: list[Step] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The segment's convolution and linear layers."""
+        return [s for s in self.steps if isinstance(s, Layer)]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one layer is computed: the kernel, and the vectors in a tile (0 for the kernel's longest)."""
+
+    kind: str
+    vectors: int = 0
+
+
+def choices(layer: Layer, batch: int) -> list[Choice]:
+    """The ways to compute `layer` that are worth measuring, the likeliest first."""
+    positions = layer.out.size[0] * layer.out.size[1]
+    if positions == 1 and batch == 1:
+        return [Choice("vector")]
+    found = [Choice("sparse", 8), Choice("sparse", 12), Choice("sparse", 5)]
+    grouped = layer.spec.out_channels // layer.spec.groups % GROUP == 0
+    if grouped and layer.density > 0.15:
+        found.append(Choice("block"))
+    return found
+
+
+class Program:
+    """A segment encoded for the kernels, with its packed weights. Call `run` with the segment's input tensors."""
+
+    def __init__(self, segment: Segment, choose: Callable[[Layer], Choice], batch: int):
+        self.segment = segment
+        self.batch = batch
+        self.constants: list[Tensor] = []
+        self.layer_steps: dict[Layer, list[int]] = {}
+        self._shared: dict[tuple[int, ...], int] = {}
+        self._choose = choose
+        self._lanes: dict[Value, Lanes] = {}
+        self._split: dict[Layer, Value] = {}
+        self._assign_lanes()
+        self._encode()
+
+    def _assign_lanes(self) -> None:
+        """Gives every value its lanes: layers of stride 1 and sums need the same lanes on both sides."""
+        parent: dict[Value, Value] = {}
+
+        def root(value: Value) -> Value:
+            while parent.setdefault(value, value) is not value:
+                value = parent[value]
+            return value
+
+        needs: list[tuple[Value, Spec, tuple[int, int]]] = []
+        for step in self.segment.steps:
+            if isinstance(step, Layer):
+                source = step.inputs[0]
+                if step.spec.stride != (1, 1):
+                    phases = len({phase for phase, _ in taps_of(step.spec)})
+                    size = tuple(-(-n // s) for n, s in zip(source.size, step.spec.stride, strict=True))
+                    source = self._split[step] = Value(source.images, source.channels * phases, size, ())
+                needs.append((step.out, step.spec, step.inputs[0].size))
+                for other in (source, *step.inputs[1:]):
+                    parent[root(other)] = root(step.out)
+            elif isinstance(step, Add):
+                for other in step.inputs:
+                    parent[root(other)] = root(step.out)
+            root(step.out)
+        classes: dict[Value, tuple[list, set]] = {}
+        for value in list(parent):
+            classes.setdefault(root(value), ([], set()))[1].add(value.size)
+        for value, spec, size in needs:
+            classes[root(value)][0].append((spec, size))
+        lanes = {r: least_lanes(layers, self.batch, tuple(sizes)) for r, (layers, sizes) in classes.items()}
+        self._lanes = {value: lanes[root(value)] for value in parent}
+
+    def _encode(self) -> None:
+        steps: list[tuple[list[int], list[Value]]] = []
+        slots: dict[Value, int] = {}
+
+        def slot(value: Value) -> int:
+            return slots.setdefault(value, len(slots))
+
+        def emit(numbers: list[int], *values: Value) -> None:
+            steps.append((numbers, list(values)))
+
+        self.inputs = [s for s in self.segment.steps if isinstance(s, Input)]
+        for step in self.segment.steps:
+            out = slot(step.out)
+            sources = [slot(v) for v in step.inputs]
+            values = (step.out, *step.inputs)
+            if isinstance(step, Input):
+                whole = self._constant(torch.zeros(2, dtype=torch.int32), "whole")
+                numbers = [PACK, self.inputs.index(step), out, step.out.channels, *step.out.size, whole, 1, 1]
+                emit(numbers, step.out)
+            elif isinstance(step, Layer):
+                first = len(steps)
+                self._encode_layer(step, slot, emit)
+                self.layer_steps[step] = list(range(first, len(steps)))
+            elif isinstance(step, MaxPool):
+                emit([MAX_POOL, sources[0], out, *step.kernel, *step.stride, *step.padding], *values)
+            elif isinstance(step, AvgPool):
+                emit([AVG_POOL, sources[0], out], *values)
+            else:
+                other = sources[1] if len(sources) > 1 else -1
+                emit([ADD, sources[0], out, other, ACTIVATIONS[step.activation]], *values)
+        for value in self.segment.outputs:
+            dims = 2 if value.size == (1, 1) else 4
+            emit([UNPACK, slot(value), value.channels, *value.size, dims], value)
+        places, self.arena_floats = self._allocate(steps)
+        rows = []
+        for value in slots:
+            lanes, blocks = self._lanes[value], -(-value.images // self.batch)
+            place = (lanes.pitch, self.batch, lanes.front, lanes.plane)
+            rows.append([places[value], value.channels, blocks, value.images, *value.size, *place])
+        rows += [numbers for numbers, _ in steps]
+        flat = [len(slots), len(steps)] + [n for row in rows for n in row + [0] * (ROW - len(row))]
+        self.program = torch.tensor(flat, dtype=torch.int64)
+
+    def _encode_layer(self, step: Layer, slot: Callable[[Value], int], emit: Callable[..., None]) -> None:
+        spec, source = step.spec, step.inputs[0]
+        choice = self._choose(step)
+        width, longest, longest_block = ops.cpu()
+        kind = choice.kind
+        group = GROUP if kind == "block" else 1
+        vectors = choice.vectors or (longest_block if kind == "block" else longest)
+        lanes = self._lanes[step.out]
+        place = geometry(
+            spec, source.images, source.size, vector=width, batch=self.batch, tile=vectors * width, lanes=lanes
+        )
+        chunks = torch.get_num_threads()
+        while spec.out_channels // group % chunks:
+            chunks -= 1
+        if kind == "vector":
+            chunks = 1
+            # Vectors are gathered from the planes first, so a plane is one float long.
+            place = geometry(spec, source.images, source.size, vector=width, lanes=Lanes(1, 0, 1), tile=width)
+        blocks = 1 if kind == "vector" else None
+        pattern = forward_pattern(step.weight != 0, spec, place, group=group, chunks=chunks, blocks=blocks)
+        if step in self._split:
+            split = self._split[step]
+            phases = torch.tensor(place.phases, dtype=torch.int32).reshape(-1)
+            emit(
+                [SPLIT, slot(source), slot(split), self._constant(phases, "phases", place.phases), *spec.stride],
+                split,
+                source,
+            )
+            source = split
+        numbers = [CONV, slot(source), slot(step.out), slot(step.inputs[1]) if len(step.inputs) > 1 else -1]
+        value = step.weight.reshape(-1)[pattern.index.long()].float().contiguous()
+        numbers += [self._constant(t) for t in (pattern.ptr, pattern.id, pattern.offset, value)]
+        numbers.append(-1 if step.bias is None else self._constant(step.bias.float().contiguous()))
+        numbers.append(self._keep(step.out) if lanes.front and kind != "vector" else -1)
+        numbers += [chunks, pattern.blocks, ACTIVATIONS[step.activation], KINDS[kind], vectors * width]
+        emit(numbers, step.out, source, *step.inputs[1:])
+
+    def _keep(self, value: Value) -> int:
+        """The constant that is -1 at real positions and 0 in gaps and past the end."""
+        lanes = self._lanes[value]
+        height, width = value.size
+        keep = torch.zeros(height + 16, lanes.pitch, self.batch, dtype=torch.int32)
+        keep[:height, :width] = -1
+        return self._constant(keep.reshape(-1)[: lanes.plane + 64].contiguous(), "keep", value.size, lanes.pitch)
+
+    def _constant(self, tensor: Tensor, *key: object) -> int:
+        if key and key in self._shared:
+            return self._shared[key]
+        self.constants.append(tensor)
+        if key:
+            self._shared[key] = len(self.constants) - 1
+        return len(self.constants) - 1
+
+    def _allocate(self, steps: list[tuple[list[int], list[Value]]]) -> tuple[dict[Value, int], int]:
+        """Each value's place in the arena, reusing the memory of values that are no longer read."""
+        born: dict[Value, int] = {}
+        last: dict[Value, int] = {}
+        for i, (_, values) in enumerate(steps):
+            for value in values:
+                born.setdefault(value, i)
+                last[value] = i
+        places: dict[Value, int] = {}
+        live: list[tuple[int, int, Value]] = []
+        total = 0
+        for value in sorted(born, key=born.get):
+            live = [entry for entry in live if last[entry[2]] >= born[value]]
+            need = -(-value.images // self.batch) * value.channels * self._lanes[value].plane + 16 * LINE
+            at = 0
+            for start, end, _ in sorted(live, key=lambda e: e[0]):
+                if start - at >= need:
+                    break
+                at = max(at, end)
+            places[value] = at
+            live.append((at, at + need, value))
+            total = max(total, at + need)
+        return places, total
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of packed weights and index structures."""
+        return sum(t.numel() * t.element_size() for t in self.constants)
+
+    def arena(self) -> Tensor:
+        """Fresh memory for the activations of one call, aligned to a cache line."""
+        memory = torch.zeros(self.arena_floats + 2 * LINE)
+        skip = -memory.data_ptr() % 64 // 4
+        return memory[skip : skip + self.arena_floats + LINE]
+
+    def run(self, inputs: list[Tensor], arena: Tensor, *, time: bool = False) -> list[Tensor]:
+        """The segment's outputs, in the order of `segment.outputs`; with `time` also the nanoseconds of each step."""
+        inputs = [t.contiguous() for t in inputs]
+        found = torch.ops.granet.run(inputs, self.constants, arena, self.program, time)
+        shaped = [t.view(v.shape) for t, v in zip(found, self.segment.outputs, strict=False)]
+        return [*shaped, *found[len(shaped) :]]
