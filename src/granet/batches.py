@@ -19,7 +19,7 @@ IMAGE_SIZE, RESIZED = 224, 256  # ImageNet's crop, and the shorter side that the
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images uint8 ``(n, C, H, W)`` and labels int64 ``(n,)``, in memory."""
+    """Images uint8 `(n, C, H, W)` and labels int64 `(n,)`, in memory."""
 
     images: Tensor
     labels: Tensor
@@ -31,13 +31,13 @@ class Split:
         return Split(self.images[rows], self.labels[rows])
 
     def to(self, device: torch.device | str) -> "Split":
-        """Return the split on ``device`` (itself if it is there)."""
+        """Return the split on `device` (itself if it is there)."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True, eq=False)
 class FolderSplit:
-    """Image files, decoded when they are needed, and their labels int64 ``(n,)``."""
+    """Image files, decoded when they are needed, and their labels int64 `(n,)`."""
 
     files: np.ndarray  # of str
     labels: Tensor
@@ -55,7 +55,7 @@ class FolderSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """How training images are varied: shift by up to ``crop`` pixels, mirror, cut out a square.
+    """How training images are varied: shift by up to `crop` pixels, mirror, cut out a square.
 
     Raises:
         ValueError: A size is negative or the padding unknown.
@@ -96,21 +96,21 @@ def epoch_batches(
     drop_last: bool = False,
     workers: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return the batches of an epoch: x float32 ``(n, C, H, W)`` normalised, y int64 ``(n,)``, both on ``device``.
+    """Return the batches of an epoch: x float32 `(n, C, H, W)` normalised, y int64 `(n,)`, both on `device`.
 
-    Batch ``i`` is the same whatever ``start`` is, so a run can go on from any batch without stored random state.
-    With ``train`` the order is shuffled and ``augment`` applied. Hand over ``split.to(device)``, kept for the whole
+    Batch `i` is the same whatever `start` is, so a run can go on from any batch without stored random state.
+    With `train` the order is shuffled and `augment` applied. Hand over `split.to(device)`, kept for the whole
     run, or the images are moved there every epoch.
 
     Args:
         batch_size: Images a batch, of each rank.
         start: The first batch to give.
-        rank: Every ``world`` images go one to each rank; a last batch of fewer than ``world`` is left out in training.
+        rank: Every `world` images go one to each rank; a last batch of fewer than `world` is left out in training.
         drop_last: Leave out a last batch that is not full.
         workers: Processes that decode a :class:`FolderSplit`; by default one a core, at most 16.
 
     Raises:
-        ValueError: A number is out of range, or ``augment`` asks for what the split cannot do.
+        ValueError: A number is out of range, or `augment` asks for what the split cannot do.
     """
     if batch_size < 1 or start < 0 or not 0 <= rank < world:
         raise ValueError(

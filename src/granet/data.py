@@ -1,6 +1,6 @@
 """Datasets: the small ones as uint8 tensors in memory, ImageNet as a folder of files.
 
-Nothing is downloaded, and nothing untrusted is unpickled: a missing dataset raises an error that says what to put where.
+Nothing is downloaded, nothing untrusted is unpickled: a missing dataset raises an error that says what to put where.
 
 >>> data = load("digits", validation=0.1)
 >>> len(data.train), len(data.validation), len(data.test), data.shape
@@ -35,7 +35,7 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A dataset's three splits; ``mean`` and ``std`` are per channel, of pixels in [0, 1]."""
+    """A dataset's three splits; `mean` and `std` are per channel, of pixels in [0, 1]."""
 
     name: str
     train: Split | FolderSplit
@@ -66,17 +66,17 @@ class Source:
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """Return the data folder: ``root``, else the environment's ``GRANET_DATA``, else ``./data``."""
+    """Return the data folder: `root`, else the environment's `GRANET_DATA`, else `./data`."""
     return Path(root or os.environ.get("GRANET_DATA") or "data").expanduser().absolute()
 
 
 def load(name: str, *, root: str | Path | None = None, validation: int | float, seed: int = 0) -> Dataset:
-    """Return the dataset ``name``, with ``validation`` images (or that share) held out of its training set.
+    """Return the dataset `name`, with `validation` images (or that share) held out of its training set.
 
-    The held-out images are drawn by ``seed``, each class in proportion; the test set is the official one.
+    The held-out images are drawn by `seed`, each class in proportion; the test set is the official one.
 
     Raises:
-        ValueError: Unknown name; ``validation`` does not fit; a file is damaged (it is named).
+        ValueError: Unknown name; `validation` does not fit; a file is damaged (it is named).
         FileNotFoundError: The dataset is not here; the message says what to download and where to put it.
     """
     if name not in DATA:
@@ -102,7 +102,7 @@ def load(name: str, *, root: str | Path | None = None, validation: int | float, 
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the rows to keep and the ``count`` rows to hold out, ascending; each class gives its share of them."""
+    """Return the rows to keep and the `count` rows to hold out, ascending; each class gives its share of them."""
     labels = labels.numpy()
     sizes = np.bincount(labels)
     exact = sizes * count / max(len(labels), 1)
@@ -121,7 +121,7 @@ def _find_sklearn(root: Path) -> Path | None:
 
 
 def _find_folder(name: str, root: Path, *, holding: str) -> Path | None:
-    """Return the data folder's folder ``name``, or the data folder itself, whichever has the entry ``holding``."""
+    """Return the data folder's folder `name`, or the data folder itself, whichever has the entry `holding`."""
     return next((place for place in (root / name, root) if (place / holding).exists()), None)
 
 
