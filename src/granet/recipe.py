@@ -75,7 +75,7 @@ def in_steps(value: int | str, *, steps_per_epoch: int, epochs: int) -> int:
 class Section(BaseModel):
     """The base of all sections: frozen, without unknown keys."""
 
-    # descriptions are given by Field(description=): to read docstrings, pydantic would import all lazy modules, torch too
+    # descriptions are given by Field(description=): to read docstrings, pydantic would wake all lazy modules
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def resolved(self, *, steps_per_epoch: int, epochs: int) -> dict[str, Any]:
