@@ -115,9 +115,17 @@ class Data(Section):
 class Model(Section):
     """What to train."""
 
-    name: Literal["digits-cnn", "mlp", "fashion-cnn", "resnet20", "vgg19", "resnet50", "resnet50-imagenet"] = Field(
-        description="Architecture; `granet ls models` lists them."
-    )
+    name: Literal[
+        "digits-cnn",
+        "mlp",
+        "fashion-cnn",
+        "resnet20",
+        "vgg19",
+        "resnet18-cifar",
+        "resnet50-cifar",
+        "resnet18",
+        "resnet50",
+    ] = Field(description="Architecture; `granet ls models` lists them.")
     keep_dense: tuple[str, ...] = Field(
         (), description="Patterns of parameter names that stay dense, such as 'conv1.*'."
     )
@@ -163,6 +171,7 @@ class Train(Section):
     log: Steps = Field("10it", description="Steps between two lines of the training log.")
     evaluate: Steps = Field("1ep", description="Steps between two evaluations on the validation set.")
     checkpoint: Steps = Field("1ep", description="Steps between two checkpoints.")
+    threads: int | None = Field(None, ge=1, description="Processor threads; None leaves them to torch.")
     device: str = Field("auto", description="Device: 'auto' takes a GPU if there is one.")
 
     @model_validator(mode="after")
@@ -189,6 +198,20 @@ class MethodSection(Section):
         return METHODS[values.pop("name")](**values)
 
 
+_MEANING = {
+    "sparsity": "Share of inactive weights at the end of training.",
+    "initial_sparsity": "Share of inactive weights at the start.",
+    "begin": "Step of the first change.",
+    "end": "Step of the last change of the topology, or of the sparsity where it is gradual.",
+    "total": "Length of training.",
+    "interval": "Steps between two updates of the topology.",
+    "regeneration": "Share of a layer's active weights exchanged at an update, at first.",
+    "drop_fraction": "Share of a layer's active weights exchanged at an update, at first.",
+    "distribution": "How a sparse start is shared among layers: erk, er or uniform.",
+    "scope": "Where weights compete: global, or layerwise.",
+}
+
+
 def _method_section(name: str, cls: type[Method]) -> type[MethodSection]:
     """Returns the section of one method: the fields of its class, steps in any unit, ``total`` the whole training."""
     hints, fields = get_type_hints(cls, include_extras=True), {}
@@ -196,7 +219,8 @@ def _method_section(name: str, cls: type[Method]) -> type[MethodSection]:
         default = ... if field.default is dataclasses.MISSING else field.default
         if field.name == "total" and default is ...:
             default = "100%"
-        fields[field.name] = (Steps if hints[field.name] == StepCount else hints[field.name], default)
+        kind = Steps if hints[field.name] == StepCount else hints[field.name]
+        fields[field.name] = (kind, Field(default, description=_MEANING.get(field.name)))
     literal = Annotated[Literal[name], Field(description="Method; `granet ls methods` lists them.")]
     doc = (cls.__doc__ or "").strip().split("\n")[0]
     return create_model(cls.__name__, __base__=MethodSection, __doc__=doc, name=(literal, name), **fields)

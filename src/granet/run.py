@@ -21,7 +21,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +29,33 @@ import yaml
 
 from granet import checkpoint
 from granet.recipe import Recipe, RecipeError, validate
-from granet.trainer import Score, Trainer
+from granet.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory; `create` and `open` make one."""
+    """A run directory; `of` and `open` give one."""
 
     path: Path
     recipe: Recipe
 
     @staticmethod
-    def create(runs: Path, recipe: Recipe) -> "Run":
-        """Returns the run of ``recipe`` in the folder ``runs``: a new one, or the one that is there already.
+    def of(recipe: Recipe, runs: Path) -> "Run":
+        """Returns the run of ``recipe`` in the folder ``runs``, begun or not; its directory is made by `execute`.
 
         It is named by the recipe's name and a hash of what is not default, so the same command finds the same run.
 
         Raises:
             RecipeError: the directory holds a run of another recipe.
         """
-        path = runs / f"{recipe.name}-{recipe.digest()}"
-        if (path / "recipe.yaml").exists():
-            run = Run.open(path)
-            if run.recipe.model_dump(exclude={"data": {"root"}}) != recipe.model_dump(exclude={"data": {"root"}}):
-                raise RecipeError(f"{path} holds a run of another recipe; give another --runs folder or --name")
-            return Run(path, recipe)
-        path.mkdir(parents=True, exist_ok=True)
-        checkpoint.replace(path / "recipe.yaml", recipe.to_yaml())
-        return Run(path, recipe)
+        run = Run(runs / f"{recipe.name}-{recipe.digest()}", recipe)
+        if (run.path / "recipe.yaml").exists():
+            where = {"data": {"root"}}  # data may have moved
+            if Run.open(run.path).recipe.model_dump(exclude=where) != recipe.model_dump(exclude=where):
+                raise RecipeError(f"{run.path} holds a run of another recipe; give another --runs folder or --name")
+        return run
 
     @staticmethod
     def open(path: Path) -> "Run":
@@ -90,7 +86,7 @@ class Run:
         file = self.path / "summary.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
-    @cached_property
+    @property
     def report(self) -> Path:
         """Where the report is, or will be."""
         return self.path / "report.html"
@@ -158,8 +154,10 @@ def execute(
     """
     if run.summary is not None:
         return run.summary
+    trainer = Trainer(run.recipe)  # first of all: what cannot be built leaves no directory behind
+    run.path.mkdir(parents=True, exist_ok=True)
     with run.locked():
-        trainer = Trainer(run.recipe)
+        checkpoint.replace(run.path / "recipe.yaml", run.recipe.to_yaml())
         found = checkpoint.load_latest(run.checkpoints)
         offset = 0
         if found is not None:
@@ -223,13 +221,6 @@ def load_weights(run: Run, trainer: Trainer, which: str) -> int:
             found = checkpoint.load(run.checkpoints / f"{best['step']:08d}")
     trainer.load_state_dict(found.model, found.state)
     return found.step
-
-
-def evaluate(run: Run, *, which: str, split: str) -> tuple[int, Score]:
-    """Returns the step and the score of a run's ``"best"`` or ``"last"`` checkpoint on a split."""
-    trainer = Trainer(run.recipe)
-    step = load_weights(run, trainer, which)
-    return step, trainer.evaluate(split)
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Recipe files: those the package ships, and your own.
 
 A recipe file holds the sections of `granet.recipe.Recipe`, and three keys of its own: ``base`` (the recipe it starts
-from), ``summary`` (one line for ``granet ls recipes``) and ``methods`` (settings of each method for this task, one of which
-``method`` names). A file ``fashion.yaml`` whose ``methods`` has ``rigl`` is therefore also the recipe ``fashion-rigl``.
+from), ``summary`` (one line for ``granet ls recipes``) and ``methods`` (settings of each method for this task, one of
+which ``method`` names). A file ``fashion.yaml`` whose ``methods`` has ``rigl`` is also the recipe ``fashion-rigl``.
 """
 
 import dataclasses
