@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "granet checkpoint 1"
 
 
-class CheckpointError(Exception):
+class CheckpointError(OSError):
     """A checkpoint that cannot be written or read: names the file and the cause."""
 
 
@@ -47,7 +47,8 @@ def save(folder: Path, *, step: int, model: Mapping[str, Tensor], state: Mapping
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors)
     files = {"model.safetensors": to_bytes(_separate(model)), "state.safetensors": to_bytes(_separate(tensors))}
-    head = {"format": FORMAT, "step": step, "crc32": {name: zlib.crc32(content) for name, content in files.items()}}
+    sums = {name: zlib.crc32(content) for name, content in files.items()}
+    head = {"format": FORMAT, "step": step, "crc32": sums | {"state.json": _sum_of(step, tree)}}
     files["state.json"] = json.dumps(head | {"state": tree}).encode()
 
     target = folder / f"{step:08d}"
@@ -175,6 +176,10 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return result
+
+
+def _sum_of(step: int, tree: Any) -> int:
+    return zlib.crc32(json.dumps([step, tree]).encode())
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
