@@ -40,7 +40,7 @@ class Layer:
     def parts(self, size: int) -> Iterator[Layer]:
         """The flat layer in consecutive pieces of at most `size` weights."""
         flat = self.flat()
-        grads = [None] * -(-self.numel() // size) if flat.grad is None else flat.grad.split(size)
+        grads = [None] * max(1, -(-self.numel() // size)) if flat.grad is None else flat.grad.split(size)
         for weight, grad in zip(flat.weight.split(size), grads, strict=True):
             yield Layer(weight, grad)
 

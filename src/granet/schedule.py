@@ -94,4 +94,4 @@ def _progress(step: int, begin: int, end: int) -> float:
     """How far `step` is from `begin` to `end`, from 0 to 1; all the way once `end` is reached, also if end == begin."""
     if step >= end:
         return 1.0
-    return max(0, step - begin) / (end - begin)
+    return (step - begin) / (end - begin) if step > begin else 0.0

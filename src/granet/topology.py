@@ -7,7 +7,7 @@ refused with `NonFiniteScores`, because one of them would decide the whole topol
 """
 
 from collections.abc import Mapping, Sequence
-from math import prod, sqrt
+from math import inf, isfinite, prod, sqrt
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from granet.criterion import Criterion, Layer, given
 Masks = Mapping[str, Tensor]
 
 _PART = 1 << 16  # weights looked at together: scores and comparisons of one part stay in the cache
-_SAMPLE = 1 << 16  # scores that are read to guess where the threshold lies
+_SAMPLE = 1 << 14  # scores that are read to guess where the threshold lies
 
 
 class NonFiniteScores(ValueError):  # noqa: N818  (it names what was found, as ArithmeticError does)
@@ -89,7 +89,7 @@ def prune_to(masks: Masks, n: int, layers: Mapping[str, Layer], criterion: Crite
     if n < len(names):
         raise ValueError(f"{n} active weights cannot give each of {len(names)} layers at least one")
     chosen = dict(zip(names, top([layers[x] for x in names], criterion, n, [masks[x] for x in names]), strict=True))
-    empty = [name for name in names if not chosen[name].any()]
+    empty = [name for name in names if not count(chosen[name])]
     if not empty:
         return chosen
     # the best entry of each layer that would be emptied stays; the rest compete for the places that are left
@@ -168,14 +168,17 @@ def _top_cpu(layers, criterion, n, among, candidates) -> list[Tensor]:
         ranked = np.concatenate(values)
         if above <= n <= above + ranked.size:
             break
-        low, high = (low, np.inf) if above > n else (-np.inf, high)
+        low, high = (low, inf) if above > n else (-inf, high)
     _choose(chosen, ranked, places, n - above)
     return chosen
 
 
 def _bracket(layers, criterion, n, among, candidates) -> tuple[float, float]:
     """Two scores between which the n-th best of the candidates very probably lies, from an even sample."""
-    stride = max(1, sum(layer.numel() for layer in layers) // _SAMPLE)
+    total = sum(layer.numel() for layer in layers)
+    if total <= 4 * _SAMPLE:
+        return -inf, inf
+    stride = total // _SAMPLE
     sample = []
     for layer, mask in zip(layers, among, strict=True):
         flat = layer.flat()
@@ -187,7 +190,7 @@ def _bracket(layers, criterion, n, among, candidates) -> tuple[float, float]:
     first, last = int(sample.size * (1 - share) - slack), int(sample.size * (1 - share) + slack)
     inner = [rank for rank in (first, last) if 0 <= rank < sample.size]
     ordered = np.partition(sample, inner) if inner else sample
-    return (ordered[first] if first in inner else -np.inf), (ordered[last] if last in inner else np.inf)
+    return (ordered[first] if first in inner else -inf), (ordered[last] if last in inner else inf)
 
 
 def _choose(chosen, ranked, places, n) -> None:
@@ -224,7 +227,7 @@ def _finite(scores: Tensor) -> Tensor:
     """`scores`, if all of them are finite."""
     if scores.numel():
         low, high = torch.aminmax(scores)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        if not (isfinite(low.item()) and isfinite(high.item())):
             raise NonFiniteScores("a score is NaN or infinite: the gradients or weights overflowed at this step")
     return scores
 
