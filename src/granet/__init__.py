@@ -1,0 +1,68 @@
+"""Sparse neural networks that train sparse: GraNet and its family, on PyTorch.
+
+Names are imported on first use, so that `import granet` and the command line's help do not wait for torch.
+"""
+
+import sys
+from importlib import import_module
+from importlib.util import LazyLoader, find_spec, module_from_spec
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from granet import criterion as criterion
+    from granet import distribution as distribution
+    from granet import flops as flops
+    from granet import schedule as schedule
+    from granet import topology as topology
+    from granet.methods import GMP as GMP
+    from granet.methods import METHODS as METHODS
+    from granet.methods import SET as SET
+    from granet.methods import Dense as Dense
+    from granet.methods import GraNet as GraNet
+    from granet.methods import Method as Method
+    from granet.methods import RigL as RigL
+    from granet.methods import Static as Static
+    from granet.selection import plan as plan
+    from granet.sparsifier import Sparsifier as Sparsifier
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Dense": "methods",
+    "GMP": "methods",
+    "GraNet": "methods",
+    "METHODS": "methods",
+    "Method": "methods",
+    "RigL": "methods",
+    "SET": "methods",
+    "Static": "methods",
+    "plan": "selection",
+    "Sparsifier": "sparsifier",
+}
+_MODULES = ("criterion", "distribution", "flops", "schedule", "topology")
+
+__all__ = [*_HOME, *_MODULES]
+
+
+def _lazy_module(name: str) -> ModuleType:
+    """The submodule `name`, executed when one of its attributes is first read."""
+    full = f"{__name__}.{name}"
+    if full not in sys.modules:
+        spec = find_spec(full)
+        spec.loader = LazyLoader(spec.loader)
+        sys.modules[full] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[full])
+    return sys.modules[full]
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return _lazy_module(name)
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,66 @@
+"""The command line: one small file a command, nothing heavy imported before it is needed."""
+
+import os
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+COMMANDS = {
+    "train": "train a network from a recipe, beside its dense twin if asked",
+    "resume": "go on with a run that was stopped",
+    "eval": "accuracy of a run's checkpoint",
+    "compare": "table and plots of several runs",
+    "plan": "every parameter of a recipe's network: sparse or not, why, its budget",
+    "show": "a recipe with every default written out",
+    "ls": "list recipes, methods, models or data",
+}
+
+HELP = f"""usage: granet COMMAND ...
+
+Train sparse neural networks that stay sparse: GraNet and its family.
+
+commands:
+{"".join(f"  {name:9}{about}{chr(10)}" for name, about in COMMANDS.items())}
+examples:
+  granet train                                   digits, GraNet to 90 % sparsity, in a minute
+  granet train --twin                            the same, beside the dense network
+  granet train fashion --method.sparsity 0.98    another recipe, one setting changed
+  granet train cifar10-vgg19 --method rigl       another method, as the paper set it
+  granet compare runs/*                          table and plots
+
+`granet COMMAND --help` tells more.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line; returns its exit code, 2 for what the user can mend."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if args[0] == "--version":
+        from granet import __version__
+
+        print(f"granet {__version__}")
+        return 0
+    command = args[0]
+    if command not in COMMANDS:
+        near = get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return _fail(f"there is no command {command!r}; {hint}(commands: {', '.join(COMMANDS)})")
+    try:
+        return import_module(f"granet.cli.{command}").main(args[1:])
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.stdout = None
+        return 0
+    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
+        if os.environ.get("GRANET_TRACEBACK"):
+            raise
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"granet: error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,72 @@
+"""`granet ls`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+DESCRIPTION = """List what there is.
+
+examples:
+  granet ls recipes
+  granet ls data"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to list."""
+
+    what: tyro.conf.Positional[Literal["recipes", "methods", "models", "data"]] = "recipes"
+    """What to list."""
+
+
+def main(args: list[str]) -> int:
+    """Prints names with a line about each; returns the exit code."""
+    arguments = tyro.cli(Arguments, args=args, prog="granet ls", description=DESCRIPTION)
+    rows, hint = {"recipes": _recipes, "methods": _methods, "models": _models, "data": _data}[arguments.what]()
+    width = max(len(name) for name, _ in rows)
+    for name, about in rows:
+        print(f"{name:{width}}  {about}")
+    if hint:
+        print(f"\n{hint}")
+    return 0
+
+
+def _recipes():
+    from granet import recipes
+
+    rows = []
+    for file in recipes.catalog():
+        rows.append((file.name, file.summary))
+        rows.append(("", "methods: " + ", ".join(file.methods)))
+    hint = (
+        "Choose a method with --method NAME, or as in cifar10-vgg19-rigl, its sparsity with --method.sparsity 0.98;\n"
+        "granet is sparse-to-sparse from 50 %, granet-d2s dense-to-sparse from 0 %."
+    )
+    return rows, hint
+
+
+def _methods():
+    from granet.methods import METHODS
+
+    rows = []
+    for name, method in METHODS.items():
+        rows.append((name, " ".join((method.__doc__ or "").split("\n\n")[0].split())))
+    return rows, "`granet show digits --method NAME` shows a method's hyper-parameters."
+
+
+def _models():
+    from granet.models import MODELS
+
+    return [(name, model.description) for name, model in MODELS.items()], None
+
+
+def _data():
+    from granet.data import DATA, data_root
+
+    rows = []
+    for name, source in DATA.items():
+        place = source.locate()
+        rows.append((name, source.description))
+        rows.append(("", f"here: {place}" if place else "not here. " + source.advice.format(root=data_root())))
+    return rows, None

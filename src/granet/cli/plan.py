@@ -1,0 +1,37 @@
+"""`granet plan`."""
+
+from dataclasses import dataclass
+
+from granet.cli.arguments import parse
+
+DESCRIPTION = """Every parameter of a recipe's network: sparse or not and why, its shape, its first and last budget.
+
+examples:
+  granet plan cifar10-resnet50
+  granet plan cifar10-resnet50 --method rigl --method.sparsity 0.98 --model.keep-dense stem.0.weight"""
+
+NOMINAL = 1000  # steps per epoch of a dataset that is not here; no budget depends on it
+
+
+@dataclass(frozen=True)
+class Options:
+    """None of its own."""
+
+
+def main(args: list[str]) -> int:
+    """Prints the plan; returns the exit code."""
+    recipe = parse(args, Options, prog="granet plan", description=DESCRIPTION).recipe
+
+    from granet import data, models
+    from granet.selection import plan
+
+    source = data.DATA[recipe.data.name]
+    steps_per_epoch = NOMINAL
+    if source.locate(recipe.data.root):
+        there = data.load(recipe.data.name, root=recipe.data.root, validation=recipe.data.validation)
+        steps_per_epoch = data.steps_per_epoch(len(there.train), recipe.train.batch_size, drop_last=True)
+    else:
+        print(f"{recipe.data.name} is not on this machine: steps are counted as if an epoch had {NOMINAL}\n")
+    model = models.build(recipe.model.name, classes=source.classes, in_channels=source.shape[0])
+    print(plan(model, recipe.resolve(steps_per_epoch), skip=recipe.model.keep_dense))
+    return 0

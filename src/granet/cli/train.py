@@ -1,0 +1,50 @@
+"""`granet train`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from granet import recipes
+from granet.cli.arguments import Request, parse
+from granet.recipe import Recipe, validate
+
+DESCRIPTION = """Train a network from a recipe. The same command again goes on where it stopped.
+
+examples:
+  granet train                                            digits, GraNet to 90 % sparsity
+  granet train --twin                                     beside the same network, dense
+  granet train fashion --method.sparsity 0.98 --seed 3    other settings
+  granet train cifar10-vgg19 --method rigl                another method, with the settings it has in the recipe
+  granet train cifar10-vgg19-rigl                         the same
+  granet train my.yaml --train.epochs 9 --train.bf16 True a recipe of your own"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where, and beside what."""
+
+    runs: Path = Path("runs")
+    """Folder of run directories."""
+    twin: bool = False
+    """Train the same network dense as well, and compare."""
+
+
+def main(args: list[str]) -> int:
+    """Trains, shows the table, writes the report; returns the exit code."""
+    request = parse(args, Options, prog="granet train", description=DESCRIPTION)
+    wanted = [request.recipe]
+    if request.options.twin and request.recipe.method.name != "dense":
+        wanted.append(twin(request))
+
+    from granet.cli.session import train_all
+    from granet.run import Run
+
+    return train_all([Run.of(recipe, request.options.runs) for recipe in wanted])
+
+
+def twin(request: Request) -> Recipe:
+    """Returns the recipe that differs from the one asked for in its method alone, which is dense."""
+    name = f"{request.recipe.name}-dense"  # of a run with a name of its own
+    if request.recipe.name == request.loaded.name:
+        name = recipes.load(request.source, method="dense").name
+    values = request.recipe.model_dump() | {"method": {"name": "dense"}, "name": name}
+    return validate(values, source=request.source)

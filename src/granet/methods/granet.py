@@ -1,0 +1,82 @@
+"""GraNet: gradual pruning with zero-cost neuroregeneration.
+
+Liu et al., "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", NeurIPS 2021.
+https://arxiv.org/abs/2106.10404
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from granet import criterion, distribution, topology
+from granet.methods.base import Method, Steps, require, require_order, require_scope
+from granet.schedule import Cosine, Cubic, Every
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraNet(Method):
+    """Every `interval` steps prune the network a little, then let every layer regenerate what it lost most wrongly.
+
+    `initial_sparsity=0.5` trains sparse-to-sparse, `0.0` dense-to-sparse. `scope="layerwise"` is GraNet-uniform:
+    gradual pruning takes the same share of every layer instead of the smallest weights of the whole network.
+    """
+
+    sparsity: float
+    initial_sparsity: float = 0.5
+    begin: Steps = 0  # t_0
+    end: Steps  # t_f: the last step of gradual pruning
+    total: Steps  # T: the length of training; regeneration fades out towards it
+    interval: Steps = 1_000  # Delta-T
+    regeneration: float = 0.5  # r: the share of a layer's active weights exchanged at an update, at first
+    distribution: str = "erk"
+    scope: str = "global"
+
+    needs_dense_grad: ClassVar[bool] = True
+
+    def __post_init__(self):
+        require(
+            self, sparsity=("sparsity", "initial_sparsity"), share=("regeneration",), steps=("interval", "end", "total")
+        )
+        require_order(self, "begin", "end", "total")
+        require_scope(self)
+        distribution.named(self.distribution)
+        if self.initial_sparsity > self.sparsity:
+            raise ValueError(
+                f"GraNet: initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity}: it only prunes"
+            )
+
+    def initial_counts(self, shapes):
+        return distribution.named(self.distribution)(shapes, 1 - self.initial_sparsity)
+
+    def final_counts(self, shapes):
+        initial = self.initial_counts(shapes)
+        n = distribution.budget(sum(distribution.uniform(shapes, 1.0).values()), 1 - self.sparsity)
+        return n if self.scope == "global" else distribution.scale(initial, n)
+
+    def is_update(self, step):
+        on_grid = step < self.total and Every(self.interval, self.begin)(step)
+        return on_grid or step == self.end
+
+    def update(self, step, layers, masks, rng):
+        # gradual pruning: the smallest weights go, until s_t is reached (Eq. 1)
+        n = distribution.budget(topology.total_of(layers), 1 - self.sparsity_at(step))
+        if self.scope == "global":
+            masks = topology.prune_to(masks, n, layers, criterion.magnitude)
+        else:
+            counts = distribution.scale(self.initial_counts(topology.shapes_of(layers)), n)
+            masks = topology.prune_each(masks, counts, layers, criterion.magnitude)
+
+        # zero-cost neuroregeneration: each layer trades its smallest weights for its steepest gradients (Eq. 2, 3)
+        r = self.regeneration_at(step)
+        return {
+            name: topology.exchange(masks[name], layer, r, lose=criterion.magnitude, gain=criterion.gradient)
+            for name, layer in layers.items()
+        }
+
+    def sparsity_at(self, step):
+        return Cubic(self.initial_sparsity, self.sparsity, self.begin, self.end)(step)
+
+    def regeneration_at(self, step):
+        # the last step of training regenerates nothing: what it grew would stay zero
+        if step >= self.total or self.regeneration == 0:
+            return 0.0
+        return Cosine(self.regeneration, self.total, final=min(0.005, self.regeneration))(step)

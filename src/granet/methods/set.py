@@ -1,0 +1,49 @@
+"""SET: sparse evolutionary training, which drops by magnitude and grows at random.
+
+Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
+science", Nature Communications 2018. https://arxiv.org/abs/1707.04780
+"""
+
+from dataclasses import dataclass
+
+from granet import criterion, distribution, topology
+from granet.methods.base import Method, Steps, require
+from granet.schedule import Every
+
+
+@dataclass(frozen=True, kw_only=True)
+class SET(Method):
+    """Every `interval` steps (the paper: every epoch) each layer trades its smallest weights for random ones.
+
+    The last update comes before `total`, the end of training, so that what was grown is trained.
+    """
+
+    sparsity: float
+    total: Steps
+    interval: Steps = 1_000
+    drop_fraction: float = 0.3  # zeta
+    distribution: str = "er"
+
+    def __post_init__(self):
+        require(self, sparsity=("sparsity",), share=("drop_fraction",), steps=("total", "interval"))
+        distribution.named(self.distribution)
+
+    def initial_counts(self, shapes):
+        return distribution.named(self.distribution)(shapes, 1 - self.sparsity)
+
+    def is_update(self, step):
+        return step < self.total and Every(self.interval)(step)
+
+    def update(self, step, layers, masks, rng):
+        return {name: self._rewire(masks[name], layer, rng) for name, layer in layers.items()}
+
+    def _rewire(self, mask, layer, rng):
+        active = topology.count(mask)
+        n = min(int(self.drop_fraction * active), mask.numel() - active)  # zeta * nonzero weights
+        return topology.grow_random(topology.drop(mask, criterion.magnitude(layer), n), n, rng)
+
+    def sparsity_at(self, step):
+        return self.sparsity
+
+    def regeneration_at(self, step):
+        return self.drop_fraction

@@ -1,0 +1,27 @@
+"""Static sparse training: a random topology, drawn once and kept.
+
+The baseline of Mocanu et al. 2018 and Evci et al. 2020 ("static"); with `distribution="erk"`, "static ERK".
+"""
+
+from dataclasses import dataclass
+
+from granet import distribution
+from granet.methods.base import Method, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Static(Method):
+    """A random topology of the given sparsity, which training does not change."""
+
+    sparsity: float
+    distribution: str = "erk"
+
+    def __post_init__(self):
+        require(self, sparsity=("sparsity",))
+        distribution.named(self.distribution)
+
+    def initial_counts(self, shapes):
+        return distribution.named(self.distribution)(shapes, 1 - self.sparsity)
+
+    def sparsity_at(self, step):
+        return self.sparsity

@@ -1,0 +1,180 @@
+"""Networks for the recipes: small ones for minutes on two cores, and those of the sparse-training literature.
+
+Weights are drawn from torch's global generator: seed it to repeat them.
+
+>>> model = build("resnet20", classes=10, in_channels=3)
+>>> sum(weight.numel() for weight in model.parameters() if weight.ndim > 1)
+270896
+"""
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def build(name: str, *, classes: int, in_channels: int) -> nn.Module:
+    """Return a new network of the architecture `name`.
+
+    Raises:
+        ValueError: There is none of that name; the message lists those there are.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1)
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}{hint}")
+    return MODELS[name](classes, in_channels)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A way to build a network, and a line about it."""
+
+    description: str
+    build: Callable[[int, int], nn.Module]
+
+    def __call__(self, classes: int, in_channels: int) -> nn.Module:
+        """Return a new network for images of `in_channels` channels."""
+        return self.build(classes, in_channels)
+
+
+class Residual(nn.Module):
+    """A body beside a shortcut, added and rectified (He et al. 2016)."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module):
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ReLU(body(x) + shortcut(x))."""
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def _conv(n_in: int, n_out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    """Return a convolution that keeps the image's size (over the stride), and its batch norm."""
+    return [nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(n_out)]
+
+
+def _residual(n_in: int, n_out: int, stride: int, *body: nn.Module) -> Residual:
+    same = n_in == n_out and stride == 1
+    return Residual(nn.Sequential(*body), nn.Identity() if same else nn.Sequential(*_conv(n_in, n_out, 1, stride)))
+
+
+def _basic(n_in: int, width: int, stride: int) -> Residual:
+    return _residual(n_in, width, stride, *_conv(n_in, width, 3, stride), nn.ReLU(), *_conv(width, width, 3))
+
+
+def _bottleneck(n_in: int, width: int, stride: int) -> Residual:
+    # "v1.5": the 3x3 convolution has the stride, not the first 1x1
+    body = (*_conv(n_in, width, 1), nn.ReLU(), *_conv(width, width, 3, stride), nn.ReLU(), *_conv(width, 4 * width, 1))
+    return _residual(n_in, 4 * width, stride, *body)
+
+
+def _initialised(network: nn.Module, *, mode: str, linear: Callable[[Tensor], object] | None) -> nn.Module:
+    """Return the network with Kaiming-normal convolutions; `linear` None leaves linear layers as torch makes them."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+        elif isinstance(module, nn.Linear) and linear:
+            linear(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network
+
+
+def _resnet(
+    classes: int,
+    in_channels: int,
+    *,
+    block: Callable[[int, int, int], Residual],
+    depths: tuple[int, ...],
+    width: int = 64,
+    small: bool = True,
+    bias: bool = True,
+    linear: Callable[[Tensor], object] | None = None,
+) -> nn.Module:
+    """Return a residual network; each stage after the first doubles the width and halves the image.
+
+    Its stem is one 3x3 convolution, or, if not `small`, a 7x7 one and a pooling, which shrink images to a quarter.
+    """
+    stem = [*_conv(in_channels, width, 3), nn.ReLU()]
+    if not small:
+        stem = [*_conv(in_channels, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)]
+    parts, channels = OrderedDict(stem=nn.Sequential(*stem)), width
+    expansion = 4 if block is _bottleneck else 1
+    for stage, depth in enumerate(depths):
+        blocks = []
+        for i in range(depth):
+            blocks.append(block(channels, width << stage, 2 if stage and i == 0 else 1))
+            channels = expansion * width << stage
+        parts[f"stage{stage + 1}"] = nn.Sequential(*blocks)
+    parts |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(channels, classes, bias=bias)}
+    return _initialised(nn.Sequential(parts), mode="fan_in", linear=linear)
+
+
+def _vgg(classes: int, in_channels: int, *, depths: tuple[int, ...], widths: tuple[int, ...]) -> nn.Module:
+    """Return stages of 3x3 convolutions with a pooling between them, an average, and one linear layer."""
+    layers, channels = [], in_channels
+    for depth, width in zip(depths, widths, strict=True):
+        layers += [nn.MaxPool2d(2)] if layers else []
+        for _ in range(depth):
+            layers += [*_conv(channels, width, 3), nn.ReLU()]
+            channels = width
+    parts = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(channels, classes)}
+    network = nn.Sequential(OrderedDict(features=nn.Sequential(*layers), **parts))
+    return _initialised(network, mode="fan_out", linear=partial(nn.init.normal_, std=0.01))
+
+
+def _digits_cnn(classes: int, in_channels: int) -> nn.Module:
+    features = nn.Sequential(
+        *_conv(in_channels, 32, 3), nn.ReLU(), *_conv(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
+        *_conv(64, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+    )  # fmt: skip
+    head = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, classes))
+    return nn.Sequential(OrderedDict(features=features, head=head))
+
+
+def _fashion_cnn(classes: int, in_channels: int) -> nn.Module:
+    # strides rather than poolings: most of the time of a poorer processor goes to the early, large images
+    features = nn.Sequential(
+        *_conv(in_channels, 16, 3, 2), nn.ReLU(), *_conv(16, 32, 3, 2), nn.ReLU(),
+        *_conv(32, 64, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(3), nn.Flatten(),
+    )  # fmt: skip
+    head = nn.Sequential(nn.Linear(576, 384), nn.ReLU(), nn.Linear(384, classes))
+    return nn.Sequential(OrderedDict(features=features, head=head))
+
+
+def _mlp(classes: int, in_channels: int) -> nn.Module:
+    layers = [nn.Linear(784 * in_channels, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, classes)]
+    return nn.Sequential(nn.AdaptiveAvgPool2d(28), nn.Flatten(), *layers)
+
+
+_kaiming = partial(nn.init.kaiming_normal_, nonlinearity="relu")
+_resnet18 = partial(_resnet, block=_basic, depths=(2, 2, 2, 2))
+_resnet50 = partial(_resnet, block=_bottleneck, depths=(3, 4, 6, 3))
+
+MODELS: dict[str, Architecture] = {
+    "digits-cnn": Architecture(
+        "three convolutions and two linear layers for 8x8 pixels; 73 thousand weights", _digits_cnn
+    ),
+    "fashion-cnn": Architecture(
+        "three convolutions and two linear layers for 28x28 pixels; 0.25 million weights", _fashion_cnn
+    ),
+    "mlp": Architecture("LeNet-300-100 for 28x28 pixels (others are resampled); 0.27 million weights", _mlp),
+    "resnet20": Architecture(
+        "ResNet-20 for 32x32 pixels, 16 to 64 filters, 1x1 convolutions as shortcuts; 0.27 million weights",
+        partial(_resnet, block=_basic, depths=(3, 3, 3), width=16, linear=_kaiming),
+    ),
+    "vgg19": Architecture(
+        "VGG-19 for 32x32 pixels, with batch norm and one linear layer; 20 million weights",
+        partial(_vgg, depths=(2, 2, 4, 4, 4), widths=(64, 128, 256, 512, 512)),
+    ),
+    "resnet18-cifar": Architecture("ResNet-18 for 32x32 pixels; 11 million weights", _resnet18),
+    "resnet50-cifar": Architecture("ResNet-50 for 32x32 pixels; 24 million weights", partial(_resnet50, bias=False)),
+    "resnet18": Architecture("ResNet-18 for 224x224 pixels; 12 million weights", partial(_resnet18, small=False)),
+    "resnet50": Architecture("ResNet-50 v1.5 for 224x224 pixels; 26 million weights", partial(_resnet50, small=False)),
+}

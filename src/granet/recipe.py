@@ -1,0 +1,314 @@
+"""Recipes: what to train, on what, how. Strict YAML in, frozen models out, units resolved to steps once.
+
+`granet.recipes` reads the files. Nothing here needs torch, so that the command line answers at once.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Union, get_type_hints
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from granet.methods import METHODS
+from granet.methods.base import Method
+from granet.methods.base import Steps as StepCount
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used: says where, what was given, what is allowed."""
+
+
+def suggest(given: object, choices: Iterable[str]) -> str:
+    """Returns the end of an error message: the choice nearest to ``given``, and all choices.
+
+    >>> suggest("regl", ["granet", "rigl"])
+    "did you mean 'rigl'? (choices: granet, rigl)"
+    """
+    choices = list(choices)
+    near = difflib.get_close_matches(str(given), choices, n=1, cutoff=0.5)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"(choices: {', '.join(choices)})"
+
+
+_STEPS = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>ep|it|%)")
+
+
+def _check_steps(value: int | str) -> int | str:
+    if isinstance(value, str):
+        if value.isdecimal():
+            return int(value)
+        if not _STEPS.fullmatch(value):
+            raise ValueError(
+                f"{value!r} is no number of steps: write 1000, '1000it', '80ep' or '50%' (of the training)"
+            )
+    elif value < 0:
+        raise ValueError(f"a number of steps cannot be negative, got {value}")
+    return value
+
+
+Steps = Annotated[int | str, AfterValidator(_check_steps)]
+
+
+def in_steps(value: int | str, *, steps_per_epoch: int, epochs: int) -> int:
+    """Returns ``value`` as a number of optimizer steps, rounded to the nearest.
+
+    Args:
+        value: an integer (steps already), ``"1000it"``, ``"80ep"`` or ``"50%"`` of the whole training.
+        steps_per_epoch: optimizer steps in an epoch.
+        epochs: epochs of the whole training.
+
+    >>> [in_steps(v, steps_per_epoch=350, epochs=160) for v in (7, "1000it", "80ep", "50%")]
+    [7, 1000, 28000, 28000]
+    """
+    value = _check_steps(value)
+    if isinstance(value, int):
+        return value
+    match = _STEPS.fullmatch(value)
+    scale = {"it": 1, "ep": steps_per_epoch, "%": steps_per_epoch * epochs / 100}[match["unit"]]
+    return round(float(match["number"]) * scale)
+
+
+class Section(BaseModel):
+    """The base of all sections: frozen, without unknown keys."""
+
+    # descriptions are given by Field(description=): to read docstrings, pydantic would wake all lazy modules
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def resolved(self, *, steps_per_epoch: int, epochs: int) -> dict[str, Any]:
+        """Returns the fields, with those measured in steps as integers."""
+        units = {"steps_per_epoch": steps_per_epoch, "epochs": epochs}
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        for name, field in type(self).model_fields.items():
+            if field.annotation == int | str:
+                values[name] = in_steps(values[name], **units)
+            elif field.annotation == tuple[Steps, ...]:
+                values[name] = tuple(in_steps(value, **units) for value in values[name])
+        return values
+
+
+class Data(Section):
+    """What to train on."""
+
+    name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "imagenet"] = Field(
+        description="Dataset; `granet ls data` says what each needs."
+    )
+    root: str | None = Field(
+        None, description="Folder of the datasets; else the environment's GRANET_DATA, else ./data."
+    )
+    validation: int | float = Field(
+        0.1,
+        gt=0,
+        description="Share, or number, of the training images held out for validation.",
+    )
+    crop: int = Field(0, ge=0, description="Augmentation: shift by up to so many pixels, at random.")
+    padding: Literal["reflect", "zeros"] = Field(
+        "reflect", description="Augmentation: what a shift brings in at the border."
+    )
+    flip: bool = Field(False, description="Augmentation: mirror half of the images.")
+    cutout: int = Field(0, ge=0, description="Augmentation: side of the square blanked out at random.")
+
+
+class Model(Section):
+    """What to train."""
+
+    name: Literal[
+        "digits-cnn",
+        "mlp",
+        "fashion-cnn",
+        "resnet20",
+        "vgg19",
+        "resnet18-cifar",
+        "resnet50-cifar",
+        "resnet18",
+        "resnet50",
+    ] = Field(description="Architecture; `granet ls models` lists them.")
+    keep_dense: tuple[str, ...] = Field(
+        (), description="Patterns of parameter names that stay dense, such as 'conv1.*'."
+    )
+
+
+class Train(Section):
+    """How to train."""
+
+    epochs: int = Field(160, ge=1, description="Passes over the training set.")
+    batch_size: int = Field(128, ge=1, description="Examples in an optimizer step.")
+    accumulate: int = Field(
+        1, ge=1, description="Parts a batch is split into, one forward and backward each, to save memory."
+    )
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="Optimizer.")
+    lr: float = Field(0.1, gt=0, description="Peak learning rate.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD, first beta of AdamW.")
+    nesterov: bool = Field(False, description="Nesterov momentum (SGD only).")
+    weight_decay: float = Field(5e-4, ge=0, description="Weight decay.")
+    decay: Literal["all", "weights"] = Field(
+        "all", description="What decays: all parameters, or only those with two dimensions or more."
+    )
+    schedule: Literal["multistep", "cosine", "constant"] = Field(
+        "multistep", description="Learning rate over training."
+    )
+    milestones: tuple[Steps, ...] = Field(
+        ("50%", "75%"), description="Where the multistep schedule multiplies by gamma."
+    )
+    gamma: float = Field(0.1, gt=0, lt=1, description="What the multistep schedule multiplies by.")
+    warmup: Steps = Field(0, description="Length of the linear warm-up of the learning rate.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the training loss.")
+    clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient of the active weights.")
+    bf16: bool = Field(False, description="Autocast to bfloat16; weights, scores and optimizer stay float32.")
+    channels_last: bool = Field(False, description="Channels-last memory layout.")
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = Field(
+        None, description="Mode of torch.compile."
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of an exponential moving average of the weights, which is then what is evaluated.",
+    )
+    log: Steps = Field("10it", description="Steps between two lines of the training log.")
+    evaluate: Steps = Field("1ep", description="Steps between two evaluations on the validation set.")
+    checkpoint: Steps = Field("1ep", description="Steps between two checkpoints.")
+    threads: int | None = Field(None, ge=1, description="Processor threads; None leaves them to torch.")
+    device: str = Field("auto", description="Device: 'auto' takes a GPU if there is one.")
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> "Train":
+        if self.nesterov and self.optimizer != "sgd":
+            raise ValueError(f"nesterov belongs to sgd, not to {self.optimizer}: set nesterov to false")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be split into accumulate={self.accumulate} equal parts"
+            )
+        return self
+
+
+class MethodSection(Section):
+    """How the topology evolves: a method's hyper-parameters, steps in any unit."""
+
+    name: str
+
+    def build(self, *, steps_per_epoch: int, epochs: int) -> Method:
+        """Returns the method, with all its steps as integers."""
+        values = self.resolved(steps_per_epoch=steps_per_epoch, epochs=epochs)
+        return METHODS[values.pop("name")](**values)
+
+
+_MEANING = {
+    "sparsity": "Share of inactive weights at the end of training.",
+    "initial_sparsity": "Share of inactive weights at the start.",
+    "begin": "Step of the first change.",
+    "end": "Step of the last change of the topology, or of the sparsity where it is gradual.",
+    "total": "Length of training.",
+    "interval": "Steps between two updates of the topology.",
+    "regeneration": "Share of a layer's active weights exchanged at an update, at first.",
+    "drop_fraction": "Share of a layer's active weights exchanged at an update, at first.",
+    "distribution": "How a sparse start is shared among layers: erk, er or uniform.",
+    "scope": "Where weights compete: global, or layerwise.",
+}
+
+
+def _method_section(name: str, cls: type[Method]) -> type[MethodSection]:
+    """Returns the section of one method: the fields of its class, steps in any unit, ``total`` the whole training."""
+    hints, fields = get_type_hints(cls, include_extras=True), {}
+    for field in dataclasses.fields(cls):
+        default = ... if field.default is dataclasses.MISSING else field.default
+        if field.name == "total" and default is ...:
+            default = "100%"
+        kind = Steps if hints[field.name] == StepCount else hints[field.name]
+        fields[field.name] = (kind, Field(default, description=_MEANING.get(field.name)))
+    literal = Annotated[Literal[name], Field(description="Method; `granet ls methods` lists them.")]
+    doc = (cls.__doc__ or "").strip().split("\n")[0]
+    return create_model(cls.__name__, __base__=MethodSection, __doc__=doc, name=(literal, name), **fields)
+
+
+SECTIONS: dict[str, type[MethodSection]] = {name: _method_section(name, cls) for name, cls in METHODS.items()}
+AnyMethod = Annotated[Union[tuple(SECTIONS.values())], Field(discriminator="name")]  # noqa: UP007 (a union made at run time)
+
+
+class Recipe(Section):
+    """One training run: data, model, method, training, seed."""
+
+    name: str = Field("custom", description="Name of the run, which its directory starts with.")
+    data: Data
+    model: Model
+    method: AnyMethod
+    train: Train = Train()
+    seed: int = Field(0, ge=0, description="Seed of weights, topology, data order and augmentation.")
+
+    def resolve(self, steps_per_epoch: int) -> Method:
+        """Returns the method with every step count resolved; the only place where units become steps."""
+        return self.method.build(steps_per_epoch=steps_per_epoch, epochs=self.train.epochs)
+
+    def to_yaml(self, *, defaults: bool = True) -> str:
+        """Returns the recipe as YAML, which `load` reads back to an equal recipe."""
+        values = self.model_dump(mode="json", exclude_defaults=not defaults)
+        values["method"] = {"name": self.method.name} | values["method"]
+        return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120)
+
+    def digest(self) -> str:
+        """Returns six hexadecimal digits that tell what is not default, where data lie left aside."""
+        values = self.model_dump(mode="json", exclude_defaults=True, exclude={"name": True, "data": {"root"}})
+        values["method"] = {"name": self.method.name} | values["method"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def validate(values: Mapping[str, Any], *, source: str) -> Recipe:
+    """Returns the recipe in ``values``.
+
+    Args:
+        values: the sections, as YAML gives them.
+        source: where they come from, for messages.
+
+    Raises:
+        RecipeError: all that is wrong, one line each, with the nearest valid choice.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {_explain(problem)}" for problem in error.errors()]
+        raise RecipeError("\n".join([f"the recipe {source} is not valid:", *lines])) from None
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    """Returns one line: where in the recipe, what is wrong, what is allowed."""
+    path, given = [str(part) for part in problem["loc"]], problem["input"]
+    section: Any = Recipe
+    for part in path if problem["type"] != "extra_forbidden" else path[:-1]:
+        if part in getattr(section, "model_fields", {}):
+            section = section.model_fields[part].annotation
+        elif part in SECTIONS and path[0] == "method":
+            section = SECTIONS[part]
+    if path[0] == "method" and len(path) > 1 and path[1] in SECTIONS:
+        del path[1]  # pydantic's name of the alternative, which is no key of the file
+    where = ".".join(path)
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{where}: there is no such key; {suggest(path[-1], section.model_fields)}"
+        case "union_tag_invalid":
+            return f"{where}: there is no method {given.get('name')!r}; {suggest(given.get('name'), SECTIONS)}"
+        case "literal_error":
+            choices = [str(choice) for choice in re.findall(r"'([^']*)'", problem["ctx"]["expected"])]
+            return f"{where}: {given!r} is not possible; {suggest(given, choices)}"
+        case "missing":
+            return f"{where}: is missing"
+        case _:
+            return f"{where}: {problem['msg'].removeprefix('Value error, ')}, got {given!r}"
+
+
+def schema() -> dict[str, Any]:
+    """Returns the JSON schema of a recipe file, which editors use to complete and check it."""
+    result = Recipe.model_json_schema()
+    method, variant = result["properties"]["method"], {"type": "object", "additionalProperties": {"type": "object"}}
+    result["properties"] |= {
+        "base": {"type": "string", "description": "The recipe that this one starts from."},
+        "summary": {"type": "string", "description": "One line for `granet ls recipes`."},
+        "methods": variant | {"description": "Settings of each method for this task, by name."},
+        "method": {"anyOf": [{"type": "string", "description": "One of `methods`."}, method]},
+    }
+    del result["required"]  # what a file leaves out, its base may have
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "granet recipe"} | result

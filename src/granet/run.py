@@ -1,0 +1,293 @@
+"""Run directories: one training run, all that went in and all that came out.
+
+```
+runs/digits-granet-3f9a1c/
+    recipe.yaml          the recipe, every default written out
+    environment.json     versions, git hash, device, threads
+    metrics.jsonl        one JSON object a line: train, eval and update records
+    checkpoints/         the last two, and the best
+    tensorboard/         the same curves as events
+    summary.json         results, FLOPs, layers; there once the run is finished
+    report.html          curves, layers and the table
+```
+"""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from granet import checkpoint
+from granet.recipe import Recipe, RecipeError, validate
+from granet.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory; `of` and `open` give one."""
+
+    path: Path
+    recipe: Recipe
+
+    @staticmethod
+    def of(recipe: Recipe, runs: Path) -> "Run":
+        """Returns the run of ``recipe`` in the folder ``runs``, begun or not; its directory is made by `execute`.
+
+        It is named by the recipe's name and a hash of what is not default, so the same command finds the same run.
+
+        Raises:
+            RecipeError: the directory holds a run of another recipe.
+        """
+        run = Run(runs / f"{recipe.name}-{recipe.digest()}", recipe)
+        if (run.path / "recipe.yaml").exists():
+            where = {"data": {"root"}}  # data may have moved
+            if Run.open(run.path).recipe.model_dump(exclude=where) != recipe.model_dump(exclude=where):
+                raise RecipeError(f"{run.path} holds a run of another recipe; give another --runs folder or --name")
+        return run
+
+    @staticmethod
+    def open(path: Path) -> "Run":
+        """Returns the run in the directory ``path``.
+
+        Raises:
+            FileNotFoundError: it is no run directory.
+        """
+        file = path / "recipe.yaml"
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            there = sorted(p.parent.name for p in path.parent.glob("*/recipe.yaml"))
+            hint = f"; runs in {path.parent}: {', '.join(there)}" if there else ""
+            raise FileNotFoundError(f"{path} is no run directory: it has no recipe.yaml{hint}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{file} is damaged: {error}") from None
+        return Run(path, validate(values, source=str(file)))
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The results of a finished run, or None."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    @property
+    def report(self) -> Path:
+        """Where the report is, or will be."""
+        return self.path / "report.html"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for this process; the lock goes with the process, however it ends.
+
+        Raises:
+            RecipeError: another process trains it.
+        """
+        import fcntl
+
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RecipeError(f"{self.path} is being trained by another process") from None
+            yield
+
+
+class Metrics:
+    """The file of records: one JSON object a line, cut back to a checkpoint on resume."""
+
+    def __init__(self, path: Path, offset: int):
+        self._file = path.open("ab")
+        if offset > self._file.tell():
+            logger.warning("%s is shorter than at the checkpoint: its records up to there are lost", path)
+        self._file.truncate(min(offset, self._file.tell()))
+        self._file.seek(0, os.SEEK_END)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends a record."""
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Waits until all records are on the disk; returns the length of the file."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def execute(
+    run: Run,
+    *,
+    watch: Callable[[Trainer, dict[str, Any]], None] = lambda trainer, record: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Trains ``run`` to the end from where it stands; returns its summary, or None if ``stop`` ended it early.
+
+    A finished run is not trained again: its summary comes back at once.
+
+    Args:
+        run: the run.
+        watch: sees the trainer and every record, for progress.
+        stop: asked after every step; True saves a checkpoint and returns.
+
+    Raises:
+        CheckpointError: no checkpoint could be written, or none read.
+        TrainingError: the loss is not finite.
+    """
+    if run.summary is not None:
+        return run.summary
+    trainer = Trainer(run.recipe)  # first of all: what cannot be built leaves no directory behind
+    run.path.mkdir(parents=True, exist_ok=True)
+    with run.locked():
+        checkpoint.replace(run.path / "recipe.yaml", run.recipe.to_yaml())
+        found = checkpoint.load_latest(run.checkpoints)
+        offset = 0
+        if found is not None:
+            trainer.load_state_dict(found.model, found.state)
+            offset = found.state["metrics"]
+            logger.info("going on from step %d of %d", trainer.step, trainer.steps)
+        checkpoint.replace(run.path / "environment.json", json.dumps(environment(trainer), indent=1))
+        metrics = Metrics(run.path / "metrics.jsonl", offset)
+        events = _events(run.path / "tensorboard", trainer.step)
+        with contextlib.closing(metrics), contextlib.closing(events):
+
+            def record(values: dict[str, Any]) -> None:
+                metrics.write(values)
+                events.write(values)
+                watch(trainer, values)
+
+            def save() -> None:
+                state = trainer.state_dict() | {"metrics": metrics.sync()}
+                checkpoint.save(run.checkpoints, step=trainer.step, model=trainer.model.state_dict(), state=state)
+                checkpoint.prune(run.checkpoints, keep=2, also={trainer.best.step} if trainer.best else set())
+
+            if not trainer.fit(record=record, save=save, stop=stop):
+                return None
+        summary = _summarise(run, trainer)
+        checkpoint.replace(run.path / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def _summarise(run: Run, trainer: Trainer) -> dict[str, Any]:
+    """Returns the summary: what the run is and cost, and the test accuracy of its last and its best network."""
+    summary = trainer.summary() | {"name": run.path.name}
+    validation = trainer.evaluate("validation")
+    last = {"step": trainer.step, "validation_accuracy": validation.accuracy}
+    summary["last"] = last | {"test_accuracy": trainer.evaluate("test").accuracy}
+    summary["best"] = None
+    if trainer.best is not None:
+        best, step = trainer.best, trainer.step
+        if best.step != step:
+            load_weights(run, trainer, "best")
+        accuracy = trainer.evaluate("test").accuracy
+        summary["best"] = {"step": best.step, "validation_accuracy": best.accuracy, "test_accuracy": accuracy}
+    return summary
+
+
+def load_weights(run: Run, trainer: Trainer, which: str) -> int:
+    """Returns the step of the checkpoint ``"best"`` or ``"last"``, which is put into ``trainer``.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    found = checkpoint.load_latest(run.checkpoints)
+    if found is None:
+        raise checkpoint.CheckpointError(f"{run.path} has no checkpoint yet")
+    if which == "best":
+        best = found.state["best"]
+        if best is None:
+            raise checkpoint.CheckpointError(
+                f"{run.path} has no best checkpoint: it has not been evaluated at its target sparsity yet; try 'last'"
+            )
+        if best["step"] != found.step:
+            found = checkpoint.load(run.checkpoints / f"{best['step']:08d}")
+    trainer.load_state_dict(found.model, found.state)
+    return found.step
+
+
+def environment(trainer: Trainer) -> dict[str, Any]:
+    """Returns what the results may depend on beside the recipe."""
+    import numpy
+
+    from granet import __version__
+
+    device = trainer.device
+    return {
+        "granet": __version__,
+        "git": _git_hash(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _git_hash() -> str | None:
+    """Returns the commit of granet's own sources, with ``+`` if they were changed since; None if not in git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+class _NoEvents:
+    def write(self, record: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Events:
+    """The numbers of the records as TensorBoard events."""
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if isinstance(value, float) and key not in ("epoch", "seconds"):
+                self._writer.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+            elif key in ("active", "grown", "dropped"):
+                for name, count in value.items():
+                    self._writer.add_scalar(f"{key}/{name}", count, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _events(folder: Path, step: int) -> _Events | _NoEvents:
+    try:
+        return _Events(folder, step)
+    except ModuleNotFoundError:
+        logger.info('no TensorBoard events: pip install "granet[train]"')
+        return _NoEvents()

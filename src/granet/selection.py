@@ -1,0 +1,272 @@
+"""Selection: which parameters of a model are sparse, and why; the plan that shows it before training.
+
+By default the weights of linear, convolution, recurrent and attention layers are sparse; biases, norms, embeddings and
+parameters that a module defines for itself stay dense. `only` and `skip` are filters, or lists of them:
+
+- `"linear"`, `"conv"`, `"attention"`, `"recurrent"`, `"embedding"`, `"norm"`: the weights of modules of that kind;
+- a parameter's or a module's exact name, `"head.weight"` or `"head"`;
+- a pattern with wildcards, `"layer1.*"`, which matches among those that are sparse by default;
+- a module class, `torch.nn.Conv1d`;
+- a function of `(name, module, parameter)` that says yes or no.
+
+A kind, an exact parameter name or a class in `only` also brings in what would stay dense by default.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from math import prod
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from granet.criterion import Layer
+from granet.methods.base import Method
+
+Filter = str | type | Callable[[str, nn.Module, nn.Parameter], bool]
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "linear": (nn.Linear, nn.Bilinear),
+    "conv": (_ConvNd,),
+    "attention": (nn.MultiheadAttention,),
+    "recurrent": (nn.RNNBase, nn.RNNCellBase),
+    "embedding": (nn.Embedding, nn.EmbeddingBag),
+    "norm": (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+}
+_SPARSE_KINDS = ("linear", "conv", "attention", "recurrent")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided about one parameter.
+
+    Attributes:
+        name: the name in `model.named_parameters()`.
+        aliases: the other names of the same parameter, where it is tied or its module is shared.
+        parameter: the parameter itself.
+        sparse: whether it takes part.
+        reason: why, in a few words.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    parameter: nn.Parameter
+    sparse: bool
+    reason: str
+
+
+def select(
+    model: nn.Module, only: Filter | Iterable[Filter] | None = None, skip: Filter | Iterable[Filter] = ()
+) -> list[Choice]:
+    """A choice for every parameter of `model`, in the order of `named_parameters()`; a tied parameter comes once.
+
+    Raises:
+        ValueError: a filter matches nothing, a parameter has no shape yet, or no parameter is sparse at all.
+    """
+    wanted, unwanted = _filters(only), _filters(skip)
+    owners = _owners(model)
+    used: set[int] = set()
+    choices = [_choose(names, wanted if only is not None else None, unwanted, used) for names in owners.values()]
+    for kind, filters in (("only", wanted), ("skip", unwanted)):
+        for one in filters:
+            if id(one) not in used:
+                known = [name for names in owners.values() for name, *_ in names]
+                near = get_close_matches(str(one), [*known, *_KINDS], 3)
+                hint = f"; near it: {', '.join(near)}" if near else f"; kinds: {', '.join(_KINDS)}"
+                raise ValueError(f"{kind}={one!r} matches no parameter of the model{hint}")
+    if not any(choice.sparse for choice in choices):
+        raise ValueError(f"no parameter of {type(model).__name__} is sparse with only={only!r}, skip={skip!r}")
+    return choices
+
+
+def _filters(filters) -> list[Filter]:
+    if filters is None:
+        return []
+    return [filters] if isinstance(filters, str) or callable(filters) else list(filters)
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, nn.Parameter]]]:
+    """For each parameter, all its names with the module that holds it under that name."""
+    owners: dict[int, list[tuple[str, nn.Module, nn.Parameter]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{path}.{leaf}" if path else leaf
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(f"{name} has no shape yet: run the model once before it is made sparse")
+            owners.setdefault(id(parameter), []).append((name, module, parameter))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {key: sorted(owners[key], key=lambda entry, key=key: entry[0] != first[key]) for key in first}
+
+
+def _choose(names, wanted, unwanted, used) -> Choice:
+    name, _, parameter = names[0]
+    aliases = tuple(dict.fromkeys(alias for alias, *_ in names[1:] if alias != name))
+
+    def say(sparse: bool, reason: str) -> Choice:
+        return Choice(name, aliases, parameter, sparse, reason)
+
+    default, reason = _by_default(names)
+    hits = {"skip": _hits(unwanted, names, default, used), "only": _hits(wanted or [], names, default, used)}
+    if not parameter.is_floating_point():
+        return say(False, f"{parameter.dtype} is not a real floating-point type")
+    if hits["skip"]:
+        return say(False, f"skip={hits['skip'][0]!r}")
+    if wanted is not None:
+        return say(True, f"only={hits['only'][0]!r}") if hits["only"] else say(False, "not in only=")
+    return say(default, reason)
+
+
+def _by_default(names) -> tuple[bool, str]:
+    """Whether a parameter with these names is sparse unless asked otherwise, and the reason."""
+    for name, module, parameter in names:
+        leaf = name.rpartition(".")[2]
+        kind = _kind(module)
+        if parameter.ndim < 2:
+            return False, "bias, scale or other vector"
+        if kind is None:
+            return False, f"{type(module).__name__} is no known kind of layer; name it in only= to include it"
+        if kind not in _SPARSE_KINDS:
+            return False, kind if len(names) == 1 else f"tied to an {kind} as {name}"
+        if "weight" not in leaf:
+            return False, f"{leaf} of {type(module).__name__} is no weight"
+    return True, _kind(names[0][1]) if len(names) == 1 else f"{_kind(names[0][1])}, {len(names)} uses"
+
+
+def _kind(module: nn.Module) -> str | None:
+    return next((kind for kind, classes in _KINDS.items() if isinstance(module, classes)), None)
+
+
+def _hits(filters, names, default, used) -> list[Filter]:
+    """The filters that match any of a parameter's names."""
+    hits = []
+    for one in filters:
+        if any(_matches(one, *entry, default) for entry in names):
+            used.add(id(one))
+            hits.append(one)
+    return hits
+
+
+def _matches(one: Filter, name: str, module: nn.Module, parameter: nn.Parameter, default: bool) -> bool:
+    path, _, leaf = name.rpartition(".")
+    if isinstance(one, str) and one in _KINDS:
+        return isinstance(module, _KINDS[one]) and "weight" in leaf and (parameter.ndim > 1 or one == "norm")
+    if isinstance(one, str):
+        return one == name or (default and (one == path or fnmatchcase(name, one) or fnmatchcase(path, one)))
+    if isinstance(one, type):
+        return isinstance(module, one) and "weight" in leaf
+    return bool(one(name, module, parameter))
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One parameter in the plan; `initial` and `final` are budgets, `final` None where layers compete for it."""
+
+    name: str
+    shape: tuple[int, ...]
+    sparse: bool
+    reason: str
+    initial: int | None
+    final: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method will do to a model. `str(plan)` is a table, `plan.rows` the data behind it."""
+
+    method: Method
+    rows: tuple[PlanRow, ...]
+    final_active: int
+
+    @property
+    def sparse_total(self) -> int:
+        """The number of weights that take part, active or not."""
+        return sum(prod(row.shape) for row in self.rows if row.sparse)
+
+    @property
+    def initial_active(self) -> int:
+        """The number of active weights before training."""
+        return sum(row.initial for row in self.rows if row.sparse)
+
+    def __str__(self) -> str:
+        head = ["parameter", "shape", "weights", "initial", "final", "why"]
+        body = []
+        for row in self.rows:
+            size = prod(row.shape)
+            final = "global" if row.sparse and row.final is None else _share(row.final, size)
+            body.append(
+                [row.name, "x".join(map(str, row.shape)), f"{size:,}", _share(row.initial, size), final, row.reason]
+            )
+        n = self.sparse_total
+        total = ["sparse parameters", "", f"{n:,}", _share(self.initial_active, n), _share(self.final_active, n), ""]
+        dense = sum(prod(row.shape) for row in self.rows if not row.sparse)
+        rest = ["dense parameters", "", f"{dense:,}", "dense", "dense", ""]
+        return f"{self.method!r}\n\n{columns([head, *body, total, rest], right=(2, 3, 4))}"
+
+
+def plan(model: nn.Module, method: Method, *, only=None, skip=()) -> Plan:
+    """The plan of `method` for `model`: every parameter, whether it is sparse and why, its shape and its budgets.
+
+    Args:
+        model: the model; nothing in it changes.
+        method: the method with its hyper-parameters.
+        only: filters of what is sparse; see this module.
+        skip: filters of what stays dense.
+
+    Raises:
+        ValueError: as `select`, or the sparsity leaves a layer without any weight.
+
+    >>> import granet, torch
+    >>> print(granet.plan(torch.nn.Sequential(torch.nn.Linear(8, 4)), granet.Static(sparsity=0.75)))
+    Static(sparsity=0.75, distribution='erk')
+    <BLANKLINE>
+    parameter          shape  weights   initial     final  why
+    ----------------------------------------------------------------------------------
+    0.weight           4x8         32  8  25.0%  8  25.0%  linear
+    0.bias             4            4     dense     dense  bias, scale or other vector
+    sparse parameters              32  8  25.0%  8  25.0%
+    dense parameters                4     dense     dense
+    """
+    choices = select(model, only, skip)
+    shapes = {choice.name: tuple(choice.parameter.shape) for choice in choices if choice.sparse}
+    initial, final = method.initial_counts(shapes), method.final_counts(shapes)
+    rows = []
+    for choice in choices:
+        known = choice.sparse and not isinstance(final, int)
+        rows.append(
+            PlanRow(
+                choice.name,
+                tuple(choice.parameter.shape),
+                choice.sparse,
+                choice.reason,
+                initial[choice.name] if choice.sparse else None,
+                final[choice.name] if known else None,
+            )
+        )
+    return Plan(method, tuple(rows), final if isinstance(final, int) else sum(final.values()))
+
+
+def layers_of(choices: Iterable[Choice], gradients: Mapping[str, torch.Tensor] | None = None) -> dict[str, Layer]:
+    """The sparse parameters as layers, with the gradients of that name where there are any."""
+    gradients = gradients or {}
+    return {
+        choice.name: Layer(choice.parameter.detach(), gradients.get(choice.name)) for choice in choices if choice.sparse
+    }
+
+
+def columns(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
+    """Rows of cells as text in aligned columns, the first row a heading; columns in `right` to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in [lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _share(count: int | None, size: int) -> str:
+    return "dense" if count is None else f"{count:,} {count / size:6.1%}"

@@ -1,0 +1,442 @@
+"""The sparsifier: the one object that changes anything. It owns the masks, the step count and the random generator.
+
+It acts at the optimizer step. Before it, gradients are accumulated, reduced over ranks and unscaled, so every rank sees
+the same numbers; the gradient of inactive weights is set to zero there. An optimizer that treats each weight by itself
+then leaves an inactive weight and its buffers at zero without more ado. Whether this one does is checked on the first
+step and after every update; for an optimizer that does not (Muon mixes the weights of a matrix, L-BFGS remembers old
+directions), weights and buffers are cleared after every step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from granet import masking
+from granet.methods.base import Method
+from granet.selection import columns, layers_of, select
+from granet.topology import NonFiniteScores, count
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one topology update did, by parameter name.
+
+    Attributes:
+        step: the optimizer step after which it took place.
+        active: active weights afterwards.
+        grown: weights that became active.
+        dropped: weights that became inactive, pruned ones included.
+    """
+
+    step: int
+    active: Mapping[str, int]
+    grown: Mapping[str, int]
+    dropped: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One sparse parameter in a report: `nonzero` can be below `active`, since regrown weights start from zero."""
+
+    name: str
+    shape: tuple[int, ...]
+    total: int
+    active: int
+    nonzero: int
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """The state of a sparse network. `str(report)` is a table."""
+
+    method: Method
+    step: int
+    exploration: float
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        rows = [["parameter", "shape", "weights", "active", "density", "nonzero"]]
+        total = LayerReport(
+            "total", (), *(sum(getattr(x, k) for x in self.layers) for k in ("total", "active", "nonzero"))
+        )
+        for x in (*self.layers, total):
+            shape = "x".join(map(str, x.shape))
+            rows.append([x.name, shape, f"{x.total:,}", f"{x.active:,}", f"{x.active / x.total:.2%}", f"{x.nonzero:,}"])
+        title = f"{self.method!r} after {self.step:,} steps; {self.exploration:.1%} of the weights were ever active"
+        return f"{title}\n\n{columns(rows, right=(2, 3, 4, 5))}"
+
+
+class Sparsifier:
+    """Makes a model sparse and keeps it so while it trains.
+
+    The weights of `model` are masked in place; its parameters, their names and its state dict stay those of the dense
+    model.
+
+    Args:
+        model: the model to train. Make it sparse before the optimizer is built.
+        method: what decides about the topology, `granet.GraNet(...)` for example.
+        only: filters of the parameters that are sparse; see `granet.selection`.
+        skip: filters of those that stay dense.
+        seed: of everything random in the topology. The same seed gives the same masks on every device and rank.
+
+    Attributes:
+        masks: parameter name to bool tensor, True = active. Not to be changed by hand.
+        step: optimizer steps taken, those that a gradient scaler skipped not counted.
+        version: how often the masks have changed.
+        last_update: what the latest update did, or None.
+
+    Raises:
+        ValueError: a filter matches nothing, no parameter is sparse, or the sparsity would leave a layer empty.
+
+    >>> import granet, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.ReLU(), torch.nn.Linear(50, 2))
+    >>> sparsifier = Sparsifier(model, granet.RigL(sparsity=0.9, end=75, interval=10))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> sparsifier.attach(optimizer)
+    >>> for _ in range(20):
+    ...     model(torch.randn(8, 20)).square().mean().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> sparsifier.step, sparsifier.version, sparsifier.active, sparsifier.total
+    (20, 2, 110, 1100)
+    """
+
+    def __init__(self, model: nn.Module, method: Method, *, only=None, skip=(), seed: int = 0):
+        self._choices = [choice for choice in select(model, only, skip) if choice.sparse]
+        self._parameters = {choice.name: choice.parameter for choice in self._choices}
+        self._rng = torch.Generator().manual_seed(seed)
+        self.method = method
+        self.step = 0
+        self.version = 0
+        self.last_update: Update | None = None
+        self._optimizers: tuple[Optimizer, ...] = ()
+        self._followers: list[nn.Module] = []
+        self._hooks: list = []
+        self._gradients: dict[str, Tensor] = {}  # dense, kept from before_step to after_step where an update needs them
+        self._overdue = False  # an update could not be made and is tried again at the next step
+        self._overflow = False  # the gradient scaler skips the step under way
+        self._keeps_zeros: bool | None = None  # whether the optimizers do, with masked gradients; None: to be checked
+        self._set_masks(method.init(layers_of(self._choices), self._rng))
+        self._ever = {name: mask.clone() for name, mask in self.masks.items()}
+        self._clear_all()
+
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        self.masks = {name: masking.like(masks[name], p) for name, p in self._parameters.items()}
+        self._active = {name: count(mask) for name, mask in self.masks.items()}
+        # layers with every weight active need no clearing
+        self._masked = [name for name, mask in self.masks.items() if self._active[name] < mask.numel()]
+
+    @property
+    def total(self) -> int:
+        """The number of weights that take part, active or not."""
+        return sum(mask.numel() for mask in self.masks.values())
+
+    @property
+    def active(self) -> int:
+        """The number of active weights."""
+        return sum(self._active.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of active weights of every sparse parameter."""
+        return dict(self._active)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of inactive weights among the sparse parameters."""
+        return 1 - self.active / self.total
+
+    @property
+    def exploration(self) -> float:
+        """R_s, the share of the sparse parameters' weights that were ever active (ITOP, Liu et al. 2021)."""
+        return sum(count(mask) for mask in self._ever.values()) / self.total
+
+    @property
+    def update_due(self) -> bool:
+        """Whether the topology is updated after the coming optimizer step."""
+        return self._overdue or self.method.is_update(self.step + 1)
+
+    @property
+    def dense_grad_due(self) -> bool:
+        """Whether the coming step needs the gradient of inactive weights as well."""
+        return self.method.needs_dense_grad and self.update_due
+
+    def attach(self, *optimizers: Optimizer, hooks: bool = True) -> None:
+        """Tie the sparsifier to the optimizers of the model, so that the training loop stays as it is.
+
+        Several optimizers must be stepped in the order given; together they make one step.
+
+        Args:
+            *optimizers: the optimizers. A wrapper that is no initialised `Optimizer` is unwrapped by its `.optimizer`.
+            hooks: False for a loop that calls `before_step()` and `after_step()` itself, around the optimizer's step.
+
+        Raises:
+            ValueError: a sparse parameter is in none of the optimizers, or it was attached before.
+        """
+        if self._optimizers:
+            raise ValueError("this sparsifier is attached already: call detach() first")
+        optimizers = tuple(_unwrap(optimizer) for optimizer in optimizers)
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in self._parameters.items() if id(p) not in held and p.requires_grad]
+        if missing:
+            raise ValueError(
+                f"the optimizer does not hold {missing[0]!r}"
+                + (f" and {len(missing) - 1} more" if missing[1:] else "")
+                + ": "
+                "build it from the parameters of the model that the sparsifier was given"
+            )
+        self._optimizers = optimizers
+        self._keeps_zeros = None
+        self._clear_all()
+        if hooks:
+            self._hooks = [
+                optimizers[0].register_step_pre_hook(self._pre_hook),
+                optimizers[-1].register_step_post_hook(lambda *_: self.after_step()),
+            ]
+
+    def detach(self) -> None:
+        """Let the optimizers go. The masks stay as they are, and nothing keeps the zeros from now on."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._optimizers = [], ()
+
+    def follow(self, module: nn.Module) -> None:
+        """Keep the same-named parameters of `module`, an average of the model's weights say, sparse as well.
+
+        `torch.optim.swa_utils.AveragedModel` and other wrappers that put the model under `module.` are understood.
+
+        Raises:
+            ValueError: `module` has not all of the sparse parameters.
+        """
+        missing = [name for name in self.masks if name not in _named(module)]
+        if missing:
+            raise ValueError(f"{type(module).__name__} has no parameter {missing[0]!r}: it is no copy of the model")
+        self._followers.append(module)
+        masking.clear(self._copies(module))
+
+    def _pre_hook(self, optimizer, args, kwargs):
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self.before_step()
+            return None
+        wrapped = partial(_then, closure, self.before_step)  # gradients come to be inside the closure
+        return ((optimizer, wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Ready the gradients for the optimizer: call it when they are final, right before `optimizer.step()`.
+
+        Gradients of inactive weights become zero. If an update follows that needs them, they are kept aside first.
+        """
+        if not self._optimizers:
+            raise RuntimeError(
+                "attach(optimizer) comes before the first step, so that the optimizer's buffers stay clean"
+            )
+        self._overflow = any(_found_inf(optimizer) for optimizer in self._optimizers)
+        if self._overflow:
+            return
+        due = self.update_due
+        if due and self.method.needs_dense_grad:
+            scale = _grad_scale(self._optimizers[0])
+            for name, p in self._parameters.items():
+                if p.grad is not None:
+                    kept = self._gradients.get(name)
+                    kept = p.grad.clone() if kept is None else kept.copy_(p.grad)
+                    self._gradients[name] = kept if scale is None else kept.div_(scale)
+        if due and self.method.replaces_step:
+            for optimizer in self._optimizers:
+                for group in optimizer.param_groups:
+                    for p in group["params"]:
+                        p.grad = None
+            return
+        self.mask_gradients()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Count the step and, where the method says so, update the topology: call it right after `optimizer.step()`."""
+        if self._overflow:
+            self._overflow = False
+            return
+        due = self.update_due
+        self.step += 1
+        if not self._keeps_zeros:
+            self._settle()
+        if due:
+            self._update()
+        self._gradients = {}
+
+    def _settle(self) -> None:
+        """Clear weights and buffers unless the optimizers are known to keep them clear; find out if they do."""
+        if self._keeps_zeros is None and self._masked:
+            self._keeps_zeros = not masking.leaks(self._held())
+        if self._keeps_zeros is False:
+            masking.clear(self._held())
+
+    def _update(self) -> None:
+        layers = layers_of(self._choices, self._gradients)
+        lacking = [name for name, layer in layers.items() if layer.grad is None]
+        try:
+            if self.method.needs_dense_grad and lacking:
+                raise NonFiniteScores(f"{lacking[0]!r} has no gradient at this step")
+            masks = self.method.update(self.step, layers, self.masks, self._rng)
+        except NonFiniteScores as error:
+            self._overdue = True
+            warnings.warn(
+                f"topology update at step {self.step} skipped, to be tried again at the next: {error}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return
+        self._overdue = False
+        self._apply(masks)
+
+    def _apply(self, masks: Mapping[str, Tensor]) -> None:
+        """Take over new masks: clear what they drop, in the weights, the optimizers' buffers and the followers."""
+        old = self.masks
+        changed = [name for name in old if masks[name] is not old[name]]
+        self._set_masks(masks)
+        grown = dict.fromkeys(old, 0)
+        dropped = dict.fromkeys(old, 0)
+        for name in changed:
+            grown[name] = count(self.masks[name] > old[name])
+            dropped[name] = count(old[name] > self.masks[name])
+            self._ever[name] |= self.masks[name]
+        self.last_update = Update(self.step, dict(self._active), grown, dropped)
+        if any(grown.values()) or any(dropped.values()):
+            self.version += 1
+            self._clear_all()
+            if self._keeps_zeros:
+                self._keeps_zeros = None
+
+    def _clear_all(self) -> None:
+        masking.clear(self._held())
+        for module in self._followers:
+            masking.clear(self._copies(module))
+
+    def _held(self, names=None):
+        """Each mask with its weight and every optimizer buffer of the weight's shape: that is per-weight memory."""
+        for name in self._masked if names is None else names:
+            p = self._parameters[name]
+            states = [optimizer.state[p] for optimizer in self._optimizers if p in optimizer.state]
+            buffers = [
+                value
+                for state in states
+                for value in state.values()
+                if isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point()
+            ]
+            yield self.masks[name], [p.detach(), *buffers]
+
+    def _copies(self, module: nn.Module):
+        named = _named(module)
+        return [(masking.like(self.masks[name], named[name]), [named[name].detach()]) for name in self._masked]
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Set the gradients of inactive weights to zero."""
+        masking.clear(
+            (self.masks[name], [self._parameters[name].grad])
+            for name in self._masked
+            if self._parameters[name].grad is not None
+        )
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """The norm of the live gradients of everything the optimizers hold, which are scaled to `max_norm` if above it.
+
+        Gradients of inactive weights are left out; counted in, they would clip a sparse network several times too hard.
+        They are scaled alike and stay available to an update.
+        """
+        if not self._optimizers:
+            raise RuntimeError("attach(optimizer) comes first: it says which gradients to clip")
+        masks = {id(self._parameters[name]): self.masks[name] for name in self._masked}
+        everything = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
+        held = [p for p in everything if p.grad is not None]
+        live = [p.grad * masks[id(p)] if id(p) in masks else p.grad for p in held]
+        norm = torch.nn.utils.get_total_norm(live)
+        torch.nn.utils.clip_grads_with_norm_(held, max_norm, norm)
+        return norm
+
+    def report(self) -> SparsityReport:
+        """The network as it is now: per parameter the weights, the active ones, and those that are not zero."""
+        layers = []
+        for name, p in self._parameters.items():
+            nonzero = int(torch.count_nonzero(p.detach()))
+            layers.append(LayerReport(name, tuple(p.shape), p.numel(), self._active[name], nonzero))
+        return SparsityReport(self.method, self.step, self.exploration, tuple(layers))
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs: tensors, numbers and strings, to be saved beside model and optimizer."""
+        return {
+            "method": repr(self.method),
+            "step": self.step,
+            "version": self.version,
+            "overdue": self._overdue,
+            "rng": self._rng.get_state(),
+            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "ever": {name: mask.clone() for name, mask in self._ever.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping) -> None:
+        """Continue where `state` was taken. It is checked first and left as it is; weights are cleared to its masks.
+
+        Raises:
+            ValueError: the state is of another method or another model, or incomplete.
+        """
+        missing = {"method", "step", "version", "overdue", "rng", "masks", "ever"} - set(state)
+        if missing:
+            raise ValueError(
+                f"this is no state of a sparsifier, or a damaged one: it has no {', '.join(sorted(missing))}"
+            )
+        if state["method"] != repr(self.method):
+            raise ValueError(f"the state is of {state['method']}, this sparsifier runs {self.method!r}")
+        shapes = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
+        mine = {name: tuple(mask.shape) for name, mask in self.masks.items()}
+        if shapes != mine:
+            differing = sorted(set(shapes.items()) ^ set(mine.items()))[0]
+            raise ValueError(
+                f"the state is of another model: {differing[0]!r} of shape {differing[1]} is only in one of them"
+            )
+        self._rng.set_state(state["rng"].cpu())
+        self._set_masks(state["masks"])
+        self.masks = {name: mask.clone() for name, mask in self.masks.items()}
+        self._ever = {name: masking.like(state["ever"][name], p).clone() for name, p in self._parameters.items()}
+        self.step, self.version = int(state["step"]), int(state["version"])
+        self._overdue, self._overflow, self._keeps_zeros = bool(state["overdue"]), False, None
+        self._clear_all()
+
+
+def _then(closure: Callable, after: Callable[[], None]):
+    """What `closure` returns, with `after` called behind it, gradients recorded in the one and not in the other."""
+    with torch.enable_grad():
+        loss = closure()
+    after()
+    return loss
+
+
+def _unwrap(optimizer) -> Optimizer:
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _named(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name.removeprefix("module."): p for name, p in module.named_parameters()}
+
+
+def _found_inf(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler will have a fused optimizer skip this step (others it does not call at all)."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _grad_scale(optimizer: Optimizer) -> Tensor | None:
+    """The factor that a fused optimizer's gradients still carry, where a gradient scaler leaves that to it."""
+    return getattr(optimizer, "grad_scale", None)

@@ -1,0 +1,242 @@
+"""Topology operations: masks and scores in, masks out, with exact counts.
+
+A mask is a bool tensor of its parameter's shape, True where the weight is active; no operation changes the masks it is
+given. Every operation takes whole numbers and gives back exactly that many entries. Equal scores are ordered by
+position: the earlier layer, then the smaller flat index, is kept (or grown) first. Scores that are NaN or infinite are
+refused with `NonFiniteScores`, because one of them would decide the whole topology.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite, prod, sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from granet.criterion import Criterion, Layer, given
+
+Masks = Mapping[str, Tensor]
+
+_PART = 1 << 16  # weights looked at together: scores and comparisons of one part stay in the cache
+_SAMPLE = 1 << 14  # scores that are read to guess where the threshold lies
+
+
+class NonFiniteScores(ValueError):  # noqa: N818  (it names what was found, as ArithmeticError does)
+    """A score was NaN or infinite, so nothing was selected."""
+
+
+def top(layers: Sequence[Layer], criterion: Criterion, n: int, among: Sequence[Tensor]) -> list[Tensor]:
+    """Masks of the `n` best entries of all `layers` together, by `criterion`, among the True entries of `among`.
+
+    Args:
+        layers: the layers whose entries compete.
+        criterion: gives each entry its score.
+        n: how many entries to select, from 0 to the number of candidates.
+        among: for each layer a mask of the candidates.
+
+    Raises:
+        ValueError: `n` is negative or larger than the number of candidates.
+        NonFiniteScores: a score is NaN or infinite.
+    """
+    candidates = sum(count(mask) for mask in among)
+    if not 0 <= n <= candidates:
+        raise ValueError(f"cannot select {n} of {candidates} candidates")
+    if n == candidates:
+        return [mask.clone() for mask in among]
+    if n == 0:
+        return [torch.zeros_like(mask) for mask in among]
+    select = _top_cpu if among[0].device.type == "cpu" else _top_device
+    flat = select(layers, criterion, n, [mask.reshape(-1) for mask in among], candidates)
+    return [chosen.view(mask.shape) for chosen, mask in zip(flat, among, strict=True)]
+
+
+def drop(mask: Tensor, scores: Tensor, n: int) -> Tensor:
+    """`mask` without its `n` active entries of the lowest score."""
+    return top([Layer(scores)], given, count(mask) - n, [mask])[0]
+
+
+def grow(mask: Tensor, scores: Tensor, n: int) -> Tensor:
+    """`mask` with the `n` inactive entries of the highest score active as well."""
+    return mask | top([Layer(scores)], given, n, [~mask])[0]
+
+
+def exchange(mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain: Criterion) -> Tensor:
+    """`mask` after a share `ratio` of its active entries was dropped by `lose` and as many were grown by `gain`.
+
+    The number exchanged is `ratio * active`, rounded down, and at most the number of inactive entries. Entries that
+    were just dropped may be grown again, as in RigL and GraNet: they were never inactive, and keep their value.
+    """
+    active = count(mask)
+    n = min(int(ratio * active), mask.numel() - active)
+    if n == 0:
+        return mask
+    kept = top([layer], lose, active - n, [mask])[0]
+    return kept.logical_or_(top([layer], gain, n, [kept.logical_not()])[0])
+
+
+def prune_to(masks: Masks, n: int, layers: Mapping[str, Layer], criterion: Criterion) -> dict[str, Tensor]:
+    """The `n` best active entries of all layers together: global pruning to a total of `n`.
+
+    Each layer keeps at least its own best entry, so that no layer is emptied. `n` at or above the number of active
+    entries changes nothing.
+
+    Raises:
+        ValueError: `n` is smaller than the number of layers.
+    """
+    names = list(masks)
+    if n >= sum(count(mask) for mask in masks.values()):
+        return dict(masks)
+    if n < len(names):
+        raise ValueError(f"{n} active weights cannot give each of {len(names)} layers at least one")
+    chosen = dict(zip(names, top([layers[x] for x in names], criterion, n, [masks[x] for x in names]), strict=True))
+    empty = [name for name in names if not count(chosen[name])]
+    if not empty:
+        return chosen
+    # the best entry of each layer that would be emptied stays; the rest compete for the places that are left
+    saved = {name: top([layers[name]], criterion, 1, [masks[name]])[0] for name in empty}
+    rest = [name for name in names if name not in saved]
+    others = {name: layers[name] for name in rest}
+    return {**masks, **saved, **prune_to({name: masks[name] for name in rest}, n - len(saved), others, criterion)}
+
+
+def prune_each(masks: Masks, counts: Mapping[str, int], layers: Mapping[str, Layer], criterion: Criterion) -> dict:
+    """Each layer's best active entries, `counts[name]` of them (all, where fewer are active): layer-wise pruning."""
+    return {
+        name: top([layers[name]], criterion, min(counts[name], count(mask)), [mask])[0] for name, mask in masks.items()
+    }
+
+
+def random_masks(
+    counts: Mapping[str, int], shapes: Mapping[str, Sequence[int]], rng: torch.Generator
+) -> dict[str, Tensor]:
+    """Masks with `counts[name]` active entries each at random places, drawn on the CPU for every device alike."""
+    return {
+        name: grow_random(torch.zeros(tuple(shape), dtype=torch.bool), counts[name], rng)
+        for name, shape in shapes.items()
+    }
+
+
+def grow_random(mask: Tensor, n: int, rng: torch.Generator) -> Tensor:
+    """`mask` with `n` of its inactive entries, drawn uniformly, active as well."""
+    grown = mask.reshape(-1).clone()
+    if n == grown.numel():
+        return torch.ones_like(mask)
+    inactive = grown.logical_not().nonzero().squeeze(1)
+    if not 0 <= n <= inactive.numel():
+        raise ValueError(f"cannot grow {n} of {inactive.numel()} inactive entries")
+    grown[inactive[torch.randperm(inactive.numel(), generator=rng)[:n].to(inactive.device)]] = True
+    return grown.view(mask.shape)
+
+
+def count(mask: Tensor) -> int:
+    """The number of True entries."""
+    if mask.device.type == "cpu":  # several times as fast as torch's own
+        return int(np.count_nonzero(mask.numpy()))
+    return int(torch.count_nonzero(mask))
+
+
+def dense_masks(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Masks with every entry active."""
+    return {name: torch.ones(tuple(shape), dtype=torch.bool) for name, shape in shapes.items()}
+
+
+def _top_cpu(layers, criterion, n, among, candidates) -> list[Tensor]:
+    """`top` on the CPU, in one pass over the scores.
+
+    A sample of the scores brackets the threshold between `low` and `high`. The pass selects what lies above `high` and
+    sets aside what lies between; the few set aside are then ranked exactly. Should the bracket miss, it is widened.
+    """
+    low, high = _bracket(layers, criterion, n, among, candidates)
+    while True:
+        chosen = [torch.zeros_like(mask) for mask in among]
+        above, values, places = 0, [], []
+        for i, layer in enumerate(layers):
+            start = 0
+            parts = zip(layer.parts(_PART), among[i].split(_PART), chosen[i].split(_PART), strict=True)
+            for part, mask, out in parts:
+                scores, out = _finite(criterion(part)).numpy(), out.numpy()
+                between = scores >= low
+                np.greater(scores, high, out=out)
+                between &= mask.numpy()
+                out &= between
+                above += np.count_nonzero(out)
+                between ^= out
+                at = np.flatnonzero(between)
+                values.append(scores[at])
+                places.append((i, start, at))
+                start += mask.numel()
+        ranked = np.concatenate(values)
+        if above <= n <= above + ranked.size:
+            break
+        low, high = (low, inf) if above > n else (-inf, high)
+    _choose(chosen, ranked, places, n - above)
+    return chosen
+
+
+def _bracket(layers, criterion, n, among, candidates) -> tuple[float, float]:
+    """Two scores between which the n-th best of the candidates very probably lies, from an even sample."""
+    total = sum(layer.numel() for layer in layers)
+    if total <= 4 * _SAMPLE:
+        return -inf, inf
+    stride = total // _SAMPLE
+    sample = []
+    for layer, mask in zip(layers, among, strict=True):
+        flat = layer.flat()
+        thin = Layer(flat.weight[::stride], None if flat.grad is None else flat.grad[::stride])
+        sample.append(criterion(thin).numpy()[mask[::stride].numpy()])
+    sample = np.concatenate(sample)
+    share = n / candidates
+    slack = 4 * sqrt(sample.size * share * (1 - share)) + 2
+    first, last = int(sample.size * (1 - share) - slack), int(sample.size * (1 - share) + slack)
+    inner = [rank for rank in (first, last) if 0 <= rank < sample.size]
+    ordered = np.partition(sample, inner) if inner else sample
+    return (ordered[first] if first in inner else -inf), (ordered[last] if last in inner else inf)
+
+
+def _choose(chosen, ranked, places, n) -> None:
+    """Set the `n` best of the `ranked` scores, which stand at `places`, True in `chosen`; ties in order."""
+    if n == 0:
+        return
+    threshold = np.partition(ranked, ranked.size - n)[ranked.size - n]
+    keep = ranked > threshold
+    equal = np.flatnonzero(ranked == threshold)
+    keep[equal[: n - np.count_nonzero(keep)]] = True
+    begin = 0
+    for i, start, at in places:
+        chosen[i].numpy()[start + at[keep[begin : begin + at.size]]] = True
+        begin += at.size
+
+
+def _top_device(layers, criterion, n, among, candidates) -> list[Tensor]:
+    """`top` on any other device: the threshold by torch's own selection, ties by position."""
+    scores = [_finite(criterion(layer)).reshape(-1) for layer in layers]
+    pool = torch.cat([values[mask] for values, mask in zip(scores, among, strict=True)])
+    best = 2 * n <= candidates
+    picked = pool.topk(n if best else candidates - n + 1, largest=best, sorted=False).values
+    threshold = picked.min() if best else picked.max()
+    chosen = [(values > threshold).logical_and_(mask) for values, mask in zip(scores, among, strict=True)]
+    missing = n - sum(count(mask) for mask in chosen)
+    for values, mask, out in zip(scores, among, chosen, strict=True):
+        ties = (values == threshold).logical_and_(mask).nonzero().squeeze(1)[:missing]
+        out[ties] = True
+        missing -= ties.numel()
+    return chosen
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """`scores`, if all of them are finite."""
+    if scores.numel():
+        low, high = torch.aminmax(scores)
+        if not (isfinite(low.item()) and isfinite(high.item())):
+            raise NonFiniteScores("a score is NaN or infinite: the gradients or weights overflowed at this step")
+    return scores
+
+
+def shapes_of(layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
+    """The shape of every layer's weight."""
+    return {name: tuple(layer.shape) for name, layer in layers.items()}
+
+
+def total_of(layers: Mapping[str, Layer]) -> int:
+    """The number of weights in all layers, active or not."""
+    return sum(prod(layer.shape) for layer in layers.values())

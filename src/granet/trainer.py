@@ -1,0 +1,416 @@
+"""The reference loop: how granet trains, in plain torch, to be read and copied.
+
+`Trainer` builds everything from a recipe and runs the steps. What it has to say it says through ``record``, as mappings
+that `granet.run` writes to ``metrics.jsonl``; where it wants to be saved it calls ``save``. It writes and prints nothing
+itself.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from granet import data, flops, models
+from granet.checkpoint import restore_layout
+from granet.recipe import Recipe, Train
+from granet.selection import plan
+from granet.sparsifier import Sparsifier
+
+Record = Callable[[dict[str, Any]], None]
+
+
+class TrainingError(Exception):
+    """Training that cannot go on: names the step, and what to try."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean loss and accuracy of a network on a split."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far, among those at target sparsity."""
+
+    step: int
+    accuracy: float
+    loss: float
+
+
+class Trainer:
+    """A training run in memory: data, model, sparsifier, optimizer, and how far it has come.
+
+    Args:
+        recipe: what to train, on what, how.
+
+    Raises:
+        ValueError: the recipe and the data do not fit each other.
+        FileNotFoundError: the dataset is not there; the message says where to get it.
+
+    >>> from granet import recipes
+    >>> from granet.recipe import validate
+    >>> recipe = recipes.load("digits").model_dump()
+    >>> trainer = Trainer(validate(recipe | {"train": {"epochs": 1, "lr": 0.01, "batch_size": 64}}, source="example"))
+    >>> trainer.steps, trainer.sparsifier.sparsity
+    (20, 0.5)
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.device = _device(recipe.train.device)
+        torch.manual_seed(recipe.seed)
+
+        dataset = data.load(
+            recipe.data.name, root=recipe.data.root, validation=recipe.data.validation, seed=recipe.seed
+        )
+        self.dataset = dataset
+        self.splits = {name: getattr(dataset, name).to(self.device) for name in ("train", "validation", "test")}
+        self.steps_per_epoch = data.steps_per_epoch(len(dataset.train), recipe.train.batch_size, drop_last=True)
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"batch_size {recipe.train.batch_size} is larger than the training set, {len(dataset.train)} images"
+            )
+        self.steps = self.steps_per_epoch * recipe.train.epochs
+        units = {"steps_per_epoch": self.steps_per_epoch, "epochs": recipe.train.epochs}
+        self.settings = Train.model_construct(**recipe.train.resolved(**units))
+
+        model = models.build(recipe.model.name, classes=dataset.classes, in_channels=dataset.shape[0])
+        layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=layout)
+        self.layout = layout
+
+        method = recipe.resolve(self.steps_per_epoch)
+        skip = recipe.model.keep_dense
+        self.target = plan(self.model, method, skip=skip).final_active
+        self.sparsifier = Sparsifier(self.model, method, skip=skip, seed=recipe.seed)
+        self.optimizer = _optimizer(self.model, self.settings)
+        self.sparsifier.attach(self.optimizer)
+        self.ema = None
+        if self.settings.ema:
+            self.ema = copy.deepcopy(self.model).requires_grad_(False)
+            self.sparsifier.follow(self.ema)
+
+        self.flops = flops.count(self.model, torch.zeros(1, *dataset.shape, device=self.device))
+        self.training_flops = 0.0
+        self.seconds = 0.0
+        self.best: Best | None = None
+        self._costs: tuple[int, float, float] = (-1, 0.0, 0.0)
+        self._window: list[tuple[int, Tensor, Tensor]] = []  # step, loss, accuracy since the last line of the log
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps taken."""
+        return self.sparsifier.step
+
+    @property
+    def eligible(self) -> bool:
+        """Whether the network is as sparse as asked: only then does an evaluation count."""
+        return self.sparsifier.active <= self.target
+
+    def fit(self, *, record: Record, save: Callable[[], None], stop: Callable[[], bool] = lambda: False) -> bool:
+        """Trains to the end, from wherever the trainer stands; returns False if ``stop`` ended it early.
+
+        Args:
+            record: called with each thing there is to say.
+            save: called whenever the state is worth keeping.
+            stop: asked after every step; True saves and ends training.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        settings, saved = self.settings, -1
+        forward = torch.compile(self.model, mode=settings.compile) if settings.compile else self.model
+        self.model.train()
+        clock = time.perf_counter()
+        while self.step < self.steps:
+            for x, y in self._batches():
+                self._train_step(forward, x, y)
+                last = self.step == self.steps
+                self.seconds, clock = self.seconds + time.perf_counter() - clock, time.perf_counter()
+
+                update = self.sparsifier.last_update
+                if update is not None and update.step == self.step:
+                    record(self._update_record(update))
+                if self.step % settings.log == 0 or last:
+                    record(self._train_record())
+                better = False
+                if self.step % settings.evaluate == 0 or last:
+                    better = self._validate(record)
+                stopped = stop()
+                if self.step % settings.checkpoint == 0 or better or last or stopped:
+                    self._refuse_non_finite()
+                    save()
+                    saved = self.step
+                clock = time.perf_counter()
+                if stopped and not last:
+                    return False
+        if saved != self.step:
+            save()
+        return True
+
+    def _batches(self):
+        """Returns the rest of the epoch that the trainer stands in."""
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        augment = data.Augment(**{k: getattr(self.recipe.data, k) for k in ("crop", "padding", "flip", "cutout")})
+        return data.epoch_batches(
+            self.splits["train"],
+            batch_size=self.settings.batch_size,
+            train=True,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            seed=self.recipe.seed,
+            epoch=epoch,
+            augment=augment,
+            device=self.device,
+            start=start,
+            drop_last=True,
+        )
+
+    def _train_step(self, forward: nn.Module, x: Tensor, y: Tensor) -> None:
+        settings, sparsifier = self.settings, self.sparsifier
+        lr = learning_rate(settings, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        total, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for part, labels in zip(x.chunk(settings.accumulate), y.chunk(settings.accumulate), strict=True):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+                logits = forward(part.to(memory_format=self.layout))
+                loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+            (loss / settings.accumulate).backward()
+            total += loss.detach() / settings.accumulate
+            correct += (logits.detach().argmax(1) == labels).sum()
+        self._window.append((self.step + 1, total, correct / len(y)))
+        if sparsifier.update_due:
+            self._refuse_non_finite()  # before the topology is built on it
+        if settings.clip_norm:
+            sparsifier.clip_grad_norm_(settings.clip_norm)
+
+        self.training_flops += len(y) * self._cost(dense_gradient=sparsifier.dense_grad_due)
+        self.optimizer.step()  # the sparsifier acts here: inactive weights stay zero, the topology is renewed when due
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self._average()
+
+    def _cost(self, *, dense_gradient: bool) -> float:
+        """Returns the FLOPs of training on one example, with the current topology."""
+        if self._costs[0] != self.sparsifier.version:
+            active = self.sparsifier.counts
+            both = (self.flops.training_step(active, dense_gradient=dense) for dense in (False, True))
+            self._costs = (self.sparsifier.version, *both)
+        return self._costs[1 + dense_gradient]
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # the first steps weigh more, or the random initial weights would stay in the average for long
+        average = get_ema_multi_avg_fn(min(self.settings.ema, (1 + self.step) / (10 + self.step)))
+        average(list(self.ema.parameters()), list(self.model.parameters()), None)
+        for mine, theirs in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    def _refuse_non_finite(self) -> None:
+        """Raises TrainingError if a loss since the last look was infinite or NaN; waits for the device."""
+        if not self._window:
+            return
+        losses = torch.stack([loss for _, loss, _ in self._window]).tolist()
+        for (step, *_), loss in zip(self._window, losses, strict=True):
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss is {loss} at step {step}; the last checkpoint is from before it. Try a lower train.lr "
+                    f"(now {self.settings.lr:g}), a longer train.warmup, or train.clip_norm"
+                )
+
+    def _train_record(self) -> dict[str, Any]:
+        self._refuse_non_finite()
+        loss, accuracy = torch.stack([torch.stack(entry) for _, *entry in self._window]).mean(0).tolist()
+        self._window.clear()
+        lr = learning_rate(self.settings, self.step - 1, self.steps)
+        return self._record("train", loss=loss, accuracy=accuracy, lr=lr, sparsity=self.sparsifier.sparsity)
+
+    def _update_record(self, update) -> dict[str, Any]:
+        return self._record(
+            "update",
+            sparsity=self.sparsifier.sparsity,
+            regeneration=self.sparsifier.method.regeneration_at(self.step),
+            exploration=self.sparsifier.exploration,
+            active=dict(update.active),
+            grown=dict(update.grown),
+            dropped=dict(update.dropped),
+        )
+
+    def _record(self, kind: str, **values) -> dict[str, Any]:
+        return {"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch} | values
+
+    def _validate(self, record: Record) -> bool:
+        """Returns whether this evaluation is the best so far at target sparsity."""
+        began = time.perf_counter()
+        score = self.evaluate("validation")
+        record(
+            self._record(
+                "eval",
+                split="validation",
+                **asdict(score),
+                sparsity=self.sparsifier.sparsity,
+                realised_sparsity=self.realised_sparsity(),
+                eligible=self.eligible,
+                seconds=time.perf_counter() - began,
+            )
+        )
+        best = self.best
+        better = best is None or (score.accuracy, -score.loss) > (best.accuracy, -best.loss)
+        if not (better and self.eligible):
+            return False
+        self.best = Best(self.step, score.accuracy, score.loss)
+        return True
+
+    @torch.no_grad()
+    def evaluate(self, split: Literal["train", "validation", "test"]) -> Score:
+        """Returns loss and accuracy of the network, or of its moving average if there is one, in evaluation mode."""
+        network = self.model if self.ema is None else self.ema
+        training = network.training
+        network.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        images = self.splits[split]
+        for x, y in data.epoch_batches(
+            images,
+            batch_size=max(256, self.settings.batch_size),
+            train=False,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            device=self.device,
+        ):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
+                logits = network(x.to(memory_format=self.layout)).float()
+            total += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
+        network.train(training)
+        loss, accuracy = (total / len(images)).tolist()
+        return Score(loss, accuracy)
+
+    @torch.no_grad()
+    def realised_sparsity(self) -> float:
+        """Returns the share of exact zeros among the sparse parameters: regrown weights start from zero."""
+        parameters = dict(self.model.named_parameters())
+        nonzero = torch.stack([parameters[name].count_nonzero() for name in self.sparsifier.masks]).sum().item()
+        return 1 - nonzero / self.sparsifier.total
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what the run is and cost, without its accuracies."""
+        counts = self.sparsifier.counts
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        return {
+            "name": self.recipe.name,
+            "method": self.recipe.method.name,
+            "model": self.recipe.model.name,
+            "data": self.recipe.data.name,
+            "seed": self.recipe.seed,
+            "sparsity": self.sparsifier.sparsity,
+            "target_sparsity": 1 - self.target / self.sparsifier.total,
+            "parameters": {
+                "total": total,
+                "sparse": self.sparsifier.total,
+                "active": total - self.sparsifier.total + self.sparsifier.active,
+            },
+            "flops": {
+                "inference": self.flops.inference(counts),
+                "inference_dense": self.flops.inference(),
+                "training": self.training_flops,
+                "training_dense": self.flops.training_step() * self.settings.batch_size * self.step,
+            },
+            "seconds": self.seconds,
+            "steps": self.step,
+            "epochs": self.recipe.train.epochs,
+            "layers": [
+                {key: getattr(layer, key) for key in ("name", "shape", "total", "active", "flops")}
+                for layer in self.flops.per_layer(counts)
+            ],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all of the state but the model's: numbers, names and tensors, nested."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "sparsifier": self.sparsifier.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "best": None if self.best is None else asdict(self.best),
+            "training_flops": self.training_flops,
+            "seconds": self.seconds,
+            "window": [list(entry) for entry in self._window],
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Continues where ``model`` and ``state`` were taken.
+
+        Raises:
+            ValueError: they belong to another model or method.
+        """
+        try:
+            self.model.load_state_dict(dict(model))
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+            restore_layout(state["optimizer"], self.optimizer)
+            self.sparsifier.load_state_dict(state["sparsifier"])
+            self.best = None if state["best"] is None else Best(**state["best"])
+            self.training_flops, self.seconds = state["training_flops"], state["seconds"]
+            self._window = [(at, a.to(self.device), b.to(self.device)) for at, a, b in state["window"]]
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise ValueError(f"the checkpoint does not fit this recipe: {error}") from error
+        self._costs = (-1, 0.0, 0.0)
+
+
+def learning_rate(settings: Train, step: int, steps: int) -> float:
+    """Returns the learning rate of the optimizer step after ``step`` steps of ``steps``; step counts are resolved.
+
+    >>> settings = Train(lr=1.0, warmup=2, milestones=(5, 8), gamma=0.5)
+    >>> [learning_rate(settings, step, 10) for step in range(10)]
+    [0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25]
+    """
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    match settings.schedule:
+        case "multistep":
+            return settings.lr * settings.gamma ** sum(step >= milestone for milestone in settings.milestones)
+        case "cosine":
+            progress = (step - settings.warmup) / max(steps - settings.warmup, 1)
+            return settings.lr * (1 + math.cos(math.pi * progress)) / 2
+    return settings.lr
+
+
+def _optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    spared = [p for p in parameters if settings.decay == "weights" and p.ndim < 2]
+    decayed = [p for p in parameters if not any(p is other for other in spared)]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"train.device: there is no device {name!r}; write 'auto', 'cpu', 'cuda' or 'cuda:1'"
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"train.device: {name!r} is asked for, but torch sees no GPU; 'auto' takes what there is")
+    return device

@@ -1,0 +1,100 @@
+"""Budgets are whole, add up exactly, and follow the definitions of ER and ERK."""
+
+from math import prod
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from granet import distribution
+from granet.distribution import DISTRIBUTIONS, budget, er, erk, named, scale, uniform
+from granet.models import MODELS
+
+SHAPES = st.dictionaries(
+    st.text("abcdef", min_size=1, max_size=3),
+    st.one_of(
+        st.tuples(st.integers(1, 80), st.integers(1, 80)),
+        st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3), st.just(3)),
+        st.tuples(st.integers(1, 20), st.just(1), st.integers(1, 5)),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def weights_of(name, classes=10):
+    model = MODELS[name](classes=classes, in_channels=3)
+    return {key: tuple(p.shape) for key, p in model.named_parameters() if p.ndim in (2, 4)}
+
+
+def naive_erk(shapes, density, power=1.0):
+    """The iterative definition, as it is usually told: layers whose probability exceeds one become dense, and again."""
+    dense = set()
+    while True:
+        divisor = sum(prod(s) * (sum(s) / prod(s)) ** power for name, s in shapes.items() if name not in dense)
+        rhs = density * sum(map(prod, shapes.values())) - sum(prod(shapes[name]) for name in dense)
+        epsilon = rhs / divisor
+        too_much = {n for n, s in shapes.items() if n not in dense and epsilon * (sum(s) / prod(s)) ** power > 1}
+        if not too_much:
+            return {n: 1.0 if n in dense else epsilon * (sum(s) / prod(s)) ** power for n, s in shapes.items()}
+        dense |= too_much
+
+
+@given(SHAPES, st.floats(0.001, 1.0), st.sampled_from(sorted(DISTRIBUTIONS)))
+def test_budgets_are_exact_or_refused(shapes, density, name):
+    total = budget(sum(map(prod, shapes.values())), density)
+    if total < len(shapes):
+        with pytest.raises(ValueError, match="at least one"):
+            named(name)(shapes, density)
+        return
+    counts = named(name)(shapes, density)
+    assert list(counts) == list(shapes)
+    assert sum(counts.values()) == total
+    assert all(1 <= counts[key] <= prod(shape) for key, shape in shapes.items())
+    assert all(type(value) is int for value in counts.values())
+
+
+@pytest.mark.parametrize("density", [0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("model", ["resnet20", "vgg19", "resnet50-cifar"])
+def test_erk_agrees_with_its_iterative_definition(model, density):
+    shapes = weights_of(model)
+    counts, expected = erk(shapes, density), naive_erk(shapes, density)
+    for name, shape in shapes.items():
+        assert counts[name] == pytest.approx(expected[name] * prod(shape), abs=1.01)
+
+
+def test_er_ignores_the_kernel():
+    counts = er({"a": (64, 32, 1, 1), "b": (64, 32, 5, 5)}, 0.1)
+    assert counts["b"] / counts["a"] == pytest.approx(25, rel=0.01)
+
+
+def test_uniform_gives_every_layer_the_same_density():
+    shapes = weights_of("vgg19")
+    assert all(count == pytest.approx(0.1 * prod(shapes[n]), abs=1) for n, count in uniform(shapes, 0.1).items())
+
+
+@pytest.mark.parametrize(
+    ("total", "density", "expected"),
+    [(10, 0.05, 1), (10, 0.35, 4), (3, 1 - 0.9, 0), (10, 1 - 0.9, 1), (200_000_000, 0.02, 4_000_000), (7, 1.0, 7)],
+)
+def test_budget_rounds_half_up_and_reads_the_density_as_it_prints(total, density, expected):
+    assert budget(total, density) == expected
+
+
+@given(st.dictionaries(st.text("abc", min_size=1, max_size=4), st.integers(1, 500), min_size=1), st.data())
+def test_scale_is_exact(counts, data):
+    total = data.draw(st.integers(len(counts), sum(counts.values())))
+    scaled = scale(counts, total)
+    assert sum(scaled.values()) == total
+    assert all(1 <= scaled[name] <= counts[name] for name in counts)
+
+
+def test_unknown_distribution_names_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown distribution 'erq'.*did you mean 'er"):
+        named("erq")
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.5])
+def test_a_density_that_means_nothing_is_refused(density):
+    with pytest.raises(ValueError, match="outside"):
+        distribution.uniform({"a": (3, 3)}, density)

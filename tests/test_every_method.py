@@ -1,0 +1,317 @@
+"""The contract: what holds for every method with every optimizer. A new method adds one line to SETTINGS."""
+
+import copy
+import io
+import pickle
+import typing
+
+import pytest
+import torch
+from torch import nn
+
+import granet
+from granet import METHODS, Sparsifier
+from granet.criterion import Layer
+from granet.topology import count
+
+SETTINGS = {
+    "dense": {},
+    "static": {"sparsity": 0.8},
+    "gmp": {"sparsity": 0.9, "begin": 3, "end": 20, "interval": 4},
+    "granet": {"sparsity": 0.9, "initial_sparsity": 0.4, "end": 17, "total": 30, "interval": 4},
+    "rigl": {"sparsity": 0.8, "end": 25, "interval": 4},
+    "set": {"sparsity": 0.8, "total": 30, "interval": 4},
+}
+VARIANTS = {
+    **SETTINGS,
+    "gmp layerwise": {**SETTINGS["gmp"], "scope": "layerwise"},
+    "granet layerwise": {**SETTINGS["granet"], "scope": "layerwise"},
+    "granet dense-to-sparse": {**SETTINGS["granet"], "initial_sparsity": 0.0},
+}
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+}
+STEPS = 30
+
+both = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+every = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def make(variant, **more):
+    return METHODS[variant.split()[0]](**VARIANTS[variant], **more)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(6 * 36, 20),
+        nn.ReLU(),
+        nn.Linear(20, 3),
+    )
+
+
+def batch(step):
+    rng = torch.Generator().manual_seed(100 + step)
+    return torch.randn(16, 1, 8, 8, generator=rng), torch.randint(0, 3, (16,), generator=rng)
+
+
+class Run:
+    """A model in training; the loop of the README, one step at a time."""
+
+    def __init__(self, variant, optimizer="sgd", seed=0):
+        self.model = network()
+        self.sparsifier = Sparsifier(self.model, make(variant), seed=seed)
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.sparsifier.attach(self.optimizer)
+        self.loss = nn.CrossEntropyLoss()
+
+    def step(self, spoil=None):
+        x, y = batch(self.sparsifier.step)
+        self.loss(self.model(x), y).backward()
+        if spoil:
+            spoil(self)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self
+
+    def state(self):
+        """All of it through a file, as a checkpoint would go."""
+        file = io.BytesIO()
+        torch.save([self.model.state_dict(), self.optimizer.state_dict(), self.sparsifier.state_dict()], file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
+    def per_weight(self):
+        """Each sparse parameter's mask with the tensors of its shape: the weight and every buffer of the optimizer."""
+        for name, p in self.model.named_parameters():
+            if name in self.sparsifier.masks:
+                buffers = [v for v in self.optimizer.state[p].values() if torch.is_tensor(v) and v.shape == p.shape]
+                yield self.sparsifier.masks[name], [p.detach(), *buffers]
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
+    ) and all(torch.equal(a.sparsifier.masks[n], b.sparsifier.masks[n]) for n in a.sparsifier.masks)
+
+
+def test_every_method_is_under_contract():
+    assert set(SETTINGS) == set(METHODS)
+
+
+@both
+@every
+def test_inactive_weights_and_buffers_are_zero_after_every_step(variant, optimizer):
+    run = Run(variant, optimizer)
+    for _ in range(STEPS):
+        run.step()
+        for mask, tensors in run.per_weight():
+            assert len(tensors) > 1
+            for tensor in tensors:
+                assert not tensor[~mask].any()
+
+
+@every
+def test_the_active_count_is_the_budget_of_the_schedule_at_every_update(variant):
+    run = Run(variant)
+    method, sparsifier = run.sparsifier.method, run.sparsifier
+    budget = granet.distribution.budget
+    assert sparsifier.active == budget(sparsifier.total, 1 - method.sparsity_at(0))
+    for _ in range(STEPS):
+        run.step()
+        if method.is_update(sparsifier.step):
+            assert sparsifier.active == budget(sparsifier.total, 1 - method.sparsity_at(sparsifier.step))
+        assert sparsifier.active == sum(count(mask) for mask in sparsifier.masks.values())
+        assert all(sparsifier.counts.values())
+    final = method.final_counts({name: tuple(mask.shape) for name, mask in sparsifier.masks.items()})
+    assert sparsifier.active == (final if isinstance(final, int) else sum(final.values()))
+    target = VARIANTS[variant].get("sparsity", 0.0)
+    assert sparsifier.active == budget(sparsifier.total, 1 - target)
+    if not isinstance(final, int):
+        assert sparsifier.counts == final
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ("dense", "static")])
+def test_the_topology_changes_where_the_method_says_and_nowhere_else(variant):
+    run = Run(variant)
+    changes = []
+    for _ in range(STEPS):
+        before = dict(run.sparsifier.masks)
+        run.step()
+        if any(not torch.equal(before[name], mask) for name, mask in run.sparsifier.masks.items()):
+            changes.append(run.sparsifier.step)
+    # an update may change nothing (gradual pruning before it begins); a change without an update is a defect
+    assert changes
+    assert all(run.sparsifier.method.is_update(step) for step in changes)
+    assert run.sparsifier.version == len(changes)
+
+
+@every
+def test_update_is_pure_and_deterministic(variant):
+    method = make(variant)
+    rng = torch.Generator().manual_seed(3)
+    layers = {
+        k: Layer(torch.randn(n, 12, generator=rng), torch.randn(n, 12, generator=rng)) for k, n in (("a", 9), ("b", 30))
+    }
+    kept = copy.deepcopy([(layer.weight, layer.grad) for layer in layers.values()])
+    masks = method.init(layers, torch.Generator().manual_seed(1))
+    before = {name: mask.clone() for name, mask in masks.items()}
+    first, second = (method.update(8, layers, masks, torch.Generator().manual_seed(2)) for _ in range(2))
+    for i, (name, layer) in enumerate(layers.items()):
+        assert torch.equal(first[name], second[name])
+        assert torch.equal(masks[name], before[name])
+        assert torch.equal(layer.weight, kept[i][0]) and torch.equal(layer.grad, kept[i][1])
+        assert first[name].dtype == torch.bool and first[name].shape == layer.shape
+
+
+@both
+@every
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(variant, optimizer):
+    whole = Run(variant, optimizer)
+    for at in range(STEPS):
+        if at == 10:  # between two updates
+            state = whole.state()
+        whole.step()
+    resumed = Run(variant, optimizer, seed=99)
+    kept = copy.deepcopy(state)
+    resumed.model.load_state_dict(state[0])
+    resumed.optimizer.load_state_dict(state[1])
+    for _ in range(2):  # loading twice changes nothing, neither here nor in the state
+        resumed.sparsifier.load_state_dict(state[2])
+    assert all(torch.equal(kept[2]["masks"][n], state[2]["masks"][n]) for n in kept[2]["masks"])
+    for _ in range(10, STEPS):
+        resumed.step()
+    assert same(whole, resumed)
+    assert resumed.sparsifier.exploration == whole.sparsifier.exploration
+    assert resumed.sparsifier.version == whole.sparsifier.version
+
+
+@every
+def test_the_state_dict_is_that_of_the_dense_model(variant):
+    run = Run(variant).step()
+    assert list(run.model.state_dict()) == list(network().state_dict())
+    network().load_state_dict(run.model.state_dict())
+    pickle.loads(pickle.dumps(copy.deepcopy(run.model)))
+
+
+@every
+def test_a_nan_gradient_at_an_inactive_place_does_not_spread(variant):
+    def spoil(run):
+        for name, p in run.model.named_parameters():
+            if name in run.sparsifier.masks:
+                p.grad[~run.sparsifier.masks[name]] = float("nan")
+
+    run, clean = Run(variant), Run(variant)
+    for _ in range(3):  # no update among the first three steps
+        run.step(spoil)
+        clean.step()
+    assert same(run, clean)
+
+
+@every
+def test_equal_scores_give_equal_masks_in_half_precision(variant):
+    """bfloat16 weights and gradients that float32 holds exactly: the method must see the same scores."""
+    method = make(variant)
+    rng = torch.Generator().manual_seed(5)
+    half = {
+        k: Layer(*(torch.randn(n, 16, generator=rng).bfloat16() for _ in range(2))) for k, n in (("a", 10), ("b", 31))
+    }
+    full = {name: Layer(layer.weight.float(), layer.grad.float()) for name, layer in half.items()}
+    masks = method.init(full, torch.Generator().manual_seed(1))
+    a, b = (method.update(12, layers, masks, torch.Generator().manual_seed(2)) for layers in (half, full))
+    assert all(torch.equal(a[name], b[name]) for name in masks)
+
+
+@every
+def test_accumulated_gradients_give_the_masks_of_the_whole_batch(variant):
+    def train(pieces):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 4)).double()
+        sparsifier = Sparsifier(model, make(variant))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        sparsifier.attach(optimizer)
+        for step in range(STEPS):
+            rng = torch.Generator().manual_seed(step)
+            x, y = torch.randn(8, 24, generator=rng).double(), torch.randn(8, 4, generator=rng).double()
+            for a, b in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+                (nn.functional.mse_loss(model(a), b) / pieces).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return sparsifier
+
+    one, four = train(1), train(4)
+    assert one.step == four.step == STEPS
+    assert all(torch.equal(one.masks[name], four.masks[name]) for name in one.masks)
+
+
+@every
+def test_nonsense_is_refused_by_name(variant):
+    kind, settings = METHODS[variant.split()[0]], VARIANTS[variant]
+    for name, bad in {
+        "sparsity": (1.0, -0.1),
+        "initial_sparsity": (1.0, 0.95),
+        "interval": (0, -3, 1.5),
+        "end": (-1, 0),
+        "total": (0,),
+        "drop_fraction": (1.5,),
+        "regeneration": (-0.1,),
+        "distribution": ("erq",),
+        "scope": ("local",),
+    }.items():
+        if name not in kind.__dataclass_fields__:
+            continue
+        for value in bad:
+            with pytest.raises(ValueError, match=name if name != "distribution" else "erq"):
+                kind(**{**settings, name: value})
+    with pytest.raises(TypeError, match="sparsty"):
+        kind(**settings, sparsty=0.5)
+
+
+@every
+def test_a_method_is_a_value(variant):
+    a, b = make(variant), make(variant)
+    assert a == b and hash(a) == hash(b) and repr(a) == repr(b)
+    assert eval(repr(a), vars(granet) | {type(a).__name__: type(a)}) == a
+    with pytest.raises(AttributeError):
+        a.sparsity = 0.1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_fields_measured_in_steps_say_so(name):
+    hints = typing.get_type_hints(METHODS[name], include_extras=True)
+    steps = {
+        field for field in METHODS[name].__dataclass_fields__ if getattr(hints[field], "__metadata__", ()) == ("steps",)
+    }
+    assert steps == {"begin", "end", "interval", "total"} & set(METHODS[name].__dataclass_fields__)
+
+
+@every
+def test_declared_needs_are_true(variant):
+    """A method that says it needs no dense gradient gives the same masks without one; one that says so fails."""
+    method = make(variant)
+    layers = {"a": Layer(torch.randn(20, 20))}
+    masks = method.init(layers, torch.Generator())
+    if method.needs_dense_grad:
+        with pytest.raises(ValueError, match="gradient"):
+            method.update(4, layers, masks, torch.Generator())
+    else:
+        method.update(4, layers, masks, torch.Generator())
+
+
+def test_a_method_that_replaces_the_step_leaves_weights_and_biases_where_they_were():
+    run = Run("rigl")
+    for _ in range(STEPS):
+        before = copy.deepcopy(run.model.state_dict())
+        masks = dict(run.sparsifier.masks)
+        run.step()
+        if run.sparsifier.method.is_update(run.sparsifier.step):
+            assert torch.equal(run.model[4].bias, before["4.bias"])
+            stayed = masks["4.weight"] & run.sparsifier.masks["4.weight"]
+            assert torch.equal(run.model[4].weight[stayed], before["4.weight"][stayed])
+        else:
+            assert not torch.equal(run.model[4].bias, before["4.bias"])

@@ -1,0 +1,53 @@
+"""Schedules reach their ends exactly, whatever the grid."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from granet.schedule import Constant, Cosine, Cubic, Every, Linear
+
+STEPS = st.integers(0, 10_000)
+
+
+@given(st.integers(1, 500), STEPS, STEPS)
+def test_every_lands_on_its_end(interval, begin, length):
+    end = begin + length
+    every = Every(interval, begin, end, land=True)
+    hits = [step for step in range(begin + length + 2 * interval) if every(step)]
+    assert hits == sorted({*range(begin, end + 1, interval), end} - {0})
+
+
+def test_every_without_an_end_goes_on():
+    assert [step for step in range(100) if Every(25)(step)] == [25, 50, 75]
+
+
+@given(st.floats(0, 1), st.floats(0, 1), STEPS, STEPS, st.integers(-5, 20_000))
+def test_ramps_stay_between_their_ends_and_meet_them(initial, final, begin, length, step):
+    for ramp in (Linear(initial, final, begin, begin + length), Cubic(initial, final, begin, begin + length)):
+        low, high = sorted((initial, final))
+        assert low - 1e-12 <= ramp(step) <= high + 1e-12
+        assert ramp(begin + length) == final
+        assert ramp(begin + length + step + 5) == final
+        if length:
+            assert ramp(begin) == pytest.approx(initial)
+
+
+def test_cubic_is_the_equation_of_zhu_and_gupta():
+    for t in range(0, 1001, 50):
+        assert Cubic(0.5, 0.9, 0, 1000)(t) == pytest.approx(0.9 + (0.5 - 0.9) * (1 - t / 1000) ** 3)
+
+
+@pytest.mark.parametrize(("epoch", "r"), [(0, 0.5), (80, 0.2525), (160, 0.005)])
+def test_cosine_has_the_values_of_the_official_schedule(epoch, r):
+    assert Cosine(0.5, total=160 * 352, final=0.005)(epoch * 352) == pytest.approx(r)
+
+
+def test_the_official_cifar_grid():
+    """45,000 images in batches of 128, t_f at 80 epochs: 28 updates with pruning, 56 in all (see the method's card)."""
+    steps = range(1, 160 * 352 + 1)
+    assert sum(Every(1000, 0, 80 * 352)(step) for step in steps) == 28
+    assert sum(Every(1000)(step) for step in steps) == 56
+
+
+def test_constant():
+    assert Constant(0.3)(0) == Constant(0.3)(99) == 0.3

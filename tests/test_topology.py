@@ -1,0 +1,174 @@
+"""Topology operations give back exactly as many entries as asked, the right ones, ties by position."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given as cases
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from granet import topology
+from granet.criterion import Layer, given, gradient, magnitude
+from granet.topology import NonFiniteScores, count, drop, exchange, grow, grow_random, prune_to, random_masks, top
+
+SCORES = st.lists(st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0, 3.5, 7.25]), min_size=1, max_size=40)
+
+
+def naive_top(scores, n, among):
+    """The same by sorting everything: highest score first, then first position."""
+    order = sorted((-s, i) for i, (s, c) in enumerate(zip(scores, among, strict=True)) if c)
+    chosen = {i for _, i in order[:n]}
+    return [i in chosen for i in range(len(scores))]
+
+
+@pytest.fixture(params=["cpu", "other device"])
+def engine(request, monkeypatch):
+    """Both ways to select: the one for the CPU, and the one for any other device, which runs on the CPU as well."""
+    if request.param == "other device":
+        monkeypatch.setattr(topology, "_top_cpu", topology._top_device)
+
+
+@cases(SCORES, st.data())
+def test_top_equals_the_naive_version(scores, data):
+    among = data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)))
+    n = data.draw(st.integers(0, sum(among)))
+    cut = data.draw(st.integers(0, len(scores)))
+    expected = naive_top(scores, n, among)
+    pieces = [(scores[:cut], among[:cut]), (scores[cut:], among[cut:])]
+    layers = [Layer(torch.tensor(s, dtype=torch.float32)) for s, _ in pieces]
+    masks = [torch.tensor(m, dtype=torch.bool) for _, m in pieces]
+    for select in (topology._top_cpu, topology._top_device):
+        if 0 < n < sum(among):
+            assert torch.cat(select(layers, given, n, masks, sum(among))).tolist() == expected
+    assert torch.cat(top(layers, given, n, masks)).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "constant", "sorted", "one outlier", "float64"])
+def test_top_of_many_scores_is_exact(kind, engine):
+    """Large enough for the sampled bracket, on scores that are hard for it."""
+    rng = np.random.default_rng(0)
+    size = 300_000
+    values = {
+        "normal": rng.standard_normal(size),
+        "ties": rng.integers(0, 4, size).astype(float),
+        "constant": np.ones(size),
+        "sorted": np.arange(size, dtype=float),
+        "one outlier": np.where(np.arange(size) == 77_777, 1e30, 0.0),
+        "float64": 1 + rng.standard_normal(size) * 1e-12,
+    }[kind]
+    scores = torch.tensor(values, dtype=torch.float64 if kind == "float64" else torch.float32)
+    among = torch.tensor(rng.random(size) < 0.6)
+    candidates = among.nonzero().squeeze(1)
+    ranked = candidates[np.argsort(-scores[candidates].numpy(), kind="stable")]
+    for n in (1, 5, 1_000, count(among) // 2, count(among) - 1):
+        chosen = top([Layer(scores[:100_001]), Layer(scores[100_001:])], given, n, [among[:100_001], among[100_001:]])
+        assert set(torch.cat(chosen).nonzero().squeeze(1).tolist()) == set(ranked[:n].tolist())
+
+
+def test_a_bracket_that_misses_is_widened(monkeypatch):
+    monkeypatch.setattr(topology, "_bracket", lambda *_: (0.9, 0.95))
+    scores, among = torch.rand(1000), torch.ones(1000, dtype=torch.bool)
+    for n in (10, 500, 999):
+        expected = torch.zeros(1000, dtype=torch.bool)
+        expected[scores.argsort(descending=True)[:n]] = True
+        assert torch.equal(top([Layer(scores)], given, n, [among])[0], expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_are_refused(bad, engine):
+    scores = torch.randn(50)
+    scores[13] = bad
+    mask = torch.rand(50) < 0.5
+    with pytest.raises(NonFiniteScores, match="NaN or infinite"):
+        drop(mask, scores, 1)
+    with pytest.raises(NonFiniteScores):
+        grow(mask, scores, 1)
+
+
+def test_counts_that_cannot_be_are_refused():
+    mask = torch.tensor([True, False, True])
+    for operation, n in [(drop, 3), (grow, 2), (drop, -1), (grow, -1)]:
+        with pytest.raises(ValueError, match="cannot select"):
+            operation(mask, torch.ones(3), n)
+
+
+def test_growth_never_selects_active_entries_even_when_all_gradients_are_zero():
+    mask = torch.rand(30, 30) < 0.4
+    grown = grow(mask, torch.zeros(30, 30), 100)
+    assert count(grown) == count(mask) + 100
+    assert torch.equal(grown & mask, mask)
+
+
+@cases(SCORES, st.floats(0, 1), st.data())
+def test_exchange_keeps_the_count(scores, ratio, data):
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
+    weight, grad = torch.tensor(scores), torch.tensor(scores).flip(0)
+    before = mask.clone()
+    after = exchange(mask, Layer(weight, grad), ratio, lose=magnitude, gain=gradient)
+    assert count(after) == count(before)
+    assert torch.equal(mask, before)
+    n = min(int(ratio * count(before)), mask.numel() - count(before))
+    kept = naive_top(weight.abs().tolist(), count(before) - n, before.tolist())
+    inactive = [not k for k in kept]
+    grown = naive_top(grad.abs().tolist(), n, inactive)
+    assert after.tolist() == [k or g for k, g in zip(kept, grown, strict=True)]
+
+
+def test_an_exchange_a_reader_can_follow():
+    weight = torch.tensor([0.9, -0.1, 0.5, 0.0, 0.0, -0.7, 0.2, 0.0])
+    grad = torch.tensor([0.1, 0.3, 0.1, 0.8, 0.2, 0.1, 0.1, -0.9])
+    mask = torch.tensor([1, 1, 1, 0, 0, 1, 1, 0]).bool()
+    # 40 % of 5 active weights: -0.1 and 0.2 go, the steepest inactive gradients, 0.8 and -0.9, come
+    after = exchange(mask, Layer(weight, grad), 0.4, lose=magnitude, gain=gradient)
+    assert after.int().tolist() == [1, 0, 1, 1, 0, 1, 0, 1]
+
+
+def test_prune_to_ranks_all_layers_together_and_empties_none():
+    layers = {"big": Layer(torch.arange(1.0, 101.0)), "small": Layer(torch.full((5,), 0.01))}
+    masks = {name: torch.ones(layer.shape, dtype=torch.bool) for name, layer in layers.items()}
+    pruned = prune_to(masks, 10, layers, magnitude)
+    assert {name: count(mask) for name, mask in pruned.items()} == {"big": 9, "small": 1}
+    assert pruned["big"].nonzero().squeeze(1).tolist() == list(range(91, 100))
+    assert pruned["small"].tolist() == [True, False, False, False, False]
+
+
+@settings(deadline=None)
+@cases(st.integers(1, 5), st.data())
+def test_prune_to_is_exact_for_any_layers(layers, data):
+    sizes = data.draw(st.lists(st.integers(1, 60), min_size=layers, max_size=layers))
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    weights = {str(i): Layer(torch.randint(-3, 4, (size,), generator=rng).float()) for i, size in enumerate(sizes)}
+    masks = {name: torch.rand(layer.shape, generator=rng) < 0.8 for name, layer in weights.items()}
+    for mask in masks.values():
+        mask[0] = True
+    active = sum(map(count, masks.values()))
+    n = data.draw(st.integers(layers, active))
+    pruned = prune_to(masks, n, weights, magnitude)
+    assert sum(map(count, pruned.values())) == n
+    for name, mask in pruned.items():
+        assert count(mask) >= 1
+        assert not (mask & ~masks[name]).any()
+
+
+def test_prune_to_fewer_than_one_each_is_refused():
+    layers = {name: Layer(torch.ones(3)) for name in "abc"}
+    with pytest.raises(ValueError, match="at least one"):
+        prune_to({name: torch.ones(3, dtype=torch.bool) for name in "abc"}, 2, layers, magnitude)
+
+
+def test_random_masks_are_exact_and_depend_on_the_seed_alone():
+    shapes = {"a": (40, 30), "b": (7, 3, 3, 3), "c": (5, 5)}
+    counts = {"a": 123, "b": 1, "c": 25}
+    draw = [random_masks(counts, shapes, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert {name: count(mask) for name, mask in draw[0].items()} == counts
+    assert all(torch.equal(draw[0][name], draw[1][name]) for name in shapes)
+    assert not torch.equal(draw[0]["a"], draw[2]["a"])
+
+
+def test_random_growth_is_even():
+    """Each inactive entry is grown as often as another: 2,000 draws of 5 of 20, the standard deviation is 19."""
+    rng = torch.Generator().manual_seed(0)
+    mask = torch.arange(30) < 10
+    often = sum(grow_random(mask, 5, rng).int() for _ in range(2000))
+    assert (often[:10] == 2000).all()
+    assert (often[10:] - 500).abs().max() < 90
