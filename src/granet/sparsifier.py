@@ -87,6 +87,7 @@ class Sparsifier:
         seed: of everything random in the topology. The same seed gives the same masks on every device and rank.
 
     Attributes:
+        model: the model given.
         masks: parameter name to bool tensor, True = active. Not to be changed by hand.
         step: optimizer steps taken, those that a gradient scaler skipped not counted.
         version: how often the masks have changed.
@@ -109,6 +110,7 @@ class Sparsifier:
     """
 
     def __init__(self, model: nn.Module, method: Method, *, only=None, skip=(), seed: int = 0):
+        self.model = model
         self._choices = [choice for choice in select(model, only, skip) if choice.sparse]
         self._parameters = {choice.name: choice.parameter for choice in self._choices}
         self._rng = torch.Generator().manual_seed(seed)

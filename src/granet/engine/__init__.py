@@ -1,0 +1,1 @@
+"""The CPU engine: sparse kernels, compiled inference and accelerated training."""

@@ -166,10 +166,10 @@ class _Lowering:
             return self._max_pool(node, first, module)
         if isinstance(module, nn.AdaptiveAvgPool2d) and _pair(module.output_size) == (1, 1):
             return self._average(node, first)
-        if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim in (-1, 3):
-            if value.size == (1, 1) and len(_shape(first)) == 4:
-                self._alias(node, value)
-                return True
+        flattens = isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim in (-1, 3)
+        if flattens and value.size == (1, 1) and len(_shape(first)) == 4:
+            self._alias(node, value)
+            return True
         return False
 
     def _layer(self, node: fx.Node, first: fx.Node, module: nn.Module) -> bool:

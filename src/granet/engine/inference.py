@@ -152,9 +152,7 @@ def execute(
     raise AssertionError("a traced model ends with an output")
 
 
-def compile(  # noqa: A001 - the verb users know from torch
-    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, tolerance: float = 1e-3
-) -> CompiledModel:
+def compile(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, tolerance: float = 1e-3) -> CompiledModel:
     """A module that computes what `model` does, faster where the model's zeros allow it.
 
     Every layer is measured on the example inputs with torch's dense kernels and with the sparse ones; where the whole

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class Layout:
     geometry: Geometry
     forward: Pattern
     backward: Pattern
+
+    def with_images(self, images: int) -> Layout:
+        """The same layout for another number of images: the index structures do not depend on it."""
+        return self if images == self.geometry.images else replace(self, geometry=replace(self.geometry, images=images))
 
     @property
     def numbers(self) -> list[int]:
@@ -76,11 +80,11 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, place: Layout) -> Tenso
     """The sparse layer's output for x (NCHW or (rows, features)) and the dense weight, differentiable in all three."""
     f, b = place.forward, place.backward
     return torch.ops.granet.conv(
-        x, weight, bias, f.ptr, f.id, f.offset, f.index, b.ptr, b.id, b.offset, b.index, place.numbers, False
+        x, weight, bias, f.ptr, f.id, f.offset, f.index, b.ptr, b.id, b.offset, b.index, place.numbers
     )
 
 
-def _conv(x, weight, bias, ptr, id_, offset, index, b_ptr, b_id, b_offset, b_index, numbers, dense_weight_gradient):
+def _conv(x, weight, bias, ptr, id_, offset, index, b_ptr, b_id, b_offset, b_index, numbers):
     return torch.ops.granet.conv_forward(x.contiguous(), weight.contiguous(), bias, ptr, id_, offset, index, numbers)
 
 
@@ -89,9 +93,9 @@ def _output_shape(x: Tensor, numbers: list[int]) -> list[int]:
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, *structure, numbers, dense = inputs
+    x, weight, bias, *structure, numbers = inputs
     ctx.save_for_backward(x, weight, *structure)
-    ctx.numbers, ctx.dense, ctx.has_bias = numbers, dense, bias is not None
+    ctx.numbers, ctx.has_bias = numbers, bias is not None
 
 
 def _backward(ctx, dy):
@@ -107,7 +111,7 @@ def _backward(ctx, dy):
         need_weight,
     )
     db = dy.sum([d for d in range(dy.dim()) if d != 1]) if ctx.has_bias and need_bias else None
-    return (dx if need_x else None, dw if need_weight else None, db, *[None] * 10)
+    return (dx if need_x else None, dw if need_weight else None, db, *[None] * 9)
 
 
 @functools.cache
@@ -118,10 +122,10 @@ def prepare() -> None:
     back = "Tensor back_ptr, Tensor back_id, Tensor back_offset, Tensor back_index"
     torch.library.define(
         "granet::conv",
-        f"(Tensor x, Tensor weight, Tensor? bias, {pattern}, {back}, int[] geometry, bool dense) -> Tensor",
+        f"(Tensor x, Tensor weight, Tensor? bias, {pattern}, {back}, int[] geometry) -> Tensor",
     )
     torch.library.impl("granet::conv", "CPU")(_conv)
-    torch.library.register_fake("granet::conv")(lambda x, weight, bias, *rest: x.new_empty(_output_shape(x, rest[-2])))
+    torch.library.register_fake("granet::conv")(lambda x, weight, bias, *rest: x.new_empty(_output_shape(x, rest[-1])))
     torch.library.register_fake("granet::conv_forward")(
         lambda x, weight, bias, ptr, id_, offset, index, numbers: x.new_empty(_output_shape(x, numbers))
     )
