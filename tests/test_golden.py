@@ -20,11 +20,11 @@ FILE = Path(__file__).parent / "golden" / "methods.json"
 STEPS = 50
 SETTINGS = {
     "dense": {},
-    "static": {"sparsity": 0.9},
-    "gmp": {"sparsity": 0.9, "end": 40, "interval": 5},
-    "granet": {"sparsity": 0.9, "end": 40, "total": STEPS, "interval": 5},
-    "rigl": {"sparsity": 0.9, "end": 40, "interval": 5},
-    "set": {"sparsity": 0.9, "total": STEPS, "interval": 5},
+    "static": {"sparsity": 0.7},
+    "gmp": {"sparsity": 0.7, "end": 40, "interval": 5},
+    "granet": {"sparsity": 0.7, "end": 40, "total": STEPS, "interval": 5},
+    "rigl": {"sparsity": 0.7, "end": 40, "interval": 5},
+    "set": {"sparsity": 0.7, "total": STEPS, "interval": 5},
 }
 
 
@@ -35,7 +35,7 @@ def losses(name):
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
     sparsifier = Sparsifier(model, METHODS[name](**SETTINGS[name]), seed=1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     sparsifier.attach(optimizer)
     seen = []
     for step in range(STEPS):
