@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +161,7 @@ def si(number: float) -> str:
 def duration(seconds: float) -> str:
     """Return a time span in its two largest units.
 
-    >>> duration(8.44), duration(75), duration(7300)
+    >>> duration(8.44), duration(75), duration(7320)
     ('8.4 s', '1 min 15 s', '2 h 2 min')
     """
     if seconds < 59.95:
@@ -204,9 +204,9 @@ def write_report(runs: Sequence[RunData], path: str | Path) -> Path:
     if not runs:
         raise ValueError("a report needs at least one run")
     try:
-        import altair
         import jinja2
-        import vl_convert
+
+        script = _script()
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'a report needs {error.name}: pip install "granet[train]"') from error
     labelled = _labelled(runs)
@@ -226,11 +226,20 @@ def write_report(runs: Sequence[RunData], path: str | Path) -> Path:
             for title, note, wide, chart in charts.of(labelled, colours)
         ],
         si=si,
-        script=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", altair.SCHEMA_VERSION.rpartition(".")[0]),
+        script=script,
     )
     path = Path(path)
     checkpoint.replace(path, page)
     return path
+
+
+@cache  # putting it together takes seconds
+def _script() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script, of the version that Altair writes for."""
+    import altair
+    import vl_convert
+
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", altair.SCHEMA_VERSION.rpartition(".")[0])
 
 
 def _tiles(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
