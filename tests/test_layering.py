@@ -27,6 +27,7 @@ LAYERS = [  # a module may import what stands before it
     "recipes",
     "checkpoint",
     "trainer",
+    "charts",
     "report",
     "run",
     "cli",
