@@ -120,8 +120,11 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record."""
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._file.name} cannot be written: {error.strerror}; make room and resume") from error
 
     def sync(self) -> int:
         """Waits until all records are on the disk; returns the length of the file."""
