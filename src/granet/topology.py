@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from granet import native
 from granet.criterion import Criterion, Layer, given
 
 Masks = Mapping[str, Tensor]
 
 _PART = 1 << 16  # weights looked at together: scores and comparisons of one part stay in the cache
+_NOT_FINITE = "a score is NaN or infinite: the gradients or weights overflowed at this step"
 _SAMPLE = 1 << 14  # scores that are read to guess where the threshold lies
 
 
@@ -147,22 +149,17 @@ def _top_cpu(layers, criterion, n, among, candidates) -> list[Tensor]:
     sets aside what lies between; the few set aside are then ranked exactly. Should the bracket miss, it is widened.
     """
     low, high = _bracket(layers, criterion, n, among, candidates)
+    compare, size = (_compare_native, 1 << 22) if native.ready() else (_compare, _PART)
     while True:
-        chosen = [torch.zeros_like(mask) for mask in among]
+        chosen = [torch.empty_like(mask) for mask in among]
         above, values, places = 0, [], []
         for i, layer in enumerate(layers):
             start = 0
-            parts = zip(layer.parts(_PART), among[i].split(_PART), chosen[i].split(_PART), strict=True)
+            parts = zip(layer.parts(size), among[i].split(size), chosen[i].split(size), strict=True)
             for part, mask, out in parts:
-                scores, out = _finite(criterion(part)).numpy(), out.numpy()
-                between = scores >= low
-                np.greater(scores, high, out=out)
-                between &= mask.numpy()
-                out &= between
-                above += np.count_nonzero(out)
-                between ^= out
-                at = np.flatnonzero(between)
-                values.append(scores[at])
+                more, at, inside = compare(criterion(part), mask, low, high, out)
+                above += more
+                values.append(inside)
                 places.append((i, start, at))
                 start += mask.numel()
         ranked = np.concatenate(values)
@@ -171,6 +168,28 @@ def _top_cpu(layers, criterion, n, among, candidates) -> list[Tensor]:
         low, high = (low, inf) if above > n else (-inf, high)
     _choose(chosen, ranked, places, n - above)
     return chosen
+
+
+def _compare(scores: Tensor, mask: Tensor, low: float, high: float, out: Tensor):
+    """How many candidates are above `high`, set True in `out`, and the places and scores of those from `low` to it."""
+    scores, out = _finite(scores).numpy(), out.numpy()
+    between = scores >= low
+    np.greater(scores, high, out=out)
+    between &= mask.numpy()
+    out &= between
+    between ^= out
+    at = np.flatnonzero(between)
+    return np.count_nonzero(out), at, scores[at]
+
+
+def _compare_native(scores: Tensor, mask: Tensor, low: float, high: float, out: Tensor):
+    """`_compare` by the compiled kernel."""
+    if scores.dtype != torch.float32:
+        return _compare(scores, mask, low, high, out)
+    at, inside, above, finite = torch.ops.granet.select_pass(scores.contiguous(), mask, low, high, out)
+    if not finite:
+        raise NonFiniteScores(_NOT_FINITE)
+    return above, at.numpy(), inside.numpy()
 
 
 def _bracket(layers, criterion, n, among, candidates) -> tuple[float, float]:
@@ -228,7 +247,7 @@ def _finite(scores: Tensor) -> Tensor:
     if scores.numel():
         low, high = torch.aminmax(scores)
         if not (isfinite(low.item()) and isfinite(high.item())):
-            raise NonFiniteScores("a score is NaN or infinite: the gradients or weights overflowed at this step")
+            raise NonFiniteScores(_NOT_FINITE)
     return scores
 
 

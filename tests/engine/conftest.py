@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from granet.engine import build
+from granet import native
 
 sys.path.append(str(Path(__file__).parent))  # fuzz_layers and fuzz_models, which are programs as well
 
@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parent))  # fuzz_layers and fuzz_models, whic
 @pytest.fixture(scope="session", autouse=True)
 def kernels():
     """Compiled once per machine; where there is no compiler only the tests that need none can say anything."""
-    if not build.available():
+    if not native.available():
         pytest.skip("no C++ compiler on this machine")
     from granet.engine import ops
 

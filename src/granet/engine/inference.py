@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from granet.engine import build
+from granet import native
 from granet.engine.graph import Stages, lower, tensors_of
 from granet.engine.planner import Plan, plan_inference
 from granet.engine.program import Program
@@ -185,7 +185,7 @@ def compile(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, tole
 
 
 def _unsupported(model: nn.Module, inputs: Sequence[object]) -> str | None:
-    if not build.available():
+    if not native.available():
         return "the sparse kernels are not available on this machine"
     for tensor in (*model.parameters(), *tensors_of(list(inputs))):
         if tensor.device.type != "cpu":

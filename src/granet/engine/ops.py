@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from granet.engine import build
+from granet import native
 from granet.engine.geometry import Geometry, geometry
 from granet.engine.pattern import Pattern, patterns
 from granet.engine.spec import Spec
@@ -116,8 +116,8 @@ def _backward(ctx, dy):
 
 @functools.cache
 def prepare() -> None:
-    """Loads the kernels and registers what torch must know about them. Raises build.EngineUnavailable."""
-    build.load()
+    """Loads the kernels and registers what torch must know about them. Raises native.EngineUnavailable."""
+    native.load()
     pattern = "Tensor ptr, Tensor id, Tensor offset, Tensor index"
     back = "Tensor back_ptr, Tensor back_id, Tensor back_offset, Tensor back_index"
     torch.library.define(

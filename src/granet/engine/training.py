@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from granet.engine import build, ops
+from granet import native
+from granet.engine import ops
 from granet.engine.planner import NOISE, interleaved
 from granet.engine.spec import Spec, spec_of
 
@@ -231,7 +232,7 @@ def accelerate(
         model: the module to call with them; the sparsifier's model if None.
     """
     model = sparsifier.model if model is None else model
-    if not build.available():
+    if not native.available():
         return TrainingPlan([], "The sparse kernels are not available on this machine.")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     forwards = []

@@ -1,4 +1,4 @@
-"""Compiling the engine's kernels with the C++ compiler at hand, once per machine, and loading them.
+"""Compiling granet's kernels with the C++ compiler at hand, once per machine, and loading them.
 
 The sources travel with the package. The first use compiles them (some ten seconds) into a per-user cache folder whose
 name is a hash of the sources, the flags, the compiler and torch's version, so that an upgrade of any of them compiles
@@ -73,12 +73,7 @@ def compiler() -> str:
 
 def library(extra_flags: tuple[str, ...] = ()) -> Path:
     """The path of the compiled kernels, compiling them if this machine has not yet. Raises EngineUnavailable."""
-    cxx = compiler()
-    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256("\0".join((*FLAGS, *extra_flags, version, torch.__version__, platform.machine())).encode())
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + source.read_bytes())
-    target = cache_dir() / f"engine-{digest.hexdigest()[:16]}.so"
+    target = _target(cxx := compiler(), extra_flags)
     if target.exists():
         return target
     try:
@@ -90,6 +85,15 @@ def library(extra_flags: tuple[str, ...] = ()) -> Path:
     except OSError as error:
         raise EngineUnavailable(f"the sparse kernels cannot be stored in {target.parent}: {error}") from error
     return target
+
+
+def _target(cxx: str, extra_flags: tuple[str, ...]) -> Path:
+    """Where the kernels of this machine, compiler and torch are kept, compiled or not."""
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256("\0".join((*FLAGS, *extra_flags, version, torch.__version__, platform.machine())).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    return cache_dir() / f"engine-{digest.hexdigest()[:16]}.so"
 
 
 def _compile(cxx: str, target: Path, extra_flags: tuple[str, ...]) -> None:
@@ -122,7 +126,27 @@ def _is_x86() -> bool:
 @functools.cache
 def load() -> None:
     """Loads the kernels into torch (torch.ops.granet), compiling them on first use. Raises EngineUnavailable."""
-    torch.ops.load_library(str(library(tuple(os.environ.get("GRANET_CXXFLAGS", "").split()))))
+    torch.ops.load_library(str(library(_extra_flags())))
+
+
+def _extra_flags() -> tuple[str, ...]:
+    return tuple(os.environ.get("GRANET_CXXFLAGS", "").split())
+
+
+@functools.cache
+def ready() -> bool:
+    """True where the kernels were compiled before and load now: for what is faster with them and right without.
+
+    Unlike `available`, this never compiles. `python -m granet.native` does, for a whole machine.
+    """
+    try:
+        if not _target(compiler(), _extra_flags()).exists():
+            return False
+        load()
+    except (EngineUnavailable, OSError, subprocess.SubprocessError) as error:
+        log.debug("the kernels are not used: %s", error)
+        return False
+    return True
 
 
 @functools.cache
@@ -134,3 +158,8 @@ def available() -> bool:
         log.warning("%s", error)
         return False
     return True
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    raise SystemExit(not available())
