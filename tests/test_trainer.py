@@ -239,6 +239,8 @@ def test_a_state_of_another_recipe_is_refused():
     ("train", "says"),
     [
         ({"batch_size": 2000}, "batch_size 2000 is larger than the training set, 1293 images"),
+        ({"log": 0}, "train.log: 0 is less than a step"),
+        ({"evaluate": "0.01%"}, "train.evaluate: '0.01%' is less than a step"),
         ({"device": "gpu"}, "there is no device 'gpu'"),
         ({"device": "cuda:9"}, "no GPU|invalid"),
     ],

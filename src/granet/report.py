@@ -3,23 +3,19 @@
 Both read run directories (`granet.run` says what is in one), finished or not.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from granet import checkpoint
+from granet import charts, checkpoint
 
 if TYPE_CHECKING:
-    import altair
     from rich.table import Table
 
-COLOURS = ("#2f6fde", "#d9730d", "#0f9d76", "#c2408f", "#7d56d8", "#1796b0", "#a8831a", "#cf4b43")
-DENSE_COLOUR = "#8b929c"  # the twin stays in the background
-POINTS = 600  # of a curve, more are averaged: a page for a long run stays small
-UPDATES = 150  # columns of a heat map
 NEEDED = {
     "name",
     "method",
@@ -165,7 +161,7 @@ def si(number: float) -> str:
 def duration(seconds: float) -> str:
     """Return a time span in its two largest units.
 
-    >>> duration(8.44), duration(75), duration(7300)
+    >>> duration(8.44), duration(75), duration(7320)
     ('8.4 s', '1 min 15 s', '2 h 2 min')
     """
     if seconds < 59.95:
@@ -208,15 +204,15 @@ def write_report(runs: Sequence[RunData], path: str | Path) -> Path:
     if not runs:
         raise ValueError("a report needs at least one run")
     try:
-        import altair
         import jinja2
-        import vl_convert
+
+        script = _script()
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'a report needs {error.name}: pip install "granet[train]"') from error
     labelled = _labelled(runs)
-    colours, free = {}, iter(COLOURS * (len(runs) // len(COLOURS) + 1))
+    colours, free = {}, itertools.cycle(charts.COLOURS)
     for label, run in labelled.items():
-        colours[label] = DENSE_COLOUR if run.is_dense and len(runs) > 1 else next(free)
+        colours[label] = charts.DENSE_COLOUR if run.is_dense and len(runs) > 1 else next(free)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("granet"), autoescape=True, trim_blocks=True)
     page = environment.get_template("report.html.j2").render(
         title=" · ".join(labelled) if len(runs) < 4 else f"{len(runs)} runs",
@@ -227,14 +223,23 @@ def write_report(runs: Sequence[RunData], path: str | Path) -> Path:
         tiles=_tiles(runs),
         charts=[
             {"title": title, "note": note, "wide": wide, "spec": chart.to_dict()}
-            for title, note, wide, chart in _charts(labelled, colours)
+            for title, note, wide, chart in charts.of(labelled, colours)
         ],
         si=si,
-        script=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", altair.SCHEMA_VERSION.rpartition(".")[0]),
+        script=script,
     )
     path = Path(path)
     checkpoint.replace(path, page)
     return path
+
+
+@cache  # putting it together takes seconds
+def _script() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script, of the version that Altair writes for."""
+    import altair
+    import vl_convert
+
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", altair.SCHEMA_VERSION.rpartition(".")[0])
 
 
 def _tiles(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
@@ -247,7 +252,7 @@ def _tiles(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
     against = f"best by validation, {summary['name']}"
     if twins and (twin := twins[0]["best"]):
         points = 100 * (best["test_accuracy"] - twin["test_accuracy"])
-        against = f"{points:+.2f} points to the dense network"
+        against = f"{points:+.2f} points to dense"
     return [
         ("test accuracy", f"{100 * best['test_accuracy']:.2f} %", against),
         ("weights active", f"{parameters['active']:,}", f"of {parameters['total']:,}"),
@@ -262,153 +267,3 @@ def _tiles(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
             f"of {si(flops['training_dense'])} dense",
         ),
     ]
-
-
-def _thinned(records: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, float]]:
-    """Return records of `keys` alone, neighbours averaged until no more than `POINTS` are left."""
-    size = -(-len(records) // POINTS) or 1
-    groups = [records[i : i + size] for i in range(0, len(records), size)]
-    return [{key: sum(record[key] for record in group) / len(group) for key in keys} for group in groups]
-
-
-def _charts(runs: dict[str, RunData], colours: dict[str, str]) -> Iterable[tuple[str, str, bool, "altair.Chart"]]:
-    """Yield title, note, whether it takes the whole width, and chart."""
-    progress = [
-        {"run": label, "of": split, **point}
-        for label, run in runs.items()
-        for split, records in (("training", run.train), ("validation", run.evals))
-        for point in _thinned(records, ("step", "epoch", "loss", "accuracy"))
-    ]
-    if progress:
-        yield "Accuracy", "solid: validation; faint: training", False, _curves(progress, "accuracy", colours, ".1%")
-        yield "Loss", "solid: validation; faint: training", False, _curves(progress, "loss", colours, ".3f")
-    sparse = {label: run for label, run in runs.items() if any(record["sparsity"] for record in run.evals)}
-    sparsity = [
-        {"run": label, "of": of, "step": point["step"], "epoch": point["epoch"], "sparsity": point[key]}
-        for label, run in sparse.items()
-        for of, key in (("mask", "sparsity"), ("realised", "realised_sparsity"))
-        for point in _thinned(run.evals, ("step", "epoch", "sparsity", "realised_sparsity"))
-    ]
-    if sparsity:
-        note = "solid: inactive weights; faint: weights that are zero, regrown ones not yet trained among them"
-        yield "Sparsity", note, False, _curves(sparsity, "sparsity", colours, ".2%")
-    updates = [
-        {"run": label, "of": "update", **point}
-        for label, run in runs.items()
-        for point in _thinned([_with_churn(update) for update in run.updates], ("step", "epoch", *OF_UPDATES))
-    ]
-    for key, (title, note, digits) in OF_UPDATES.items():
-        if any(point[key] for point in updates):
-            yield title, note, False, _curves(updates, key, colours, digits)
-    layers = [
-        {"run": label, "layer": layer["name"], "active": layer["active"], "total": layer["total"],
-         "density": layer["active"] / layer["total"]}
-        for label, run in runs.items() if run.summary and not run.is_dense
-        for layer in run.summary["layers"]
-    ]  # fmt: skip
-    if layers:
-        yield (
-            "Density of the layers at the end",
-            "share of a layer's weights that are active",
-            True,
-            _bars(layers, colours),
-        )
-    for label, run in runs.items():
-        if len(run.updates) > 1:
-            note = f"{label}: share of active weights after each update"
-            yield "Density of the layers over training", note, True, _heat_map(run)
-
-
-OF_UPDATES = {
-    "regeneration": ("Regeneration ratio", "share of a layer's active weights exchanged at an update", ".3f"),
-    "exploration": ("Exploration R_s", "share of sparse weights that were ever active (ITOP)", ".1%"),
-    "churn": ("Churn", "weights grown at an update, as a share of the active", ".2%"),
-}
-
-
-def _with_churn(update: dict[str, Any]) -> dict[str, Any]:
-    active = sum(update["active"].values())
-    return update | {"churn": sum(update["grown"].values()) / active if active else 0.0}
-
-
-def _curves(points: list[dict], y: str, colours: dict[str, str], digits: str) -> "altair.LayerChart":
-    import altair as alt
-
-    colour = alt.Color("run:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=None)
-    faint = alt.condition("datum.of == 'training' || datum.of == 'realised'", alt.value(0.35), alt.value(1))
-    near = alt.selection_point(nearest=True, on="pointermove", clear="pointerout", fields=["epoch"], empty=False)
-    base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("epoch:Q", title="epoch", scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickMinStep=1)),
-        y=alt.Y(f"{y}:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(format=digits, tickCount=5)),
-        color=colour,
-    )
-    lines = base.mark_line(interpolate="linear").encode(opacity=faint, detail="of:N")
-    tooltip = [alt.Tooltip("run:N"), alt.Tooltip("of:N", title="of"), alt.Tooltip("epoch:Q", format=".2f")]
-    tooltip += [alt.Tooltip("step:Q", format=",.0f"), alt.Tooltip(f"{y}:Q", format=digits)]
-    dots = base.mark_point(filled=True, size=45).encode(
-        opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=tooltip
-    )
-    return (lines + dots.add_params(near)).properties(width="container", height=220)
-
-
-def _bars(layers: list[dict], colours: dict[str, str]) -> "altair.Chart":
-    import altair as alt
-
-    runs = len({layer["run"] for layer in layers})
-    return (
-        alt.Chart(alt.Data(values=layers))
-        .mark_bar(cornerRadiusEnd=2)
-        .encode(
-            x=alt.X("density:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%", tickCount=5)),
-            y=alt.Y("layer:N", title=None, sort=None, scale=alt.Scale(paddingInner=0.25)),
-            yOffset=alt.YOffset("run:N", sort=None),
-            color=alt.Color(
-                "run:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=None
-            ),
-            tooltip=[
-                "run:N", "layer:N", alt.Tooltip("density:Q", format=".2%"),
-                alt.Tooltip("active:Q", format=","), alt.Tooltip("total:Q", format=","),
-            ],
-        )
-        .properties(width="container", height=alt.Step(max(16 / runs, 6)))
-    )  # fmt: skip
-
-
-def _heat_map(run: RunData) -> "altair.Chart":
-    import altair as alt
-
-    # the first update's counts are no size of a layer: without a summary, the largest count seen stands for it
-    totals = {layer["name"]: layer["total"] for layer in (run.summary or {"layers": []})["layers"]}
-    for update in run.updates:
-        for name, active in update["active"].items():
-            totals.setdefault(name, 0)
-            totals[name] = max(totals[name], active)
-    shown = run.updates[:: -(-len(run.updates) // UPDATES)]
-    ends = [update["epoch"] for update in shown[1:]] + [run.records[-1]["epoch"]]
-    cells = [
-        {"layer": name, "from": update["epoch"], "to": end, "step": update["step"], "active": active,
-         "density": active / totals[name] if totals[name] else 0.0, "grown": update["grown"].get(name, 0),
-         "dropped": update["dropped"].get(name, 0)}
-        for update, end in zip(shown, ends, strict=True)
-        for name, active in update["active"].items()
-    ]  # fmt: skip
-    return (
-        alt.Chart(alt.Data(values=cells))
-        .mark_rect()
-        .encode(
-            x=alt.X("from:Q", title="epoch", scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(grid=False)),
-            x2="to:Q",
-            y=alt.Y("layer:N", title=None, sort=None),
-            color=alt.Color(
-                "density:Q",
-                scale=alt.Scale(scheme="viridis", type="sqrt", domain=[0, 1]),
-                legend=alt.Legend(format=".0%", title=None, values=[0, 0.05, 0.2, 0.5, 1]),
-            ),
-            tooltip=[
-                "layer:N", alt.Tooltip("from:Q", title="epoch", format=".2f"), alt.Tooltip("step:Q", format=","),
-                alt.Tooltip("density:Q", format=".2%"), alt.Tooltip("active:Q", format=","),
-                alt.Tooltip("grown:Q", format=","), alt.Tooltip("dropped:Q", format=","),
-            ],
-        )
-        .properties(width="container", height=alt.Step(16))
-    )  # fmt: skip

@@ -1,8 +1,7 @@
 """The reference loop: how granet trains, in plain torch, to be read and copied.
 
-`Trainer` builds everything from a recipe and runs the steps. What it has to say it says through ``record``, as mappings
-that `granet.run` writes to ``metrics.jsonl``; where it wants to be saved it calls ``save``. It writes and prints nothing
-itself.
+`Trainer` builds everything from a recipe and runs the steps. What it has to say it says through ``record``, as
+mappings that `granet.run` writes to ``metrics.jsonl``; where it wants to be saved it calls ``save``.
 """
 
 import copy
@@ -26,7 +25,7 @@ from granet.sparsifier import Sparsifier
 Record = Callable[[dict[str, Any]], None]
 
 
-class TrainingError(Exception):
+class TrainingError(ArithmeticError):
     """Training that cannot go on: names the step, and what to try."""
 
 
@@ -39,12 +38,10 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Best:
+class Best(Score):
     """The best evaluation so far, among those at target sparsity."""
 
     step: int
-    accuracy: float
-    loss: float
 
 
 class Trainer:
@@ -69,6 +66,8 @@ class Trainer:
         self.recipe = recipe
         self.device = _device(recipe.train.device)
         torch.manual_seed(recipe.seed)
+        if recipe.train.threads:
+            torch.set_num_threads(recipe.train.threads)
 
         dataset = data.load(
             recipe.data.name, root=recipe.data.root, validation=recipe.data.validation, seed=recipe.seed
@@ -83,6 +82,9 @@ class Trainer:
         self.steps = self.steps_per_epoch * recipe.train.epochs
         units = {"steps_per_epoch": self.steps_per_epoch, "epochs": recipe.train.epochs}
         self.settings = Train.model_construct(**recipe.train.resolved(**units))
+        for every in ("log", "evaluate", "checkpoint"):
+            if not getattr(self.settings, every):
+                raise ValueError(f"train.{every}: {getattr(recipe.train, every)!r} is less than a step; 1 is the least")
 
         model = models.build(recipe.model.name, classes=dataset.classes, in_channels=dataset.shape[0])
         layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
@@ -161,20 +163,14 @@ class Trainer:
     def _batches(self):
         """Returns the rest of the epoch that the trainer stands in."""
         epoch, start = divmod(self.step, self.steps_per_epoch)
-        augment = data.Augment(**{k: getattr(self.recipe.data, k) for k in ("crop", "padding", "flip", "cutout")})
-        return data.epoch_batches(
-            self.splits["train"],
-            batch_size=self.settings.batch_size,
-            train=True,
-            mean=self.dataset.mean,
-            std=self.dataset.std,
-            seed=self.recipe.seed,
-            epoch=epoch,
-            augment=augment,
-            device=self.device,
-            start=start,
-            drop_last=True,
-        )
+        augment = {key: getattr(self.recipe.data, key) for key in ("crop", "padding", "flip", "cutout")}
+        order = {"seed": self.recipe.seed, "epoch": epoch, "start": start, "drop_last": True}
+        size = self.settings.batch_size
+        return self._images("train", batch_size=size, train=True, augment=data.Augment(**augment), **order)
+
+    def _images(self, split: str, **options):
+        mean, std = self.dataset.mean, self.dataset.std
+        return data.epoch_batches(self.splits[split], mean=mean, std=std, device=self.device, **options)
 
     def _train_step(self, forward: nn.Module, x: Tensor, y: Tensor) -> None:
         settings, sparsifier = self.settings, self.sparsifier
@@ -270,7 +266,7 @@ class Trainer:
         better = best is None or (score.accuracy, -score.loss) > (best.accuracy, -best.loss)
         if not (better and self.eligible):
             return False
-        self.best = Best(self.step, score.accuracy, score.loss)
+        self.best = Best(**asdict(score), step=self.step)
         return True
 
     @torch.no_grad()
@@ -280,20 +276,12 @@ class Trainer:
         training = network.training
         network.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        images = self.splits[split]
-        for x, y in data.epoch_batches(
-            images,
-            batch_size=max(256, self.settings.batch_size),
-            train=False,
-            mean=self.dataset.mean,
-            std=self.dataset.std,
-            device=self.device,
-        ):
+        for x, y in self._images(split, batch_size=max(256, self.settings.batch_size), train=False):
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
                 logits = network(x.to(memory_format=self.layout)).float()
             total += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
         network.train(training)
-        loss, accuracy = (total / len(images)).tolist()
+        loss, accuracy = (total / len(self.splits[split])).tolist()
         return Score(loss, accuracy)
 
     @torch.no_grad()
@@ -306,7 +294,7 @@ class Trainer:
     def summary(self) -> dict[str, Any]:
         """Returns what the run is and cost, without its accuracies."""
         counts = self.sparsifier.counts
-        total = sum(parameter.numel() for parameter in self.model.parameters())
+        total, sparse = sum(parameter.numel() for parameter in self.model.parameters()), self.sparsifier.total
         return {
             "name": self.recipe.name,
             "method": self.recipe.method.name,
@@ -314,12 +302,8 @@ class Trainer:
             "data": self.recipe.data.name,
             "seed": self.recipe.seed,
             "sparsity": self.sparsifier.sparsity,
-            "target_sparsity": 1 - self.target / self.sparsifier.total,
-            "parameters": {
-                "total": total,
-                "sparse": self.sparsifier.total,
-                "active": total - self.sparsifier.total + self.sparsifier.active,
-            },
+            "target_sparsity": 1 - self.target / sparse,
+            "parameters": {"total": total, "sparse": sparse, "active": total - sparse + self.sparsifier.active},
             "flops": {
                 "inference": self.flops.inference(counts),
                 "inference_dense": self.flops.inference(),

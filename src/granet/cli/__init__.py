@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("GRANET_TRACEBACK"):
             raise
         return _fail(str(error))
+    except SystemExit as done:  # the parser has said what there is to say
+        return done.code if isinstance(done.code, int) else 0
     except KeyboardInterrupt:
         return 130
 

@@ -46,7 +46,11 @@ def parse(args: list[str], options: type, *, prog: str, description: str) -> Req
         "Arguments",
         [
             ("options", Annotated[options, tyro.conf.arg(name="")], field(default=options())),
-            ("settings", Annotated[concrete, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff], field(default=default)),
+            (
+                "settings",
+                Annotated[concrete, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff],
+                field(default=default),
+            ),
         ],
         frozen=True,
     )

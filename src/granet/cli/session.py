@@ -1,12 +1,18 @@
 """Training one run after the other in front of a user, with the table and the report at the end."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from granet.cli.progress import Watcher, show_log, stoppable
-from granet.report import read_run, summary_table, write_report
 from granet.run import Run, execute
+
+if TYPE_CHECKING:
+    from granet.report import RunData
 
 
 def train_all(runs: list[Run]) -> int:
@@ -29,7 +35,25 @@ def train_all(runs: list[Run]) -> int:
 
 def show(paths: list[Path], report: Path, console: Console) -> None:
     """Prints the table of the runs and writes their report."""
+    from granet.report import read_run, summary_table, write_report
+
     read = [read_run(path) for path in paths]
-    console.print(summary_table(read))
+    table = summary_table(read)
+    if Measurement.get(console, console.options.update(max_width=1000), table).maximum > console.width:
+        table = upright(read)
+    console.print(table)
     write_report(read, report)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def upright(runs: list["RunData"]) -> Table:
+    """Returns the same table for a narrow terminal: a line a quantity, a column a run."""
+    from granet.report import COLUMNS
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run")
+    for run in runs:
+        table.add_column(run.name, justify="right", overflow="fold")
+    for heading, text in COLUMNS[1:]:
+        table.add_row(heading, *(text(run, run.name) for run in runs))
+    return table

@@ -1,0 +1,80 @@
+"""Golden values: what each method did when it was right, so that a change of behaviour is seen.
+
+To accept a change on purpose: `python tests/test_golden.py` writes the file anew; say why in the commit.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from granet import METHODS, Sparsifier
+from granet.criterion import Layer
+
+FILE = Path(__file__).parent / "golden" / "methods.json"
+STEPS = 50
+SETTINGS = {
+    "dense": {},
+    "static": {"sparsity": 0.7},
+    "gmp": {"sparsity": 0.7, "end": 40, "interval": 5},
+    "granet": {"sparsity": 0.7, "end": 40, "total": STEPS, "interval": 5},
+    "rigl": {"sparsity": 0.7, "end": 40, "interval": 5},
+    "set": {"sparsity": 0.7, "total": STEPS, "interval": 5},
+}
+
+
+def losses(name):
+    """The loss of every tenth step of 50 on the digits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 60), nn.ReLU(), nn.Linear(60, 10))
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    sparsifier = Sparsifier(model, METHODS[name](**SETTINGS[name]), seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    sparsifier.attach(optimizer)
+    seen = []
+    for step in range(STEPS):
+        loss = nn.functional.cross_entropy(model(x[step * 32 : step * 32 + 32]), y[step * 32 : step * 32 + 32])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    return [round(loss, 6) for loss in seen[9::10]]
+
+
+def topology(name):
+    """A hash of the masks after `init` and four updates on weights and gradients that no rounding can change."""
+    method = METHODS[name](**SETTINGS[name])
+    rng = np.random.default_rng(7)
+    shapes = {"a": (30, 20), "b": (16, 8, 3, 3), "c": (10, 30)}
+    whole = lambda shape: torch.from_numpy(rng.integers(-1000, 1000, shape).astype(np.float32))  # noqa: E731  (one line)
+    generator = torch.Generator().manual_seed(3)
+    layers = {key: Layer(whole(shape), whole(shape)) for key, shape in shapes.items()}
+    masks = method.init(layers, generator)
+    digest = hashlib.sha256()
+    for step in (5, 10, 20, 40):
+        layers = {key: Layer(whole(shape) * masks[key], whole(shape)) for key, shape in shapes.items()}
+        masks = method.update(step, layers, masks, generator)
+        for mask in masks.values():
+            digest.update(np.packbits(mask.numpy()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_masks_are_those_they_were(name):
+    assert topology(name) == json.loads(FILE.read_text())[name]["masks"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_losses_are_those_they_were(name):
+    """Within what other processors' rounding does to fifty steps."""
+    assert losses(name) == pytest.approx(json.loads(FILE.read_text())[name]["losses"], rel=0.02)
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps({name: {"masks": topology(name), "losses": losses(name)} for name in METHODS}, indent=1))
