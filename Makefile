@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.ready
 .PHONY: train test check bench format clean
 
 train: $(STAMP)          ## GraNet to 90 % sparsity beside its dense twin, on real data, with a report at the end
-	$(BIN)/granet train
+	$(BIN)/granet train --twin
 
 test: $(STAMP)           ## every test, doctests of the README, docs and docstrings included
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal

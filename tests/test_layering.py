@@ -35,9 +35,13 @@ LAYERS = [  # a module may import what stands before it
 
 
 def imports(path):
-    """The names of granet's modules that a file imports, at the top or in a function."""
+    """The names of granet's modules that a file imports, at the top or in a function; those for types alone aside."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "granet":
             below = node.module.split(".")[1:]
             found |= {below[0]} if below else {alias.name for alias in node.names}
@@ -74,7 +78,7 @@ def test_a_method_imports_no_method():
 
 def test_no_file_is_longer_than_400_lines():
     """Longer ones would need a reason in their docstring."""
-    assert {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 420} == {}
+    assert {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400} == {}
 
 
 @pytest.mark.parametrize("module", ["granet", "granet.methods", "granet.recipe", "granet.cli"])

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -83,12 +84,12 @@ ADAMW = {"optimizer": "adamw", "lr": 0.002, "ema": 0.9, "clip_norm": 1.0, "accum
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [SGD, ADAMW], ids=["sgd", "adamw"])
 def test_a_run_killed_again_and_again_is_the_same_to_the_bit(tmp_path, train):
-    settings = recipe("digits-cnn", batch_size=32, epochs=2, checkpoint="9it", evaluate="25it", **train)
+    settings = recipe("digits-cnn", batch_size=32, checkpoint="6it", evaluate="16it", **train)
     whole = Run.of(settings, tmp_path / "whole")
     execute(whole)
 
     rng = random.Random(os.environ.get("PYTEST_SEED", "granet"))
-    deaths = [f"step{rng.randint(1, 30)}" for _ in range(3)] + [f"time{rng.uniform(0.05, 1.2):.2f}" for _ in range(3)]
+    deaths = [f"step{rng.randint(1, 15)}" for _ in range(3)] + [f"time{rng.uniform(0.1, 1):.2f}" for _ in range(2)]
     file = tmp_path / "recipe.yaml"
     file.write_text(settings.to_yaml())
     command = [sys.executable, "-c", ATTEMPTS, str(file), str(tmp_path / "killed"), *deaths]
@@ -102,7 +103,7 @@ def test_a_run_killed_again_and_again_is_the_same_to_the_bit(tmp_path, train):
     assert killed.path.name == whole.path.name
     assert records(killed) == records(whole)
     one, other = (checkpoint.load_latest(run.checkpoints) for run in (whole, killed))
-    assert one.step == other.step == 80
+    assert one.step == other.step == 40
     assert equal(one.model, other.model)
     assert equal(one.state, other.state)
     assert one.state["sparsifier"]["masks"]
@@ -305,6 +306,19 @@ def test_metrics_are_cut_back_to_an_offset(tmp_path, caplog):
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 4]
     Metrics(file, 10_000).close()
     assert "is shorter than at the checkpoint" in caplog.text
+
+
+def test_metrics_that_cannot_be_written_are_named(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # a write beyond it fails like one on a full disk
+    try:
+        with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: File too large"):
+            metrics.write({"kind": "train"})
+            metrics.write({"kind": "train"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    metrics.close()
 
 
 def test_weights_of_a_checkpoint_load_into_the_plain_model(tmp_path):

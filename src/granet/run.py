@@ -112,7 +112,7 @@ class Metrics:
     """The file of records: one JSON object a line, cut back to a checkpoint on resume."""
 
     def __init__(self, path: Path, offset: int):
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)  # a write that fails is reported at once, and not again on closing
         if offset > self._file.tell():
             logger.warning("%s is shorter than at the checkpoint: its records up to there are lost", path)
         self._file.truncate(min(offset, self._file.tell()))
@@ -122,7 +122,6 @@ class Metrics:
         """Appends a record."""
         try:
             self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
         except OSError as error:
             raise OSError(f"{self._file.name} cannot be written: {error.strerror}; make room and resume") from error
 

@@ -51,7 +51,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str) -> None
         assert error <= TOLERANCE * scale, f"{what} is off by {error:.2e} at a scale of {scale:.1f}"
 
 
-def check_layer(spec: Spec, shape: tuple[int, ...], density: float, batch: int | None, *, bias: bool, last: bool) -> None:
+def check_layer(
+    spec: Spec, shape: tuple[int, ...], density: float, batch: int | None, *, bias: bool, last: bool
+) -> None:
     """Forward and all gradients of one random layer against the reference."""
     weight = torch.randn(spec.weight_shape, requires_grad=True)
     mask = torch.rand(spec.weight_shape) < density

@@ -84,7 +84,7 @@ def check_every_choice(model: nn.Module, x: torch.Tensor) -> None:
                 def choose(layer, pick=pick, batch=batch):
                     return pick if pick in choices(layer, batch) or pick.kind == "sparse" else Choice("sparse", 8)
 
-                programs = {id(s): Program(s, choose, batch) for s in stages.segments}
+                programs = {s: Program(s, choose, batch) for s in stages.segments}
                 arenas = {}
                 for _ in range(2):  # the second run finds the first one's numbers in the arena
                     found = execute(stages, programs, (x,), arenas)

@@ -14,9 +14,9 @@ from granet.engine.spec import Spec
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_layers_equal_the_reference(seed):
-    check_random_layers(25, seed)
+    check_random_layers(20, seed)
 
 
 @pytest.mark.parametrize(("isa", "width"), [("generic", 4), ("avx2", 8), ("avx512", 16)])
@@ -26,7 +26,7 @@ def test_every_instruction_set_of_this_machine(isa, width):
     if needed not in flags:
         pytest.skip(f"this processor has no {isa}")
     environment = {**os.environ, "GRANET_ISA": isa}
-    command = [sys.executable, str(HERE / "fuzz_layers.py"), "40", "11"]
+    command = [sys.executable, str(HERE / "fuzz_layers.py"), "24", "11"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-1] == str(width)
@@ -69,9 +69,7 @@ def test_opcheck(shape):
     torch.library.opcheck(
         torch.ops.granet.conv_forward, (x.detach(), weight.detach(), None, *structure[:4], place.numbers)
     )
-    torch.library.opcheck(
-        torch.ops.granet.conv_backward, (y, x.detach(), weight.detach(), *structure, True, True)
-    )
+    torch.library.opcheck(torch.ops.granet.conv_backward, (y, x.detach(), weight.detach(), *structure, True, True))
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -164,8 +162,6 @@ def test_wrong_arguments_are_errors_not_crashes():
     for x in (torch.randn(2, 4, 8, 8).double(), torch.randn(2, 4, 8, 8).half(), torch.randn(2, 5, 8, 8)):
         with pytest.raises(RuntimeError, match="granet"):
             ops.conv(x, weight, None, place)
-    with pytest.raises(NotImplementedError):
-        ops.conv(torch.randn(2, 4, 8, 8, device="meta"), weight, None, place).item()
 
 
 def test_any_number_of_images_with_one_structure():

@@ -211,7 +211,13 @@ void run_split(const Machine& m, const int64_t* s) {
         for (int64_t y = phases[f].y, row = 0; y < in.layout.height; y += sy, ++row) {
           const float* source = from + y * in.layout.pitch * nb;
           float* to = plane + out.layout.front + row * out.layout.pitch * nb;
-          if (nb == 1) {
+          if (nb == 1 && sx == 2) {
+            // A step the compiler knows is one it can shuffle vectors for.
+            const float* __restrict__ even = source + phases[f].x;
+            float* __restrict__ packed = to;
+            const int64_t count_x = (in.layout.width - phases[f].x + 1) / 2;
+            for (int64_t x = 0; x < count_x; ++x) packed[x] = even[2 * x];
+          } else if (nb == 1) {
             for (int64_t x = phases[f].x; x < in.layout.width; x += sx) *to++ = source[x];
           } else {
             for (int64_t x = phases[f].x; x < in.layout.width; x += sx, to += nb) {
@@ -229,9 +235,11 @@ void run_max_pool(const Machine& m, const int64_t* s) {
   const Slot& in = m.slot(s[1]);
   const Slot& out = m.slot(s[2]);
   const int64_t ky = s[3], kx = s[4], sy = s[5], sx = s[6], py = s[7], px = s[8], nb = in.layout.batch;
-  const int64_t row = in.layout.width * nb;
+  const int64_t row = (in.layout.width + 2 * px) * nb, starts = row - (kx - 1) * nb;
   parallel_for(0, in.blocks * in.planes, 1, [&](int64_t b, int64_t e) {
-    float* const best = scratch(0, row);
+    float* const best = scratch(0, row);         // the maximum over the window's rows, with its padding columns
+    float* const window = scratch(1, row);       // the maximum over the window, for every column it can start at
+    std::fill_n(best, row, -std::numeric_limits<float>::infinity());
     for (int64_t i = b; i < e; ++i) {
       const int64_t block = i / in.planes, c = i % in.planes;
       const float* from = in.block(block) + c * in.layout.stride + in.layout.front;
@@ -239,18 +247,19 @@ void run_max_pool(const Machine& m, const int64_t* s) {
       std::memset(plane, 0, sizeof(float) * out.layout.stride);
       for (int64_t oy = 0; oy < out.layout.height; ++oy) {
         const int64_t first = std::max<int64_t>(0, oy * sy - py), last = std::min(in.layout.height, oy * sy - py + ky);
-        std::memcpy(best, from + first * in.layout.pitch * nb, sizeof(float) * row);
-        for (int64_t y = first + 1; y < last; ++y) kernels().maximum(from + y * in.layout.pitch * nb, best, row);
+        float* const inner = best + px * nb;
+        std::memcpy(inner, from + first * in.layout.pitch * nb, sizeof(float) * in.layout.width * nb);
+        for (int64_t y = first + 1; y < last; ++y) {
+          kernels().maximum(from + y * in.layout.pitch * nb, inner, in.layout.width * nb);
+        }
+        std::memcpy(window, best, sizeof(float) * starts);
+        for (int64_t x = 1; x < kx; ++x) kernels().maximum(best + x * nb, window, starts);
         float* to = plane + out.layout.front + oy * out.layout.pitch * nb;
-        for (int64_t ox = 0; ox < out.layout.width; ++ox) {
-          const int64_t begin = std::max<int64_t>(0, ox * sx - px), end = std::min(in.layout.width, ox * sx - px + kx);
-          if (nb == 1) {
-            float value = best[begin];
-            for (int64_t x = begin + 1; x < end; ++x) value = best[x] > value || best[x] != best[x] ? best[x] : value;
-            to[ox] = value;
-          } else {
-            std::memcpy(to + ox * nb, best + begin * nb, sizeof(float) * nb);
-            for (int64_t x = begin + 1; x < end; ++x) kernels().maximum(best + x * nb, to + ox * nb, nb);
+        if (nb == 1) {
+          for (int64_t ox = 0; ox < out.layout.width; ++ox) to[ox] = window[ox * sx];
+        } else {
+          for (int64_t ox = 0; ox < out.layout.width; ++ox) {
+            std::memcpy(to + ox * nb, window + ox * sx * nb, sizeof(float) * nb);
           }
         }
       }

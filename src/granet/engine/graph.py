@@ -32,13 +32,12 @@ class Stages:
     Attributes:
         graph: the traced module.
         order: segments and fx nodes, alternating as they come.
-        feeds: for each segment, the fx node that each of its inputs is the result of.
         results: for each segment, the fx nodes whose results its outputs are, in order.
     """
 
     graph: fx.GraphModule
     order: list[Segment | fx.Node] = field(default_factory=list)
-    results: dict[int, list[list[fx.Node]]] = field(default_factory=dict)
+    results: dict[Segment, list[list[fx.Node]]] = field(default_factory=dict)
 
     @property
     def segments(self) -> list[Segment]:
@@ -85,7 +84,7 @@ class _Lowering:
             later = [n for n in nodes if any(user not in made for user in n.users)]
             if later and not isinstance(self.maker[value], Input):
                 segment.outputs.append(value)
-                self.stages.results.setdefault(id(segment), []).append(later)
+                self.stages.results.setdefault(segment, []).append(later)
         self.segment, self.values, self.maker, self.names = None, {}, {}, {}
 
     def _open(self, images: int) -> Segment:

@@ -14,7 +14,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from granet import native
 from granet.engine.graph import Stages, lower, tensors_of
 from granet.engine.planner import Plan, plan_inference
-from granet.engine.program import Program
+from granet.engine.program import Program, Segment
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class CompiledModel(nn.Module):
         self._plan = plan
         self._signature = signature
         self._report = report
-        self._arenas: dict[int, list[Tensor]] = {}
+        self._arenas: dict[Segment, list[Tensor]] = {}
         self._warned = False
 
     def report(self) -> InferenceReport:
@@ -115,7 +115,7 @@ def signature_of(inputs: Sequence[object]) -> tuple:
 
 
 def execute(
-    stages: Stages, programs: dict[int, Program], inputs: Sequence[object], arenas: dict[int, list[Tensor]]
+    stages: Stages, programs: dict[Segment, Program], inputs: Sequence[object], arenas: dict[Segment, list[Tensor]]
 ) -> object:
     """The model's output: torch nodes one by one, segments in one native call each.
 
@@ -130,15 +130,15 @@ def execute(
 
     for item in stages.order:
         if not isinstance(item, fx.Node):
-            program = programs[id(item)]
-            pool = arenas.setdefault(id(item), [])
+            program = programs[item]
+            pool = arenas.setdefault(item, [])
             try:
                 arena = pool.pop()
             except IndexError:
                 arena = program.arena()
             found = program.run([values[s.key] for s in program.inputs], arena)
             pool.append(arena)
-            for tensor, nodes in zip(found, stages.results.get(id(item), []), strict=True):
+            for tensor, nodes in zip(found, stages.results.get(item, []), strict=True):
                 for node in nodes:
                     shape = node.meta["tensor_meta"].shape
                     values[node] = tensor.view(shape)

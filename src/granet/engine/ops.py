@@ -72,7 +72,7 @@ def default_batch(images: int, size: tuple[int, int], spec: Spec) -> int:
     out = spec.output_size(size)
     if out == (1, 1):
         share = -(-images // torch.get_num_threads())
-        return min(-(-share // width), 8) * width
+        return max(1, min(-(-share // width), 8)) * width
     return width if images >= width and out[0] * out[1] <= 5 * width else 1
 
 

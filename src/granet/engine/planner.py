@@ -19,10 +19,10 @@ NOISE = 0.03  # a win must exceed this share of the time, the scatter of repeate
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled model: its stages and the program of each segment, by the segment's id."""
+    """A compiled model: its stages and the program of each segment."""
 
     stages: Stages
-    programs: dict[int, Program]
+    programs: dict[Segment, Program]
 
 
 def milliseconds(call: Callable[[], object], *, repeats: int = 5) -> float:
@@ -64,10 +64,10 @@ def plan_inference(
     programs, sparse_ms = {}, {}
     feeds = _feeds(stages, inputs, execute)
     for segment in stages.segments:
-        programs[id(segment)], spent = _fastest(segment, feeds[id(segment)])
+        programs[segment], spent = _fastest(segment, feeds[segment])
         sparse_ms.update(spent)
     plan = Plan(stages, programs)
-    arenas: dict[int, list[Tensor]] = {}
+    arenas: dict[Segment, list[Tensor]] = {}
     expected, found = model(*inputs), execute(stages, programs, inputs, arenas)
     error = _difference(expected, found)
     if not error <= tolerance:
@@ -93,12 +93,12 @@ def plan_inference(
     return (plan if wins else None), report
 
 
-def _feeds(stages: Stages, inputs: Sequence[Tensor], execute: Callable[..., object]) -> dict[int, list[Tensor]]:
+def _feeds(stages: Stages, inputs: Sequence[Tensor], execute: Callable[..., object]) -> dict[Segment, list[Tensor]]:
     """Inputs of the right shape for each segment; a layer's speed does not depend on what they hold."""
     feeds = {}
     for segment in stages.segments:
         steps = [s for s in segment.steps if not s.inputs]
-        feeds[id(segment)] = [torch.randn(s.out.shape) for s in steps]
+        feeds[segment] = [torch.randn(s.out.shape) for s in steps]
     return feeds
 
 
@@ -156,7 +156,7 @@ def _dense_ms(layer: Layer) -> float:
 
 def _rows(
     stages: Stages,
-    programs: dict[int, Program],
+    programs: dict[Segment, Program],
     dense_ms: dict[Layer, float],
     sparse_ms: dict[Layer, tuple[float, str]],
 ) -> list[object]:

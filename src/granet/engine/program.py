@@ -109,7 +109,7 @@ def choices(layer: Layer, batch: int) -> list[Choice]:
     positions = layer.out.size[0] * layer.out.size[1]
     if positions == 1 and batch == 1:
         return [Choice("vector")]
-    found = [Choice("sparse", 8), Choice("sparse", 12), Choice("sparse", 5)]
+    found = [Choice("sparse", 12), Choice("sparse", 8), Choice("sparse", 16)]
     grouped = layer.spec.out_channels // layer.spec.groups % GROUP == 0
     if grouped and layer.density > 0.15:
         found.append(Choice("block"))

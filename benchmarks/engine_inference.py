@@ -1,0 +1,232 @@
+"""Compiled sparse inference against the dense engines, interleaved, outputs checked first.
+
+    python benchmarks/engine_inference.py --model resnet50 --sparsity 0.8 0.9 0.95 --batch 1 16
+
+ONNX Runtime and OpenVINO take part where installed (`pip install onnx onnxscript onnxruntime openvino`). Weights and
+running statistics are random: speed does not depend on them. The first convolution stays dense.
+"""
+
+import argparse
+import datetime
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from granet.distribution import erk, uniform
+from granet.engine.inference import compile as compile_sparse
+from granet.models import build
+
+
+class Bottleneck(nn.Module):
+    """Three convolutions and a shortcut; the stride is in the 3x3 (ResNet v1.5)."""
+
+    def __init__(self, inputs: int, width: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.shortcut = nn.Identity()
+        if stride != 1 or inputs != 4 * width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        return torch.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 for 224x224 images (He et al. 2016)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )
+        blocks, inputs = [], 64
+        for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+            for i in range(count):
+                blocks.append(Bottleneck(inputs, width, stride if i == 0 else 1))
+                inputs = 4 * width
+        self.blocks, self.pool, self.head = nn.Sequential(*blocks), nn.AdaptiveAvgPool2d(1), nn.Linear(2048, 1000)
+
+    def forward(self, x):
+        return self.head(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(),
+        nn.Linear(1024, 10),
+    )  # fmt: skip
+
+
+def feed_forward() -> nn.Module:
+    """The two linears of a transformer block with d = 512, without what is between two blocks."""
+    return nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 512))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet50": (ResNet50, (3, 224, 224)),
+    "vgg19": (lambda: build("vgg19", classes=10, in_channels=3), (3, 32, 32)),
+    "resnet20": (lambda: build("resnet20", classes=10, in_channels=3), (3, 32, 32)),
+    "mlp": (mlp, (784,)),
+    "transformer": (feed_forward, (128, 512)),
+}
+
+
+def make(name: str, sparsity: float, distribution: str) -> nn.Module:
+    """The model with random weights, all but the first made sparse, and batch statistics that are no identity."""
+    torch.manual_seed(0)
+    model = MODELS[name][0]().eval()
+    weights = [(n, p) for n, p in model.named_parameters() if p.dim() > 1][1:]
+    shapes = {n: tuple(p.shape) for n, p in weights}
+    counts = (erk if distribution == "erk" else uniform)(shapes, 1 - sparsity)
+    with torch.no_grad():
+        for n, p in weights:
+            keep = torch.zeros(p.numel(), dtype=torch.bool)
+            keep[torch.randperm(p.numel())[: counts[n]]] = True
+            p.mul_(keep.view_as(p))
+            p.mul_((2 * p[0].numel() / max(1, p.square().sum().item()) / p[0].numel() * p.shape[0]) ** 0.5)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.8, 1.2)
+    return model
+
+
+def contenders(model: nn.Module, x: torch.Tensor, *, torch_compile: bool) -> dict[str, Callable[[], torch.Tensor]]:
+    """What can run the model here, by name; those not installed are named on the terminal."""
+    found: dict[str, Callable[[], torch.Tensor]] = {"torch eager": lambda: model(x)}
+    channels_last = x.to(memory_format=torch.channels_last) if x.dim() == 4 else None
+    if channels_last is not None:
+        import copy
+
+        twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        found["torch channels_last"] = lambda: twin(channels_last)
+    if torch_compile:
+        compiled = torch.compile(model)
+        found["torch.compile"] = lambda: compiled(x)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.onnx"
+        try:
+            torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+        except (ImportError, ModuleNotFoundError) as error:
+            print(f"ONNX Runtime and OpenVINO skipped: {error}")
+            return found
+        try:
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            feed = {session.get_inputs()[0].name: x.numpy()}
+            found["onnxruntime"] = lambda: torch.from_numpy(session.run(None, feed)[0])
+        except ImportError:
+            print("ONNX Runtime skipped: not installed")
+        try:
+            import openvino
+
+            options = {
+                "INFERENCE_PRECISION_HINT": "f32",
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            }
+            request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+            array = x.numpy()
+            found["openvino"] = lambda: torch.from_numpy(request.infer([array])[0])
+        except ImportError:
+            print("OpenVINO skipped: not installed")
+    return found
+
+
+def measure(
+    calls: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
+) -> dict[str, tuple[float, float, int]]:
+    """Minimum and median in milliseconds and the number of repeats of each call, taking turns for `seconds`."""
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, spent.values())) < 5:
+        for name, call in calls.items():
+            call()  # the caches and the clock as this engine leaves them
+            start = clock()
+            call()
+            spent[name].append((clock() - start) * 1e3)
+    return {name: (min(s), statistics.median(s), len(s)) for name, s in spent.items()}
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["resnet50"], choices=MODELS)
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.8, 0.9, 0.95])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--distribution", nargs="+", default=["uniform"], choices=("uniform", "erk"))
+    parser.add_argument("--seconds", type=float, default=20, help="for each table row")
+    parser.add_argument("--torch-compile", action="store_true", help="torch.compile takes part")
+    parser.add_argument("--layers", action="store_true", help="print the report of every compiled model")
+    parser.add_argument("--threads", type=int, help="of every engine; the default is torch's")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time instead of wall time: for one thread on a busy machine"
+    )
+    settings = parser.parse_args()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    clock = time.process_time if settings.cpu_time else time.perf_counter
+    print(
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {processor()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, {'processor' if settings.cpu_time else 'wall'} time\n"
+    )
+    print("| model | batch | distribution | sparsity | engine | min ms | median ms | repeats | vs fastest dense |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in settings.model:
+        for batch in settings.batch:
+            for distribution in settings.distribution:
+                for sparsity in settings.sparsity:
+                    model = make(name, sparsity, distribution)
+                    x = torch.randn(batch, *MODELS[name][1])
+                    with torch.no_grad():
+                        fast = compile_sparse(model, x)
+                        calls = contenders(model, x, torch_compile=settings.torch_compile)
+                        expected = model(x)
+                        for other, call in {**calls, "granet": lambda f=fast, x=x: f(x)}.items():
+                            error = ((call() - expected).abs().max() / expected.abs().max()).item()
+                            if not error < 1e-3:
+                                raise SystemExit(f"{other} is off by {error:.1e}")
+                        times = measure({**calls, "granet": lambda f=fast, x=x: f(x)}, settings.seconds, clock)
+                    dense = min(t[0] for n, t in times.items() if n != "granet")
+                    for engine, (least, median, repeats) in times.items():
+                        print(
+                            f"| {name} | {batch} | {distribution} | {sparsity:.0%} | {engine} | {least:.2f} "
+                            f"| {median:.2f} | {repeats} | {dense / least:.2f}x |",
+                            flush=True,
+                        )
+                    report = fast.report()
+                    parameters = sum(4 * p.numel() for p in model.parameters())
+                    print(
+                        f"<!-- runs {report.chosen}; packed {report.nbytes / 1e6:.1f} MB, dense weights "
+                        f"{parameters / 1e6:.1f} MB; working memory {report.arena_nbytes / 1e6:.1f} MB -->",
+                        flush=True,
+                    )
+                    if settings.layers:
+                        print(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from fuzz_models import check_every_choice, network
+from torch import nn
+
+from granet.engine import inference
+
+
+@pytest.mark.parametrize(
+    ("activation", "images", "size"), [(nn.ReLU(), 1, 37), (nn.ReLU6(), 3, 32), (nn.SiLU(), 17, 24)]
+)
+def test_every_kernel_and_layout_computes_the_model(activation, images, size):
+    torch.manual_seed(0)
+    check_every_choice(network(activation, 0.3), torch.randn(images, 3, size, size))
+
+
+def wide(density=0.02):
+    """A model whose zeros pay on any machine."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(192, 192, 3, padding=1, bias=False), nn.BatchNorm2d(192), nn.ReLU()] * 2
+    model = nn.Sequential(*(copy.deepcopy(layer) for layer in layers)).eval()
+    with torch.no_grad():
+        for module in model:
+            if isinstance(module, nn.Conv2d):
+                module.weight.mul_(torch.rand_like(module.weight) < density)
+    return model
+
+
+def test_a_sparse_model_gets_faster_and_says_so():
+    model, x = wide(), torch.randn(1, 192, 28, 28)
+    fast = inference.compile(model, x)
+    report = fast.report()
+    assert report.chosen == "sparse"
+    assert report.fast_ms < report.dense_ms
+    assert [row.name for row in report.layers] == ["0", "3"]
+    assert all(row.sparse_ms < row.dense_ms and 0.01 < row.density < 0.03 for row in report.layers)
+    assert "runs sparse" in str(report)
+    assert report.nbytes < 192 * 192 * 9 * 2 * 4  # less than the dense weights
+    torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_other_shapes_run_dense(caplog):
+    model = wide()
+    fast = inference.compile(model, torch.randn(1, 192, 28, 28))
+    x = torch.randn(2, 192, 10, 10)
+    torch.testing.assert_close(fast(x), model(x).detach())
+    assert "runs the dense model" in caplog.text
+
+
+def test_a_dense_model_stays_dense():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)).eval()
+    x = torch.randn(256, 512)
+    fast = inference.compile(model, x)
+    report = fast.report()
+    assert report.fast_ms <= report.dense_ms
+    torch.testing.assert_close(fast(x), model(x).detach(), atol=1e-4, rtol=1e-4)
+
+
+class Attention(nn.Module):
+    """A layer of a transformer: operators the kernels do not know between linears they do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(64), nn.Linear(64, 192), nn.Linear(64, 64)
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+class Unusual(nn.Module):
+    """Conv1d, a branch used twice, and a convolution the kernels do not support."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv1d(6, 8, 3, padding=1)
+        self.circular = nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular")
+        self.three = nn.Conv1d(8, 8, 3, stride=2, padding=2, dilation=2)
+
+    def forward(self, x):
+        y = torch.relu(self.one(x))
+        z = self.circular(y) + y
+        return {"a": self.three(z), "b": (y, z.sum())}
+
+
+class Untraceable(nn.Module):
+    """What torch.fx cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [(Attention(), torch.randn(2, 10, 64)), (Unusual(), torch.randn(3, 6, 21))],
+    ids=["linear", "conv1d"],
+)
+def test_models_with_unsupported_parts(model, x, monkeypatch):
+    monkeypatch.setattr("granet.engine.planner.NOISE", -1e9)  # take the compiled model whether it wins or not
+    model.eval()
+    fast = inference.compile(model, x)
+    assert fast.report().chosen == "sparse"
+    expected, found = inference.tensors_of([model(x)]), inference.tensors_of([fast(x)])
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b, a.detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "reason"),
+    [
+        (nn.Linear(4, 4).double(), torch.randn(2, 4).double(), "float64"),
+        (nn.Linear(4, 4).half(), torch.randn(2, 4).half(), "float16"),
+        (nn.Linear(4, 4, device="meta"), torch.randn(2, 4, device="meta"), "not on meta"),
+        (Untraceable(), torch.ones(2, 4), "cannot trace"),
+    ],
+)
+def test_unsupported_models_run_dense_and_say_why(model, x, reason):
+    fast = inference.compile(model.eval(), x)
+    assert fast.report().chosen == "dense"
+    assert reason in fast.report().why
+    assert fast(x).shape == x.shape
+
+
+def test_a_model_in_training_mode_is_refused():
+    with pytest.raises(ValueError, match="eval"):
+        inference.compile(nn.Linear(4, 4), torch.randn(2, 4))
+
+
+def test_threads_share_a_compiled_model_and_copies_work():
+    model = wide()
+    inputs = [torch.randn(1, 192, 28, 28) for _ in range(3)]
+    fast = inference.compile(model, inputs[0])
+    expected = [model(x).detach() for x in inputs]
+    wrong = []
+
+    def work(i):
+        for _ in range(10):
+            if not torch.allclose(fast(inputs[i]), expected[i], atol=1e-4):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    torch.testing.assert_close(copy.deepcopy(fast)(inputs[0]), expected[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(fast))(inputs[0]), expected[0], atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_compiler_everything_works_and_says_so_once(tmp_path):
+    program = """
+import logging, torch
+from granet.engine import inference
+logging.basicConfig()
+model = torch.nn.Linear(4, 4).eval()
+for _ in range(2):
+    fast = inference.compile(model, torch.randn(2, 4))
+    assert fast.report().chosen == "dense", fast.report()
+    fast(torch.randn(2, 4))
+"""
+    environment = {**os.environ, "PATH": str(tmp_path), "CXX": "", "GRANET_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stderr.count("no C++ compiler found") == 1
