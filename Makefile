@@ -29,6 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv $(VENV); }
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,images]" --group dev
+	-@$(BIN)/python -m granet.native
 	@touch $@
 
 clean:

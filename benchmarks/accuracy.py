@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py fashion-mlp --epochs 10 --out results/fashion-mnist.md
 
-Runs that are finished are not trained again, so the same command goes on where it was stopped. Every run has the same number of
-steps, the same data order for its seed, and the same rule of selection: the test set is looked at once, with the weights of the
-last step, and with those that were best on the validation split at the final sparsity.
+Runs that are finished are not trained again, so the same command goes on where it was stopped. Every run has the same
+number of steps, the same data order for its seed, and the same rule of selection: the test set is looked at once, with
+the weights of the last step, and with those that were best on the validation split at the final sparsity.
 """
 
 import argparse
@@ -113,8 +113,8 @@ def page(args, done):
     return f"""# {args.recipe}, {args.epochs} epochs
 
 `{command}`, {date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}.
-Mean and standard deviation over seeds {", ".join(map(str, seeds))}; test accuracy of the last step's weights, and of those best
-on the held-out validation split at the final sparsity. FLOPs relative to dense (granet.flops).
+Mean and standard deviation over seeds {", ".join(map(str, seeds))}; test accuracy of the last step's weights, and of
+those best on the held-out validation split at the final sparsity. FLOPs relative to dense (granet.flops).
 
 ```
 {table(done)}

@@ -7,7 +7,7 @@ from hypothesis import given as cases
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from granet import topology
+from granet import native, topology
 from granet.criterion import Layer, given, gradient, magnitude
 from granet.topology import NonFiniteScores, count, drop, exchange, grow, grow_random, prune_to, random_masks, top
 
@@ -21,11 +21,14 @@ def naive_top(scores, n, among):
     return [i in chosen for i in range(len(scores))]
 
 
-@pytest.fixture(params=["cpu", "other device"])
+@pytest.fixture(params=["numpy", "kernel", "other device"])
 def engine(request, monkeypatch):
-    """Both ways to select: the one for the CPU, and the one for any other device, which runs on the CPU as well."""
+    """The ways to select: on the CPU in NumPy and in the compiled kernel, and on other devices (that runs here too)."""
     if request.param == "other device":
         monkeypatch.setattr(topology, "_top_cpu", topology._top_device)
+    elif request.param == "kernel" and not native.available():
+        pytest.skip("no C++ compiler on this machine")
+    monkeypatch.setattr(native, "ready", lambda: request.param == "kernel")
 
 
 @cases(SCORES, st.data())
@@ -65,7 +68,7 @@ def test_top_of_many_scores_is_exact(kind, engine):
         assert set(torch.cat(chosen).nonzero().squeeze(1).tolist()) == set(ranked[:n].tolist())
 
 
-def test_a_bracket_that_misses_is_widened(monkeypatch):
+def test_a_bracket_that_misses_is_widened(monkeypatch, engine):
     monkeypatch.setattr(topology, "_bracket", lambda *_: (0.9, 0.95))
     scores, among = torch.rand(1000), torch.ones(1000, dtype=torch.bool)
     for n in (10, 500, 999):

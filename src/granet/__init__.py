@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from granet import flops as flops
     from granet import schedule as schedule
     from granet import topology as topology
+    from granet.engine.inference import compile as compile
+    from granet.engine.training import accelerate as accelerate
     from granet.methods import GMP as GMP
     from granet.methods import METHODS as METHODS
     from granet.methods import SET as SET
@@ -37,6 +39,8 @@ _HOME = {
     "RigL": "methods",
     "SET": "methods",
     "Static": "methods",
+    "accelerate": "engine.training",
+    "compile": "engine.inference",
     "plan": "selection",
     "Sparsifier": "sparsifier",
 }

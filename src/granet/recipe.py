@@ -172,6 +172,9 @@ class Train(Section):
     evaluate: Steps = Field("1ep", description="Steps between two evaluations on the validation set.")
     checkpoint: Steps = Field("1ep", description="Steps between two checkpoints.")
     threads: int | None = Field(None, ge=1, description="Processor threads; None leaves them to torch.")
+    engine: Literal["dense", "sparse"] = Field(
+        "dense", description="Arithmetic: 'sparse' runs layers on granet's own kernels where these are faster (CPU)."
+    )
     device: str = Field("auto", description="Device: 'auto' takes a GPU if there is one.")
 
     @model_validator(mode="after")
@@ -180,6 +183,8 @@ class Train(Section):
             raise ValueError(f"nesterov belongs to sgd, not to {self.optimizer}: set nesterov to false")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
+        if self.engine == "sparse" and (self.bf16 or self.compile):
+            raise ValueError("engine sparse computes in float32 and compiles nothing: leave out bf16 and compile")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be split into accumulate={self.accumulate} equal parts"

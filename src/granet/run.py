@@ -7,6 +7,7 @@ runs/digits-granet-3f9a1c/
     metrics.jsonl        one JSON object a line: train, eval and update records
     checkpoints/         the last two, and the best
     tensorboard/         the same curves as events
+    engine.txt           with the sparse engine: what was measured and chosen for each layer
     summary.json         results, FLOPs, layers; there once the run is finished
     report.html          curves, layers and the table
 ```
@@ -183,6 +184,8 @@ def execute(
 
             if not trainer.fit(record=record, save=save, stop=stop):
                 return None
+        if trainer.engine is not None:
+            checkpoint.replace(run.path / "engine.txt", f"{trainer.engine.report()}\n")
         summary = _summarise(run, trainer)
         checkpoint.replace(run.path / "summary.json", json.dumps(summary, indent=1))
     return summary

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from granet import data, flops, models
+from granet import data, flops, models, optimizer
 from granet.checkpoint import restore_layout
+from granet.engine.training import TrainingPlan, accelerate
 from granet.recipe import Recipe, Train
 from granet.selection import plan
 from granet.sparsifier import Sparsifier
@@ -95,7 +96,7 @@ class Trainer:
         skip = recipe.model.keep_dense
         self.target = plan(self.model, method, skip=skip).final_active
         self.sparsifier = Sparsifier(self.model, method, skip=skip, seed=recipe.seed)
-        self.optimizer = _optimizer(self.model, self.settings)
+        self.optimizer = optimizer.build(self.model, self.settings)
         self.sparsifier.attach(self.optimizer)
         self.ema = None
         if self.settings.ema:
@@ -106,6 +107,7 @@ class Trainer:
         self.training_flops = 0.0
         self.seconds = 0.0
         self.best: Best | None = None
+        self.engine: TrainingPlan | None = None  # the layers that run on sparse kernels
         self._costs: tuple[int, float, float] = (-1, 0.0, 0.0)
         self._window: list[tuple[int, Tensor, Tensor]] = []  # step, loss, accuracy since the last line of the log
 
@@ -134,6 +136,9 @@ class Trainer:
         forward = torch.compile(self.model, mode=settings.compile) if settings.compile else self.model
         self.model.train()
         clock = time.perf_counter()
+        if settings.engine == "sparse" and self.engine is None:
+            shape = (settings.batch_size // settings.accumulate, *self.dataset.shape)
+            self.engine = accelerate(self.sparsifier, torch.zeros(shape).to(memory_format=self.layout))
         while self.step < self.steps:
             for x, y in self._batches():
                 self._train_step(forward, x, y)
@@ -174,7 +179,7 @@ class Trainer:
 
     def _train_step(self, forward: nn.Module, x: Tensor, y: Tensor) -> None:
         settings, sparsifier = self.settings, self.sparsifier
-        lr = learning_rate(settings, self.step, self.steps)
+        lr = optimizer.learning_rate(settings, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -230,7 +235,7 @@ class Trainer:
         self._refuse_non_finite()
         loss, accuracy = torch.stack([torch.stack(entry) for _, *entry in self._window]).mean(0).tolist()
         self._window.clear()
-        lr = learning_rate(self.settings, self.step - 1, self.steps)
+        lr = optimizer.learning_rate(self.settings, self.step - 1, self.steps)
         return self._record("train", loss=loss, accuracy=accuracy, lr=lr, sparsity=self.sparsifier.sparsity)
 
     def _update_record(self, update) -> dict[str, Any]:
@@ -354,36 +359,6 @@ class Trainer:
         except (RuntimeError, KeyError, TypeError) as error:
             raise ValueError(f"the checkpoint does not fit this recipe: {error}") from error
         self._costs = (-1, 0.0, 0.0)
-
-
-def learning_rate(settings: Train, step: int, steps: int) -> float:
-    """Returns the learning rate of the optimizer step after ``step`` steps of ``steps``; step counts are resolved.
-
-    >>> settings = Train(lr=1.0, warmup=2, milestones=(5, 8), gamma=0.5)
-    >>> [learning_rate(settings, step, 10) for step in range(10)]
-    [0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25]
-    """
-    if step < settings.warmup:
-        return settings.lr * (step + 1) / settings.warmup
-    match settings.schedule:
-        case "multistep":
-            return settings.lr * settings.gamma ** sum(step >= milestone for milestone in settings.milestones)
-        case "cosine":
-            progress = (step - settings.warmup) / max(steps - settings.warmup, 1)
-            return settings.lr * (1 + math.cos(math.pi * progress)) / 2
-    return settings.lr
-
-
-def _optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
-    parameters = list(model.parameters())
-    spared = [p for p in parameters if settings.decay == "weights" and p.ndim < 2]
-    decayed = [p for p in parameters if not any(p is other for other in spared)]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
-    if spared:
-        groups.append({"params": spared, "weight_decay": 0.0})
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999))
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)
 
 
 def _device(name: str) -> torch.device:

@@ -1,0 +1,39 @@
+"""The optimizer and the learning rate that a recipe asks for."""
+
+import math
+
+import torch
+from torch import nn
+
+from granet.recipe import Train
+
+
+def learning_rate(settings: Train, step: int, steps: int) -> float:
+    """Returns the learning rate of the optimizer step after ``step`` steps of ``steps``; step counts are resolved.
+
+    >>> settings = Train(lr=1.0, warmup=2, milestones=(5, 8), gamma=0.5)
+    >>> [learning_rate(settings, step, 10) for step in range(10)]
+    [0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25]
+    """
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    match settings.schedule:
+        case "multistep":
+            return settings.lr * settings.gamma ** sum(step >= milestone for milestone in settings.milestones)
+        case "cosine":
+            progress = (step - settings.warmup) / max(steps - settings.warmup, 1)
+            return settings.lr * (1 + math.cos(math.pi * progress)) / 2
+    return settings.lr
+
+
+def build(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
+    """Returns the optimizer of the settings; with ``decay: weights`` vectors (biases, norms) are not decayed."""
+    parameters = list(model.parameters())
+    spared = [p for p in parameters if settings.decay == "weights" and p.ndim < 2]
+    decayed = [p for p in parameters if not any(p is other for other in spared)]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)

@@ -1,0 +1,73 @@
+"""The kernels compile once, are found again, and their absence is no error."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from granet import native
+from granet.native import EngineUnavailable
+
+
+def run(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout.strip(), done.stderr
+
+
+def test_without_a_compiler_everything_works_and_says_so_once():
+    code = """
+import logging, torch, granet
+logging.basicConfig(format="%(message)s")
+from granet import native
+print(native.ready(), native.available(), native.available())
+model = torch.nn.Linear(9, 9)
+s = granet.Sparsifier(model, granet.GraNet(sparsity=0.9, end=4, total=8, interval=2))
+o = torch.optim.SGD(model.parameters(), lr=0.1)
+s.attach(o)
+plan = granet.accelerate(s, torch.randn(2, 9))
+for _ in range(8):
+    model(torch.randn(2, 9)).sum().backward(); o.step(); o.zero_grad()
+print(s.active, "not available" in str(plan.report()))
+"""
+    status, out, err = run(code, PATH="/nonexistent", CXX="")
+    assert (status, out) == (0, "False False False\n8 True")
+    assert err.count("no C++ compiler found") == 1
+
+
+def test_ready_never_compiles(tmp_path):
+    code = "from granet import native; print(native.ready())"
+    assert run(code, GRANET_CACHE=str(tmp_path))[:2] == (0, "False")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_explained(tmp_path):
+    if native.ready() is False:
+        pytest.skip("no C++ compiler on this machine")
+    (tmp_path / "file").write_text("")
+    code = "from granet import native; native.library()"
+    status, _, err = run(code, GRANET_CACHE=str(tmp_path / "file" / "below"))
+    assert status == 1
+    assert "EngineUnavailable: the sparse kernels cannot be stored in" in err
+
+
+def test_the_kernels_are_found_again():
+    try:
+        first = native.library()
+    except EngineUnavailable:
+        pytest.skip("no C++ compiler on this machine")
+    changed = first.stat().st_mtime_ns
+    assert native.library() == first
+    assert first.stat().st_mtime_ns == changed
+
+
+def test_select_pass_refuses_what_it_cannot_read():
+    if not native.available():
+        pytest.skip("no C++ compiler on this machine")
+    scores, mask = torch.rand(10), torch.ones(10, dtype=torch.bool)
+    for bad in [(scores.double(), mask, mask), (scores, mask[:5], mask), (scores[::2], mask[::2], mask[:5])]:
+        with pytest.raises(RuntimeError, match="granet: select_pass takes"):
+            torch.ops.granet.select_pass(bad[0], bad[1], 0.0, 1.0, bad[2].clone())
