@@ -38,6 +38,8 @@ void pack_row(const float* from, const Image& image, int64_t sx, int64_t count, 
   if (batch == 1) {
     if (sx == 1) {
       std::memcpy(to, from, sizeof(float) * count);
+    } else if (sx == 2) {
+      take_every_second(from, to, count);
     } else {
       for (int64_t x = 0; x < count; ++x) to[x] = from[x * sx];
     }
@@ -70,6 +72,10 @@ int64_t steps(int64_t size, int64_t first, int64_t step) { return size > first ?
 
 }  // namespace
 
+void take_every_second(const float* __restrict__ from, float* __restrict__ to, int64_t count) {
+  for (int64_t x = 0; x < count; ++x) to[x] = from[2 * x];
+}
+
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
@@ -90,6 +96,18 @@ std::vector<Tile> tiles(int64_t positions, int32_t longest, int64_t at_least) {
   return result;
 }
 
+void clear_around(float* plane, const Planes& layout, int64_t rows, int64_t columns) {
+  const int64_t row = layout.pitch * layout.batch, filled = columns * layout.batch;
+  std::memset(plane, 0, sizeof(float) * layout.front);
+  if (filled < row) {
+    for (int64_t y = 0; y + 1 < rows; ++y) {
+      std::memset(plane + layout.front + y * row + filled, 0, sizeof(float) * (row - filled));
+    }
+  }
+  const int64_t end = layout.front + (rows > 0 && columns > 0 ? (rows - 1) * row + filled : 0);
+  std::memset(plane + end, 0, sizeof(float) * (layout.stride - end));
+}
+
 void pack(const float* from, const Image& image, float* planes, const Planes& layout, const Phase* phases,
           int64_t phase_count, int64_t sy, int64_t sx, int64_t first_channel, int64_t last_channel) {
   if (image.height == 1 && image.width == 1 && layout.batch > 1 && phase_count == 1 && phases->y == 0 && phases->x == 0) {
@@ -108,9 +126,17 @@ void pack(const float* from, const Image& image, float* planes, const Planes& la
     const float* channel = from + c * image.height * image.width;
     for (int64_t f = 0; f < phase_count; ++f) {
       float* plane = planes + (c * phase_count + f) * layout.stride;
-      std::memset(plane, 0, sizeof(float) * layout.stride);
       const int64_t rows = steps(image.height, phases[f].y, sy);
       const int64_t columns = steps(image.width, phases[f].x, sx);
+      if (image.images == layout.batch) {
+        clear_around(plane, layout, rows, columns);
+      } else {
+        std::memset(plane, 0, sizeof(float) * layout.stride);
+      }
+      if (layout.batch == 1 && sx == 1 && sy == 1 && columns == image.width && columns == layout.pitch) {
+        std::memcpy(plane + layout.front, channel, sizeof(float) * rows * columns);
+        continue;
+      }
       for (int64_t y = 0; y < rows; ++y) {
         pack_row(channel + (phases[f].y + y * sy) * image.width + phases[f].x, image, sx, columns, layout.batch,
                  plane + layout.front + y * layout.pitch * layout.batch);

@@ -54,6 +54,12 @@ void pack(const float* from, const Image& image, float* planes, const Planes& la
 void unpack(const float* planes, const Planes& layout, float* to, const Image& image, const Phase* phases,
             int64_t phase_count, int64_t sy, int64_t sx, int64_t first_channel, int64_t last_channel);
 
+// Zeros everywhere in a plane but in its first `rows` x `columns` positions.
+void clear_around(float* plane, const Planes& layout, int64_t rows, int64_t columns);
+
+// to[x] = from[2 * x]: a step the compiler knows is one it can shuffle vectors for.
+void take_every_second(const float* from, float* to, int64_t count);
+
 // Memory of this thread, kept between calls, at least `floats` long and aligned to a cache line.
 float* scratch(int slot, int64_t floats);
 

@@ -207,16 +207,14 @@ void run_split(const Machine& m, const int64_t* s) {
       const float* from = in.block(block) + c * in.layout.stride + in.layout.front;
       for (int64_t f = 0; f < count; ++f) {
         float* plane = out.block(block) + (c * count + f) * out.layout.stride;
-        std::memset(plane, 0, sizeof(float) * out.layout.stride);
+        const int64_t rows = (in.layout.height - phases[f].y + sy - 1) / sy;
+        const int64_t columns = (in.layout.width - phases[f].x + sx - 1) / sx;
+        clear_around(plane, out.layout, std::max<int64_t>(rows, 0), std::max<int64_t>(columns, 0));
         for (int64_t y = phases[f].y, row = 0; y < in.layout.height; y += sy, ++row) {
           const float* source = from + y * in.layout.pitch * nb;
           float* to = plane + out.layout.front + row * out.layout.pitch * nb;
           if (nb == 1 && sx == 2) {
-            // A step the compiler knows is one it can shuffle vectors for.
-            const float* __restrict__ even = source + phases[f].x;
-            float* __restrict__ packed = to;
-            const int64_t count_x = (in.layout.width - phases[f].x + 1) / 2;
-            for (int64_t x = 0; x < count_x; ++x) packed[x] = even[2 * x];
+            take_every_second(source + phases[f].x, to, columns);
           } else if (nb == 1) {
             for (int64_t x = phases[f].x; x < in.layout.width; x += sx) *to++ = source[x];
           } else {

@@ -1,0 +1,198 @@
+"""Accelerated sparse training against dense PyTorch and sparseprop, interleaved, gradients checked first.
+
+    python benchmarks/engine_training.py layers --sparsity 0.9 0.95
+    python benchmarks/engine_training.py steps --model vgg19 --batch 64
+
+`layers` times forward + backward of the convolutions of a CIFAR ResNet-50; `steps` whole training steps, with the
+optimizer and a fixed mask. sparseprop takes part where installed. Dense PyTorch is the faster of its two layouts.
+THP_MEM_ALLOC_ENABLE=1 in the environment makes torch ask for huge pages, which spares all contenders most of the page
+faults that the large outputs of thin layers cost.
+"""
+
+import argparse
+import copy
+import datetime
+import itertools
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from engine_inference import processor
+from torch import nn
+
+import granet
+from granet.engine import ops, reference
+from granet.engine.spec import Spec
+from granet.engine.training import accelerate
+from granet.models import build
+
+# in, out, kernel, stride, input size: the kinds of layer in a ResNet-50 for 32x32 images
+LAYERS = [
+    (64, 64, 3, 1, 32),
+    (64, 256, 1, 1, 32),
+    (256, 64, 1, 1, 32),
+    (128, 128, 3, 2, 32),
+    (128, 128, 3, 1, 16),
+    (512, 128, 1, 1, 16),
+    (256, 256, 3, 1, 8),
+    (1024, 256, 1, 1, 8),
+    (512, 512, 3, 1, 4),
+    (2048, 512, 1, 1, 4),
+]
+
+
+def turns(calls: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Milliseconds of each call, taking turns for `seconds`, five turns at least."""
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, spent.values())) < 5:
+        for name, call in calls.items():
+            start = clock()
+            call()
+            spent[name].append((clock() - start) * 1e3)
+    return spent
+
+
+def both(forward: Callable[[torch.Tensor], torch.Tensor], wanted: list[torch.Tensor], dy: torch.Tensor) -> object:
+    return torch.autograd.grad(forward(wanted[0]), wanted, dy)
+
+
+def layers(settings: argparse.Namespace, clock: Callable[[], float]) -> None:
+    print("| layer | sparsity | dense ms | sparseprop ms | granet ms | vs dense | vs sparseprop |")
+    print("|---|---|---|---|---|---|---|")
+    for channels, outputs, kernel, stride, size in LAYERS:
+        for sparsity in settings.sparsity:
+            torch.manual_seed(0)
+            spec = Spec(
+                in_channels=channels,
+                out_channels=outputs,
+                kernel=(kernel, kernel),
+                stride=(stride, stride),
+                padding=(kernel // 2, kernel // 2),
+            )
+            mask = torch.rand(spec.weight_shape) >= sparsity
+            weight = (torch.randn(spec.weight_shape) * mask).requires_grad_()
+            x = torch.randn(settings.batch, channels, size, size, requires_grad=True)
+            dy = torch.randn(settings.batch, outputs, *spec.output_size((size, size)))
+
+            def dense(x, weight=weight, stride=stride, kernel=kernel):
+                return nn.functional.conv2d(x, weight, None, stride, kernel // 2)
+
+            last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+            last_dy = dy.to(memory_format=torch.channels_last)
+            calls = {
+                "dense": lambda d=dense, x=x, w=weight, dy=dy: both(d, [x, w], dy),
+                "dense last": lambda d=dense, x=last, w=weight, dy=last_dy: both(d, [x, w], dy),
+            }
+            for batch in {1, ops.cpu()[0]}:
+                place = ops.layout(mask, spec, tuple(x.shape), batch)
+                calls[f"granet {batch}"] = lambda x=x, w=weight, dy=dy, p=place: both(
+                    lambda t: ops.conv(t, w, None, p), [x, w], dy
+                )
+                found = calls[f"granet {batch}"]()
+                expected = reference.conv_gradients(dy, x.detach(), weight.detach(), mask, spec)
+                for a, b in zip(found, expected, strict=True):
+                    if not ((a - b).abs().max() / b.abs().max()).item() < 1e-4:
+                        raise SystemExit("a gradient is wrong")
+            try:
+                from sparseprop.modules.conv2d import SparseConv2d
+
+                for over_on in (False, True):
+                    rival = SparseConv2d(weight.detach(), None, kernel // 2, stride, vectorizing_over_on=over_on)
+                    calls[f"sparseprop {over_on}"] = lambda r=rival, x=x, dy=dy: both(r, [x, r.W_val], dy)
+            except ImportError:
+                pass
+            spent = {name: min(times) for name, times in turns(calls, settings.seconds, clock).items()}
+
+            def best(prefix: str, spent: dict[str, float] = spent) -> float | None:
+                return min((t for n, t in spent.items() if n.startswith(prefix)), default=None)
+
+            ours, rival = best("granet"), best("sparseprop")
+            cells = [f"{rival:.1f}", f"{rival / ours:.2f}x"] if rival else ["not installed", "-"]
+            print(
+                f"| {channels}->{outputs} {kernel}x{kernel}/{stride} at {size} | {sparsity:.0%} | {best('dense'):.1f} "
+                f"| {cells[0]} | {ours:.1f} | {best('dense') / ours:.2f}x | {cells[1]} |",
+                flush=True,
+            )
+
+
+def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    if name == "mlp":
+        widths = [784, 1024, 1024, 1024]
+        hidden = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(*hidden, nn.Linear(1024, 10)), (784,)
+    return build(name, classes=10, in_channels=3), (3, 32, 32)
+
+
+def steps(settings: argparse.Namespace, clock: Callable[[], float]) -> None:
+    print("| model | batch | sparsity | dense ms | granet ms | medians | vs dense | layers sparse |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in settings.model:
+        for sparsity in settings.sparsity:
+            torch.manual_seed(0)
+            base, shape = network(name)
+            x, y = torch.randn(settings.batch, *shape), torch.randint(0, 10, (settings.batch,))
+
+            def make(fast: bool, layout: torch.memory_format, base=base, x=x, y=y, sparsity=sparsity):
+                model = copy.deepcopy(base).to(memory_format=layout)
+                inputs = x.to(memory_format=layout) if x.dim() == 4 else x
+                sparsifier = granet.Sparsifier(model, granet.Static(sparsity=sparsity, distribution="uniform"))
+                optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+                sparsifier.attach(optimizer)
+                plan = accelerate(sparsifier, inputs) if fast else None
+
+                def step():
+                    optimizer.zero_grad()
+                    loss = nn.functional.cross_entropy(model(inputs), y)
+                    loss.backward()
+                    optimizer.step()
+                    return loss.item()
+
+                return step, plan
+
+            calls = {"dense": make(False, torch.contiguous_format)[0]}
+            if x.dim() == 4:
+                calls["dense last"] = make(False, torch.channels_last)[0]
+            calls["granet"], plan = make(True, torch.contiguous_format)
+            first = [call() for call in calls.values()]
+            if max(first) - min(first) > 1e-3 * abs(first[0]):
+                raise SystemExit(f"the losses differ: {first}")
+            spent = turns(calls, settings.seconds, clock)
+            dense = min((times for n, times in spent.items() if n != "granet"), key=min)
+            ours, rows = spent["granet"], plan.report().layers
+            print(
+                f"| {name} | {settings.batch} | {sparsity:.0%} | {min(dense):.1f} | {min(ours):.1f} "
+                f"| {statistics.median(dense):.1f} / {statistics.median(ours):.1f} | {min(dense) / min(ours):.2f}x "
+                f"| {sum(r.chosen == 'sparse' for r in rows)} of {len(rows)} |",
+                flush=True,
+            )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\npeak memory of the process, all contenders together: {peak:.0f} MiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("layers", "steps"))
+    parser.add_argument("--model", nargs="+", default=["vgg19"])
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.9, 0.95])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=10, help="for each table row")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time: for one thread on a busy machine")
+    settings = parser.parse_args()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    print(
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {processor()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, {'processor' if settings.cpu_time else 'wall'} time\n"
+    )
+    clock = time.process_time if settings.cpu_time else time.perf_counter
+    {"layers": layers, "steps": steps}[settings.what](settings, clock)
+
+
+if __name__ == "__main__":
+    main()
