@@ -33,6 +33,7 @@ LAYERS = [  # a module may import what stands before it
     "charts",
     "report",
     "run",
+    "bench",
     "cli",
 ]
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from granet import data, models
-from granet.recipe import Train, validate
 from granet.optimizer import learning_rate
+from granet.recipe import Train, validate
 from granet.trainer import Trainer, TrainingError
 
 GRANET = {"name": "granet", "sparsity": 0.9, "end": "50%", "interval": "10it"}

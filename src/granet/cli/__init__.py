@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": "table and plots of several runs",
     "plan": "every parameter of a recipe's network: sparse or not, why, its budget",
     "show": "a recipe with every default written out",
+    "bench": "speed of a run's network on the sparse kernels, beside dense",
     "ls": "list recipes, methods, models or data",
 }
 

@@ -1,4 +1,4 @@
-"""`granet bench`: what the engine makes of a run's network or of a named one, on this machine."""
+"""What the engine makes of a run's network or of a named one, on this machine."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from granet.distribution import named
 from granet.engine.inference import InferenceReport, compile
 from granet.engine.planner import interleaved
 from granet.engine.training import TrainingReport, accelerate
+from granet.methods import Static
+from granet.models import build
+from granet.run import Run, load_weights
+from granet.sparsifier import Sparsifier
+from granet.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,10 @@ def network(source: str, *, sparsity: float, distribution: str = "erk", size: in
         ValueError: if `source` is neither.
     """
     if (Path(source) / "recipe.yaml").exists():
-        from granet.run import Run, load_weights
-        from granet.trainer import Trainer
-
         run = Run.open(Path(source))
         trainer = Trainer(run.recipe)
         load_weights(run, trainer, "last")
-        images, _ = next(iter(trainer.data.test))
-        return trainer.model.cpu().float(), tuple(images.shape[1:])
-    from granet.models import build
-
+        return trainer.model.cpu().float(), tuple(trainer.dataset.shape)
     model = build(source, classes=10, in_channels=3)
     sparse = {n: p for n, p in model.named_parameters() if p.dim() > 1}
     counts = named(distribution)({n: tuple(p.shape) for n, p in sparse.items()}, 1 - sparsity)
@@ -78,9 +77,8 @@ def bench_inference(model: nn.Module, example_inputs: Tensor) -> InferenceReport
 
 def bench_training(model: nn.Module, example_inputs: Tensor, *, repeats: int = 5) -> StepReport:
     """A training step of the model with its present zeros as a fixed topology, dense and accelerated."""
-    import granet
 
-    class Present(granet.Static):
+    class Present(Static):
         """The topology a model has: its weights that are not zero."""
 
         def init(self, layers, rng):
@@ -90,7 +88,7 @@ def bench_training(model: nn.Module, example_inputs: Tensor, *, repeats: int = 5
 
     def step_of(fast: bool) -> Callable[[], None]:
         twin = copy.deepcopy(model).train()
-        sparsifier = granet.Sparsifier(twin, Present(sparsity=0.5))
+        sparsifier = Sparsifier(twin, Present(sparsity=0.5))
         optimizer = torch.optim.SGD(twin.parameters(), lr=1e-3, momentum=0.9)
         sparsifier.attach(optimizer)
         if fast:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from granet.engine import bench
+from granet import bench
 
 
 def test_inference_of_a_named_model():

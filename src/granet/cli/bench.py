@@ -1,0 +1,41 @@
+"""`granet bench`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+DESCRIPTION = """Speed of a network on granet's sparse kernels, layer by layer, beside dense. CPU only.
+
+examples:
+  granet bench runs/digits-granet-3f9a1c                 inference with the weights of a run
+  granet bench runs/digits-granet-3f9a1c --training      a training step
+  granet bench resnet50 --size 224 --sparsity 0.95       a model by name, random weights and topology"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to measure."""
+
+    source: tyro.conf.Positional[str]
+    """Run directory, or a model of `granet ls models`."""
+    training: bool = False
+    """Measure a training step instead of inference."""
+    batch: int = 1
+    """Images at a time."""
+    sparsity: float = 0.9
+    """Of a model by name; a run has its own."""
+    distribution: Literal["erk", "er", "uniform"] = "erk"
+    """How a named model's sparsity is distributed over its layers."""
+    size: int = 32
+    """Height and width of a named model's images."""
+
+
+def main(args: list[str]) -> int:
+    """Prints the report; returns the exit code."""
+    arguments = tyro.cli(Arguments, args=args, prog="granet bench", description=DESCRIPTION)
+
+    from granet import bench
+
+    print(bench.main(**vars(arguments)))
+    return 0
