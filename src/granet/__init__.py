@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from granet import criterion as criterion
     from granet import distribution as distribution
     from granet import flops as flops
+    from granet import models as models
     from granet import schedule as schedule
     from granet import topology as topology
     from granet.engine.inference import compile as compile
@@ -44,7 +45,7 @@ _HOME = {
     "plan": "selection",
     "Sparsifier": "sparsifier",
 }
-_MODULES = ("criterion", "distribution", "flops", "schedule", "topology")
+_MODULES = ("criterion", "distribution", "flops", "models", "schedule", "topology")
 
 __all__ = [*_HOME, *_MODULES]
 
