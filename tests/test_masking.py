@@ -53,3 +53,7 @@ def test_like_follows_the_memory_layout():
     assert like(mask, weight).stride() == weight.stride()
     assert torch.equal(like(mask, weight), mask)
     assert like(mask, torch.empty(4, 3, 2, 2)) is mask
+
+
+def test_a_negative_zero_is_no_leak():
+    assert not leaks([(torch.tensor([True, False]), [torch.tensor([1.0, -0.0])])])

@@ -4,7 +4,7 @@ On the CPU an entry is cleared by a bitwise AND with all ones or all zeros, in p
 through a bool mask takes several times as long, and a multiplication keeps NaN and leaves -0.0.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,26 +24,32 @@ def clear(work: Work) -> None:
     """
     scratch: dict[torch.dtype, Tensor] = {}
     for mask, tensors in work:
-        quick = [tensor for tensor in tensors if _same_layout(tensor, mask)]
-        for bits in {_BITS[tensor.element_size()] for tensor in quick}:
-            same = [_storage_order(tensor).view(bits) for tensor in quick if _BITS[tensor.element_size()] == bits]
-            words = scratch.setdefault(bits, torch.empty(_PIECE, dtype=bits))
-            pieces = [tensor.split(_PIECE) for tensor in same]
-            for flags, *values in zip(_storage_order(mask).view(torch.int8).split(_PIECE), *pieces, strict=True):
-                ones = words[: flags.numel()].copy_(flags).neg_()  # True: all bits set, False: none
-                for value in values:
-                    value.bitwise_and_(ones)
-        for tensor in tensors:
-            if not any(tensor is other for other in quick):
-                tensor.masked_fill_(mask.logical_not(), 0)
+        quick, slow = _by_layout(tensors, mask)
+        for bits, flags, pieces in _walk(mask, quick):
+            words = scratch.setdefault(bits, torch.empty(_PIECE, dtype=bits))[: flags.numel()]
+            active = words.copy_(flags).neg_()  # all bits set where active, none elsewhere
+            for piece in pieces:
+                piece.bitwise_and_(active)
+        for tensor in slow:
+            tensor.masked_fill_(mask.logical_not(), 0)
 
 
 @torch.no_grad()
 def leaks(work: Work) -> bool:
     """Whether any tensor has a nonzero (or NaN) entry where its mask is False. Waits for the device."""
-    return any(
-        bool((tensor != 0).logical_and_(mask.logical_not()).any()) for mask, tensors in work for tensor in tensors
-    )
+    scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+    for mask, tensors in work:
+        quick, slow = _by_layout(tensors, mask)
+        for bits, flags, pieces in _walk(mask, quick):
+            pair = scratch.setdefault(bits, (torch.empty(_PIECE, dtype=bits), torch.empty(_PIECE, dtype=bits)))
+            words, left = (buffer[: flags.numel()] for buffer in pair)
+            # all bits but the sign set where inactive, so that -0.0 counts as zero
+            inactive = words.copy_(flags).sub_(1).bitwise_and_(torch.iinfo(bits).max)
+            if any(torch.bitwise_and(piece, inactive, out=left).max() > 0 for piece in pieces):
+                return True
+        if any((tensor != 0).logical_and_(mask.logical_not()).any() for tensor in slow):
+            return True
+    return False
 
 
 def like(mask: Tensor, parameter: Tensor) -> Tensor:
@@ -61,6 +67,23 @@ def _same_layout(tensor: Tensor, mask: Tensor) -> bool:
         and tensor.is_floating_point()
         and torch.ops.aten.is_non_overlapping_and_dense(tensor)
     )
+
+
+def _by_layout(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors whose bits can be walked along with `mask`, and the others."""
+    quick = [_same_layout(tensor, mask) for tensor in tensors]
+    return [t for t, q in zip(tensors, quick, strict=True) if q], [
+        t for t, q in zip(tensors, quick, strict=True) if not q
+    ]
+
+
+def _walk(mask: Tensor, tensors: Sequence[Tensor]) -> Iterator[tuple[torch.dtype, Tensor, tuple[Tensor, ...]]]:
+    """Pieces of `mask` as 0 and 1 with the same pieces of the tensors as integers, tensors of one width together."""
+    flags = _storage_order(mask).view(torch.int8).split(_PIECE) if tensors else ()
+    for bits in dict.fromkeys(_BITS[tensor.element_size()] for tensor in tensors):
+        same = [_storage_order(t).view(bits).split(_PIECE) for t in tensors if _BITS[t.element_size()] == bits]
+        for piece, *values in zip(flags, *same, strict=True):
+            yield bits, piece, tuple(values)
 
 
 def _storage_order(tensor: Tensor) -> Tensor:
