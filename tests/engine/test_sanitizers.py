@@ -7,6 +7,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(
     not os.environ.get("GRANET_SANITIZE"), reason="compiles for minutes: set GRANET_SANITIZE=1 to run it"
 )
