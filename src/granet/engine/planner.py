@@ -26,26 +26,26 @@ class Plan:
 
 
 def milliseconds(call: Callable[[], object], *, repeats: int = 5) -> float:
-    """The shortest of `repeats` timings of `call`, after one call unmeasured, in milliseconds."""
-    call()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best * 1e3
+    """The shortest timing of `call` in milliseconds; see `interleaved`."""
+    return interleaved([call], repeats=repeats)[0]
 
 
-def interleaved(calls: Sequence[Callable[[], object]], *, repeats: int = 5) -> list[float]:
-    """The shortest timing of each call in milliseconds, the calls taking turns so that noise hits all alike."""
+def interleaved(calls: Sequence[Callable[[], object]], *, repeats: int = 5, enough: float = 0.05) -> list[float]:
+    """The shortest timing of each call in milliseconds, the calls taking turns so that noise hits all alike.
+
+    There are `repeats` rounds after one unmeasured, and more while they have taken less than `enough` seconds together:
+    a short call is more easily disturbed.
+    """
     for call in calls:
         call()
     best = [float("inf")] * len(calls)
-    for _ in range(repeats):
+    begin, rounds = time.perf_counter(), 0
+    while rounds < repeats or (time.perf_counter() - begin < enough and rounds < 10 * repeats):
         for i, call in enumerate(calls):
             start = time.perf_counter()
             call()
             best[i] = min(best[i], time.perf_counter() - start)
+        rounds += 1
     return [b * 1e3 for b in best]
 
 
