@@ -7,8 +7,9 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(
-    not os.environ.get("GRANET_SANITIZE"), reason="compiles for minutes: set GRANET_SANITIZE=1, as `make sanitize` does"
+    not os.environ.get("GRANET_SANITIZE"), reason="compiles for minutes: set GRANET_SANITIZE=1 to run it"
 )
 def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
     """Compiles the kernels anew with the sanitizers, which stop the process at the first fault."""

@@ -13,14 +13,15 @@ namespace {
 const Kernels& choose() {
   const char* forced = std::getenv("GRANET_ISA");
   const bool any = forced == nullptr || *forced == 0;
-  __builtin_cpu_init();
 #if defined(__x86_64__)
+  __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx512 && (any || std::strcmp(forced, "avx512") == 0)) return kernels_avx512();
   if (avx2 && (any || std::strcmp(forced, "avx2") == 0)) return kernels_avx2();
 #endif
+  static_cast<void>(any);
   return kernels_generic();
 }
 

@@ -26,26 +26,26 @@ class Plan:
 
 
 def milliseconds(call: Callable[[], object], *, repeats: int = 5) -> float:
-    """The shortest of `repeats` timings of `call`, after one call unmeasured, in milliseconds."""
-    call()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best * 1e3
+    """The shortest timing of `call` in milliseconds; see `interleaved`."""
+    return interleaved([call], repeats=repeats)[0]
 
 
-def interleaved(calls: Sequence[Callable[[], object]], *, repeats: int = 5) -> list[float]:
-    """The shortest timing of each call in milliseconds, the calls taking turns so that noise hits all alike."""
+def interleaved(calls: Sequence[Callable[[], object]], *, repeats: int = 5, enough: float = 0.05) -> list[float]:
+    """The shortest timing of each call in milliseconds, the calls taking turns so that noise hits all alike.
+
+    There are `repeats` rounds after one unmeasured, and more while they have taken less than `enough` seconds together:
+    a short call is more easily disturbed.
+    """
     for call in calls:
         call()
     best = [float("inf")] * len(calls)
-    for _ in range(repeats):
+    begin, rounds = time.perf_counter(), 0
+    while rounds < repeats or (time.perf_counter() - begin < enough and rounds < 10 * repeats):
         for i, call in enumerate(calls):
             start = time.perf_counter()
             call()
             best[i] = min(best[i], time.perf_counter() - start)
+        rounds += 1
     return [b * 1e3 for b in best]
 
 
@@ -75,7 +75,8 @@ def plan_inference(
             f"the compiled model's output differs from the dense model's by {error:.2e} of its largest value, "
             f"more than the tolerance of {tolerance:.0e}"
         )
-    dense_ms = {layer: _dense_ms(layer) for segment in stages.segments for layer in segment.layers}
+    known: dict[tuple, float] = {}
+    dense_ms = {layer: _dense_ms(layer, known) for segment in stages.segments for layer in segment.layers}
     whole = [lambda: model(*inputs), lambda: execute(stages, programs, inputs, arenas)]
     dense_total, fast_total = interleaved(whole, repeats=9)
     wins = fast_total < dense_total * (1 - NOISE)
@@ -143,15 +144,19 @@ def _step_times(program: Program, inputs: list[Tensor], repeats: int = 5) -> lis
     return (torch.stack(runs[1:]).min(dim=0).values.double() * 1e-6).tolist()
 
 
-def _dense_ms(layer: Layer) -> float:
-    """Milliseconds torch's dense kernel takes for a layer, with bias and nothing else fused."""
+def _dense_ms(layer: Layer, known: dict[tuple, float]) -> float:
+    """Milliseconds torch's dense kernel takes for a layer, with bias and nothing else fused; `known` by shape."""
     source, spec = layer.inputs[0], layer.spec
-    if source.size == (1, 1) and spec.kernel == (1, 1) and spec.groups == 1:
-        x, weight = torch.randn(source.images, source.channels), layer.weight.flatten(1)
-        return milliseconds(lambda: F.linear(x, weight, layer.bias))
-    x = torch.randn(source.images, source.channels, *source.size)
-    arguments = (layer.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
-    return milliseconds(lambda: F.conv2d(x, layer.weight, *arguments), repeats=3)
+    key = (spec, source.images, source.size)
+    if key not in known:
+        if source.size == (1, 1) and spec.kernel == (1, 1) and spec.groups == 1:
+            x, weight = torch.randn(source.images, source.channels), layer.weight.flatten(1)
+            known[key] = milliseconds(lambda: F.linear(x, weight, layer.bias))
+        else:
+            x = torch.randn(source.images, source.channels, *source.size)
+            arguments = (layer.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+            known[key] = milliseconds(lambda: F.conv2d(x, layer.weight, *arguments), repeats=3)
+    return known[key]
 
 
 def _rows(
