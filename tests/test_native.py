@@ -51,7 +51,7 @@ def test_select_pass_refuses_what_it_cannot_read():
     scores, mask = torch.rand(10), torch.ones(10, dtype=torch.bool)
     for bad in [(scores.double(), mask, mask), (scores, mask[:5], mask), (scores[::2], mask[::2], mask[:5])]:
         with pytest.raises(RuntimeError, match="granet: select_pass takes"):
-            torch.ops.granet.select_pass(bad[0], bad[1], 0.0, 1.0, bad[2].clone())
+            torch.ops.granet.select_pass(bad[0], bad[1], False, 0.0, 1.0, bad[2].clone())
 
 
 def test_the_cache_folder_can_be_named(monkeypatch, tmp_path):

@@ -58,6 +58,9 @@ def magnitude(layer: Layer) -> Tensor:
     return _float(layer.weight).abs()
 
 
+magnitude.absolute = "weight"  # the score is the absolute value of this part of the layer: kernels read it directly
+
+
 def gradient(layer: Layer) -> Tensor:
     """The absolute gradient |dL/dw|, in float32 at least (RigL, section 3; GraNet, Eq. 3).
 
@@ -67,6 +70,9 @@ def gradient(layer: Layer) -> Tensor:
     if layer.grad is None:
         raise ValueError("this criterion needs the dense gradient, and the layer came without one")
     return _float(layer.grad).abs()
+
+
+gradient.absolute = "grad"
 
 
 def _float(values: Tensor) -> Tensor:

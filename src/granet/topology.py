@@ -27,7 +27,9 @@ class NonFiniteScores(ValueError):  # noqa: N818  (it names what was found, as A
     """A score was NaN or infinite, so nothing was selected."""
 
 
-def top(layers: Sequence[Layer], criterion: Criterion, n: int, among: Sequence[Tensor]) -> list[Tensor]:
+def top(
+    layers: Sequence[Layer], criterion: Criterion, n: int, among: Sequence[Tensor], *, candidates: int | None = None
+) -> list[Tensor]:
     """Masks of the `n` best entries of all `layers` together, by `criterion`, among the True entries of `among`.
 
     Args:
@@ -35,12 +37,14 @@ def top(layers: Sequence[Layer], criterion: Criterion, n: int, among: Sequence[T
         criterion: gives each entry its score.
         n: how many entries to select, from 0 to the number of candidates.
         among: for each layer a mask of the candidates.
+        candidates: how many there are, if that is known.
 
     Raises:
         ValueError: `n` is negative or larger than the number of candidates.
         NonFiniteScores: a score is NaN or infinite.
     """
-    candidates = sum(count(mask) for mask in among)
+    if candidates is None:
+        candidates = sum(count(mask) for mask in among)
     if not 0 <= n <= candidates:
         raise ValueError(f"cannot select {n} of {candidates} candidates")
     if n == candidates:
@@ -72,8 +76,9 @@ def exchange(mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain:
     n = min(int(ratio * active), mask.numel() - active)
     if n == 0:
         return mask
-    kept = top([layer], lose, active - n, [mask])[0]
-    return kept.logical_or_(top([layer], gain, n, [kept.logical_not()])[0])
+    kept = top([layer], lose, active - n, [mask], candidates=active)[0]
+    inactive = mask.numel() - active + n
+    return kept.logical_or_(top([layer], gain, n, [kept.logical_not()], candidates=inactive)[0])
 
 
 def prune_to(masks: Masks, n: int, layers: Mapping[str, Layer], criterion: Criterion) -> dict[str, Tensor]:
@@ -86,11 +91,13 @@ def prune_to(masks: Masks, n: int, layers: Mapping[str, Layer], criterion: Crite
         ValueError: `n` is smaller than the number of layers.
     """
     names = list(masks)
-    if n >= sum(count(mask) for mask in masks.values()):
+    active = sum(count(mask) for mask in masks.values())
+    if n >= active:
         return dict(masks)
     if n < len(names):
         raise ValueError(f"{n} active weights cannot give each of {len(names)} layers at least one")
-    chosen = dict(zip(names, top([layers[x] for x in names], criterion, n, [masks[x] for x in names]), strict=True))
+    ranked = top([layers[x] for x in names], criterion, n, [masks[x] for x in names], candidates=active)
+    chosen = dict(zip(names, ranked, strict=True))
     empty = [name for name in names if not count(chosen[name])]
     if not empty:
         return chosen
@@ -157,7 +164,7 @@ def _top_cpu(layers, criterion, n, among, candidates) -> list[Tensor]:
             start = 0
             parts = zip(layer.parts(size), among[i].split(size), chosen[i].split(size), strict=True)
             for part, mask, out in parts:
-                more, at, inside = compare(criterion(part), mask, low, high, out)
+                more, at, inside = compare(part, criterion, mask, low, high, out)
                 above += more
                 values.append(inside)
                 places.append((i, start, at))
@@ -170,9 +177,9 @@ def _top_cpu(layers, criterion, n, among, candidates) -> list[Tensor]:
     return chosen
 
 
-def _compare(scores: Tensor, mask: Tensor, low: float, high: float, out: Tensor):
+def _compare(part: Layer, criterion: Criterion, mask: Tensor, low: float, high: float, out: Tensor):
     """How many candidates are above `high`, set True in `out`, and the places and scores of those from `low` to it."""
-    scores, out = _finite(scores).numpy(), out.numpy()
+    scores, out = _finite(criterion(part)).numpy(), out.numpy()
     between = scores >= low
     np.greater(scores, high, out=out)
     between &= mask.numpy()
@@ -182,11 +189,15 @@ def _compare(scores: Tensor, mask: Tensor, low: float, high: float, out: Tensor)
     return np.count_nonzero(out), at, scores[at]
 
 
-def _compare_native(scores: Tensor, mask: Tensor, low: float, high: float, out: Tensor):
-    """`_compare` by the compiled kernel."""
+def _compare_native(part: Layer, criterion: Criterion, mask: Tensor, low: float, high: float, out: Tensor):
+    """`_compare` by the compiled kernel, which reads weights or gradients directly where their absolute value counts."""
+    field = getattr(criterion, "absolute", None)
+    raw = getattr(part, field) if field else None
+    absolute = raw is not None and raw.dtype == torch.float32
+    scores = raw if absolute else criterion(part)
     if scores.dtype != torch.float32:
-        return _compare(scores, mask, low, high, out)
-    at, inside, above, finite = torch.ops.granet.select_pass(scores.contiguous(), mask, low, high, out)
+        return _compare(part, criterion, mask, low, high, out)
+    at, inside, above, finite = torch.ops.granet.select_pass(scores.contiguous(), mask, absolute, low, high, out)
     if not finite:
         raise NonFiniteScores(_NOT_FINITE)
     return above, at.numpy(), inside.numpy()
@@ -205,7 +216,7 @@ def _bracket(layers, criterion, n, among, candidates) -> tuple[float, float]:
         sample.append(criterion(thin).numpy()[mask[::stride].numpy()])
     sample = np.concatenate(sample)
     share = n / candidates
-    slack = 4 * sqrt(sample.size * share * (1 - share)) + 2
+    slack = 3 * sqrt(sample.size * share * (1 - share)) + 2
     first, last = int(sample.size * (1 - share) - slack), int(sample.size * (1 - share) + slack)
     inner = [rank for rank in (first, last) if 0 <= rank < sample.size]
     ordered = np.partition(sample, inner) if inner else sample

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -23,15 +25,17 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kBlock = 256;
+constexpr int64_t kShare = 1 << 15;  // fewer scores are not worth another thread
 
 // Writes which of n scores are chosen (above high) and which lie between; returns how many are chosen, or -1 if a score
 // is not finite.
-GRANET_CLONES int64_t compare(const float* scores, const uint8_t* among, int64_t n, float low, float high,
-                              uint8_t* chosen, uint8_t* between) {
+GRANET_CLONES int64_t compare(const float* scores, const uint8_t* among, int64_t n, bool absolute, float low,
+                              float high, uint8_t* chosen, uint8_t* between) {
   constexpr float kLargest = std::numeric_limits<float>::max();
+  const uint32_t sign = absolute ? 0x7fffffffu : 0xffffffffu;
   int32_t above = 0, bad = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const float s = scores[i];
+    const float s = std::bit_cast<float>(std::bit_cast<uint32_t>(scores[i]) & sign);
     const int32_t candidate = among[i];
     const int32_t over = static_cast<int32_t>(s > high) & candidate;
     const int32_t within = static_cast<int32_t>(s >= low) & candidate & (over ^ 1);
@@ -43,10 +47,34 @@ GRANET_CLONES int64_t compare(const float* scores, const uint8_t* among, int64_t
   return bad ? -1 : above;
 }
 
+// What one share of the scores holds: how many lie above the bracket, and the places of those inside it.
+struct Found {
+  std::vector<int64_t> places;
+  int64_t above = 0;
+  bool finite = true;
+};
+
+void search(const float* values, const uint8_t* flags, int64_t begin, int64_t end, bool absolute, float low, float high,
+            uint8_t* out, Found& found) {
+  alignas(64) uint8_t between[kBlock] = {};
+  for (int64_t start = begin; start < end; start += kBlock) {
+    const int64_t length = std::min(kBlock, end - start);
+    const int64_t more = compare(values + start, flags + start, length, absolute, low, high, out + start, between);
+    if (more < 0) found.finite = false;
+    found.above += more;
+    if (length < kBlock) std::memset(between + length, 0, static_cast<size_t>(kBlock - length));
+    for (int64_t i = 0; i < kBlock; i += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, between + i, 8);
+      for (; eight; eight &= eight - 1) found.places.push_back(start + i + __builtin_ctzll(eight) / 8);
+    }
+  }
+}
+
 // The places (flat index) and values of the scores inside the bracket, how many are above it, and whether all scores
-// are finite. `chosen` is overwritten with those above.
-std::tuple<Tensor, Tensor, int64_t, bool> select_pass(const Tensor& scores, const Tensor& among, double low, double high,
-                                                      const Tensor& chosen) {
+// are finite. `chosen` is overwritten with those above. With `absolute` a score is the absolute value.
+std::tuple<Tensor, Tensor, int64_t, bool> select_pass(const Tensor& scores, const Tensor& among, bool absolute,
+                                                      double low, double high, const Tensor& chosen) {
   const int64_t n = scores.numel();
   STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && among.scalar_type() == ScalarType::Bool &&
                       chosen.scalar_type() == ScalarType::Bool,
@@ -57,28 +85,34 @@ std::tuple<Tensor, Tensor, int64_t, bool> select_pass(const Tensor& scores, cons
   const float* values = scores.const_data_ptr<float>();
   const uint8_t* flags = static_cast<const uint8_t*>(among.const_data_ptr());
   uint8_t* out = static_cast<uint8_t*>(chosen.mutable_data_ptr());
-  std::vector<int64_t> places;
-  int64_t above = 0;
+  // every share of the scores lists its own places, in order, so that the outcome does not depend on the threads
+  const int64_t shares = std::clamp<int64_t>(n / kShare, 1, torch::stable::get_num_threads());
+  std::vector<Found> found(static_cast<size_t>(shares));
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t begin = n / kBlock * k / shares * kBlock;
+      const int64_t end = k + 1 == shares ? n : n / kBlock * (k + 1) / shares * kBlock;
+      search(values, flags, begin, end, absolute, static_cast<float>(low), static_cast<float>(high), out,
+             found[static_cast<size_t>(k)]);
+    }
+  });
+  int64_t above = 0, total = 0;
   bool finite = true;
-  alignas(64) uint8_t between[kBlock];
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t length = std::min(kBlock, n - start);
-    const int64_t more = compare(values + start, flags + start, length, static_cast<float>(low),
-                                 static_cast<float>(high), out + start, between);
-    if (more < 0) finite = false;
-    above += more;
-    for (int64_t i = 0; i < length; i += 8) {
-      uint64_t eight = 0;
-      std::memcpy(&eight, between + i, static_cast<size_t>(std::min<int64_t>(8, length - i)));
-      for (; eight; eight &= eight - 1) places.push_back(start + i + __builtin_ctzll(eight) / 8);
+  for (const Found& share : found) {
+    above += share.above;
+    finite = finite && share.finite;
+    total += static_cast<int64_t>(share.places.size());
+  }
+  Tensor at = torch::stable::new_empty(scores, {total}, ScalarType::Long);
+  Tensor inside = torch::stable::new_empty(scores, {total});
+  int64_t* place = at.mutable_data_ptr<int64_t>();
+  float* kept = inside.mutable_data_ptr<float>();
+  for (const Found& share : found) {
+    for (const int64_t p : share.places) {
+      *place++ = p;
+      *kept++ = absolute ? std::fabs(values[p]) : values[p];
     }
   }
-  const int64_t found = static_cast<int64_t>(places.size());
-  Tensor at = torch::stable::new_empty(scores, {found}, ScalarType::Long);
-  Tensor inside = torch::stable::new_empty(scores, {found});
-  float* kept = inside.mutable_data_ptr<float>();
-  if (found) std::memcpy(at.mutable_data_ptr<int64_t>(), places.data(), places.size() * sizeof(int64_t));
-  for (int64_t i = 0; i < found; ++i) kept[i] = values[places[static_cast<size_t>(i)]];
   return {at, inside, above, finite};
 }
 
@@ -86,8 +120,8 @@ std::tuple<Tensor, Tensor, int64_t, bool> select_pass(const Tensor& scores, cons
 
 STABLE_TORCH_LIBRARY_FRAGMENT(granet, m) {
   m.def(
-      "select_pass(Tensor scores, Tensor among, float low, float high, Tensor(a!) chosen) -> (Tensor, Tensor, int, "
-      "bool)");
+      "select_pass(Tensor scores, Tensor among, bool absolute, float low, float high, Tensor(a!) chosen) -> (Tensor, "
+      "Tensor, int, bool)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet, CPU, m) { m.impl("select_pass", TORCH_BOX(&select_pass)); }
