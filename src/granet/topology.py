@@ -190,7 +190,7 @@ def _compare(part: Layer, criterion: Criterion, mask: Tensor, low: float, high: 
 
 
 def _compare_native(part: Layer, criterion: Criterion, mask: Tensor, low: float, high: float, out: Tensor):
-    """`_compare` by the compiled kernel, which reads weights or gradients directly where their absolute value counts."""
+    """`_compare` by the compiled kernel, which reads weights or gradients directly where the absolute value counts."""
     field = getattr(criterion, "absolute", None)
     raw = getattr(part, field) if field else None
     absolute = raw is not None and raw.dtype == torch.float32
