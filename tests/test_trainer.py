@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from granet import data, models
+from granet import data, models, native
 from granet.optimizer import learning_rate
 from granet.recipe import Train, validate
 from granet.trainer import Trainer, TrainingError
@@ -258,3 +258,20 @@ def test_parameters_can_be_kept_dense():
     assert len(trainer.sparsifier.masks) == 2
     assert "2.weight" not in trainer.sparsifier.masks
     assert math.isclose(trainer.target / trainer.sparsifier.total, 0.1, rel_tol=1e-4)
+
+
+def test_the_sparse_engine_trains_the_same_network_up_to_rounding():
+    if not native.available():
+        pytest.skip("no C++ compiler on this machine")
+    dense, sparse = (Trainer(recipe("mlp", seed=1, engine=engine)) for engine in ("dense", "sparse"))
+    lines = [fit(trainer) for trainer in (dense, sparse)]
+    assert sparse.engine.report().layers and dense.engine is None
+    assert sparse.sparsifier.active == dense.sparsifier.active
+    losses = [[line["loss"] for line in each if line["kind"] == "eval"] for each in lines]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_the_sparse_engine_refuses_what_it_cannot_do():
+    for other in ({"bf16": True}, {"compile": "default"}):
+        with pytest.raises(ValueError, match="engine sparse computes in float32"):
+            recipe(engine="sparse", **other)
