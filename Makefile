@@ -4,13 +4,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: train test check bench format clean
+.PHONY: train test sanitize check bench format clean
 
 train: $(STAMP)          ## GraNet to 90 % sparsity beside its dense twin, on real data, with a report at the end
 	$(BIN)/granet train --twin
 
 test: $(STAMP)           ## every test, doctests of the README, docs and docstrings included
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+sanitize: $(STAMP)       ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer; takes minutes
+	GRANET_SANITIZE=1 $(BIN)/python -m pytest -q --timeout 1800 tests/engine/test_sanitizers.py
 
 check: $(STAMP)          ## formatting and lint
 	$(BIN)/ruff format --check .
