@@ -20,7 +20,7 @@ Masks = Mapping[str, Tensor]
 
 _PART = 1 << 16  # weights looked at together: scores and comparisons of one part stay in the cache
 _NOT_FINITE = "a score is NaN or infinite: the gradients or weights overflowed at this step"
-_SAMPLE = 1 << 14  # scores that are read to guess where the threshold lies
+_SMALL = 1 << 16  # scores so few that all of them are ranked
 
 
 class NonFiniteScores(ValueError):  # noqa: N818  (it names what was found, as ArithmeticError does)
@@ -206,9 +206,10 @@ def _compare_native(part: Layer, criterion: Criterion, mask: Tensor, low: float,
 def _bracket(layers, criterion, n, among, candidates) -> tuple[float, float]:
     """Two scores between which the n-th best of the candidates very probably lies, from an even sample."""
     total = sum(layer.numel() for layer in layers)
-    if total <= 4 * _SAMPLE:
+    if total <= _SMALL:
         return -inf, inf
-    stride = total // _SAMPLE
+    # reading n samples costs about n, ranking what they bracket total / sqrt(n): the best n grows as total ** (2 / 3)
+    stride = round(total ** (1 / 3))
     sample = []
     for layer, mask in zip(layers, among, strict=True):
         flat = layer.flat()
