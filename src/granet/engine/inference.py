@@ -174,8 +174,10 @@ def compile(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, tole
     if reason is None:
         try:
             traced = fx.symbolic_trace(model)
+        # tracing runs the model's own Python on stand-ins, which fails in as many ways as there are models
         except (fx.proxy.TraceError, TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError) as error:
-            reason = f"torch.fx cannot trace the model ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            said = str(error).partition("\n")[0][:120]
+            reason = f"torch.fx cannot trace the model ({type(error).__name__}: {said})"
     if reason is not None:
         return CompiledModel(model, None, signature_of(inputs), _dense_report(model, inputs, reason))
     with torch.no_grad():
