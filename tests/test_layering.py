@@ -19,6 +19,8 @@ LAYERS = [  # a module may import what stands before it
     "selection",
     "records",
     "masking",
+    "state",
+    "stepping",
     "sparsifier",
     "engine",
     "flops",

@@ -10,18 +10,22 @@ directions), weights and buffers are cleared after every step.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from granet import masking
+from granet import masking, state, stepping
 from granet.methods.base import Method
 from granet.records import LayerReport, SparsityReport, Update
 from granet.selection import layers_of, select
 from granet.topology import NonFiniteScores, count
+
+if TYPE_CHECKING:
+    from granet.probe import Probe
 
 
 class Sparsifier:
@@ -36,6 +40,8 @@ class Sparsifier:
         only: filters of the parameters that are sparse; see `granet.selection`.
         skip: filters of those that stay dense.
         seed: of everything random in the topology. The same seed gives the same masks on every device and rank.
+        probe: a `granet.Probe`, for methods that look at gradients before training.
+        masks: masks to start from, by parameter name, instead of those the method would choose.
 
     Attributes:
         model: the model given.
@@ -45,7 +51,8 @@ class Sparsifier:
         last_update: what the latest update did, or None.
 
     Raises:
-        ValueError: a filter matches nothing, no parameter is sparse, or the sparsity would leave a layer empty.
+        ValueError: a filter matches nothing, no parameter is sparse, the sparsity would leave a layer empty, the
+            method needs a probe, or `masks` are of another model.
 
     >>> import granet, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.ReLU(), torch.nn.Linear(50, 2))
@@ -60,7 +67,17 @@ class Sparsifier:
     (20, 2, 110, 1100)
     """
 
-    def __init__(self, model: nn.Module, method: Method, *, only=None, skip=(), seed: int = 0):
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        only=None,
+        skip=(),
+        seed: int = 0,
+        probe: Probe | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+    ):
         self.model = model
         self._choices = [choice for choice in select(model, only, skip) if choice.sparse]
         self._parameters = {choice.name: choice.parameter for choice in self._choices}
@@ -72,13 +89,25 @@ class Sparsifier:
         self._optimizers: tuple[Optimizer, ...] = ()
         self._followers: list[nn.Module] = []
         self._hooks: list = []
-        self._gradients: dict[str, Tensor] = {}  # dense, kept from before_step to after_step where an update needs them
+        self._gradients: dict[str, Tensor] = {}  # dense, kept as the method's gradient_mix says, while it says so
+        self._memory: dict[str, Tensor] = {}  # what the method remembers from update to update
         self._overdue = False  # an update could not be made and is tried again at the next step
         self._overflow = False  # the gradient scaler skips the step under way
         self._keeps_zeros: bool | None = None  # whether the optimizers do, with masked gradients; None: to be checked
-        self._set_masks(method.init(layers_of(self._choices), self._rng))
+        self._set_masks(self._initial(probe) if masks is None else state.checked_masks(masks, self._parameters))
         self._ever = {name: mask.clone() for name, mask in self.masks.items()}
         self._clear_all()
+
+    def _initial(self, probe: Probe | None) -> dict[str, Tensor]:
+        layers = layers_of(self._choices)
+        if not self.method.needs_probe:
+            return self.method.init(layers, self._rng)
+        if probe is None:
+            raise ValueError(
+                f"{type(self.method).__name__} looks at gradients before training: give Sparsifier(...) a "
+                "probe=granet.Probe(model, batches)"
+            )
+        return self.method.init(layers, self._rng, probe)
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
         self.masks = {name: masking.like(masks[name], p) for name, p in self._parameters.items()}
@@ -119,7 +148,13 @@ class Sparsifier:
     @property
     def dense_grad_due(self) -> bool:
         """Whether the coming step needs the gradient of inactive weights as well."""
-        return self.method.needs_dense_grad and self.update_due
+        return self._mix is not None
+
+    @property
+    def _mix(self) -> tuple[float, float] | None:
+        mix = self.method.gradient_mix(self.step + 1)
+        late = mix is None and self._overdue and self.method.needs_dense_grad
+        return (0.0, 1.0) if late else mix
 
     def attach(self, *optimizers: Optimizer, hooks: bool = True) -> None:
         """Tie the sparsifier to the optimizers of the model, so that the training loop stays as it is.
@@ -135,8 +170,8 @@ class Sparsifier:
         """
         if self._optimizers:
             raise ValueError("this sparsifier is attached already: call detach() first")
-        optimizers = tuple(_unwrap(optimizer) for optimizer in optimizers)
-        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        optimizers = tuple(stepping.unwrap(optimizer) for optimizer in optimizers)
+        held = {id(p) for p in stepping.parameters_of(optimizers)}
         missing = [name for name, p in self._parameters.items() if id(p) not in held and p.requires_grad]
         if missing:
             raise ValueError(
@@ -168,7 +203,7 @@ class Sparsifier:
         Raises:
             ValueError: `module` has not all of the sparse parameters.
         """
-        missing = [name for name in self.masks if name not in _named(module)]
+        missing = [name for name in self.masks if name not in stepping.unwrapped_names(module)]
         if missing:
             raise ValueError(f"{type(module).__name__} has no parameter {missing[0]!r}: it is no copy of the model")
         self._followers.append(module)
@@ -179,7 +214,7 @@ class Sparsifier:
         if closure is None:
             self.before_step()
             return None
-        wrapped = partial(_then, closure, self.before_step)  # gradients come to be inside the closure
+        wrapped = partial(stepping.then, closure, self.before_step)  # gradients come to be inside the closure
         return ((optimizer, wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
 
     @torch.no_grad()
@@ -192,24 +227,25 @@ class Sparsifier:
             raise RuntimeError(
                 "attach(optimizer) comes before the first step, so that the optimizer's buffers stay clean"
             )
-        self._overflow = any(_found_inf(optimizer) for optimizer in self._optimizers)
+        self._overflow = any(stepping.found_inf(optimizer) for optimizer in self._optimizers)
         if self._overflow:
             return
-        due = self.update_due
-        if due and self.method.needs_dense_grad:
-            scale = _grad_scale(self._optimizers[0])
-            for name, p in self._parameters.items():
-                if p.grad is not None:
-                    kept = self._gradients.get(name)
-                    kept = p.grad.clone() if kept is None else kept.copy_(p.grad)
-                    self._gradients[name] = kept if scale is None else kept.div_(scale)
-        if due and self.method.replaces_step:
-            for optimizer in self._optimizers:
-                for group in optimizer.param_groups:
-                    for p in group["params"]:
-                        p.grad = None
+        if self._mix is not None:
+            self._keep_gradients(*self._mix)
+        if self.update_due and self.method.replaces_step:
+            for p in stepping.parameters_of(self._optimizers):
+                p.grad = None
             return
         self.mask_gradients()
+
+    def _keep_gradients(self, keep: float, add: float) -> None:
+        """Take the dense gradients of this step in, in float32 at least where several steps are mixed."""
+        scale = stepping.grad_scale(self._optimizers[0])
+        for name, p in self._parameters.items():
+            if p.grad is None:
+                continue
+            grad = p.grad if scale is None else p.grad / scale
+            self._gradients[name] = stepping.mixed(self._gradients.get(name), grad, keep, add)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -221,9 +257,20 @@ class Sparsifier:
         self.step += 1
         if not self._keeps_zeros:
             self._settle()
+        if self.method.drifts:
+            self._drift()
         if due:
             self._update()
-        self._gradients = {}
+        following = self.method.gradient_mix(self.step + 1)
+        if following is None or following[0] == 0:
+            self._gradients = {}
+
+    def _drift(self) -> None:
+        """Move the active weights as the method says."""
+        lr = stepping.learning_rates(self._optimizers, self._parameters)
+        layers = layers_of(self._choices)
+        for name, change in self.method.drift(self.step, layers, self.masks, self._rng, lr, self._memory).items():
+            self._parameters[name].detach().add_(change.mul(self.masks[name]))
 
     def _settle(self) -> None:
         """Clear weights and buffers unless the optimizers are known to keep them clear; find out if they do."""
@@ -238,9 +285,10 @@ class Sparsifier:
         try:
             if self.method.needs_dense_grad and lacking:
                 raise NonFiniteScores(f"{lacking[0]!r} has no gradient at this step")
-            masks = self.method.update(self.step, layers, self.masks, self._rng)
+            memory = (self._memory,) if self.method.remembers else ()
+            masks = self.method.update(self.step, layers, self.masks, self._rng, *memory)
         except NonFiniteScores as error:
-            self._overdue = True
+            self._overdue, self._gradients = True, {}
             warnings.warn(
                 f"topology update at step {self.step} skipped, to be tried again at the next: {error}",
                 RuntimeWarning,
@@ -273,21 +321,14 @@ class Sparsifier:
         for module in self._followers:
             masking.clear(self._copies(module))
 
-    def _held(self, names=None):
-        """Each mask with its weight and every optimizer buffer of the weight's shape: that is per-weight memory."""
-        for name in self._masked if names is None else names:
+    def _held(self):
+        """Each mask with its weight and the optimizers' memory of it."""
+        for name in self._masked:
             p = self._parameters[name]
-            states = [optimizer.state[p] for optimizer in self._optimizers if p in optimizer.state]
-            buffers = [
-                value
-                for state in states
-                for value in state.values()
-                if isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point()
-            ]
-            yield self.masks[name], [p.detach(), *buffers]
+            yield self.masks[name], [p.detach(), *stepping.buffers(self._optimizers, p)]
 
     def _copies(self, module: nn.Module):
-        named = _named(module)
+        named = stepping.unwrapped_names(module)
         return [(masking.like(self.masks[name], named[name]), [named[name].detach()]) for name in self._masked]
 
     @torch.no_grad()
@@ -308,13 +349,8 @@ class Sparsifier:
         """
         if not self._optimizers:
             raise RuntimeError("attach(optimizer) comes first: it says which gradients to clip")
-        masks = {id(self._parameters[name]): self.masks[name] for name in self._masked}
-        everything = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
-        held = [p for p in everything if p.grad is not None]
-        live = [p.grad * masks[id(p)] if id(p) in masks else p.grad for p in held]
-        norm = torch.nn.utils.get_total_norm(live)
-        torch.nn.utils.clip_grads_with_norm_(held, max_norm, norm)
-        return norm
+        masks = {self._parameters[name]: self.masks[name] for name in self._masked}
+        return stepping.clip(stepping.parameters_of(self._optimizers), masks, max_norm)
 
     def report(self) -> SparsityReport:
         """The network as it is now: per parameter the weights, the active ones, and those that are not zero."""
@@ -334,62 +370,25 @@ class Sparsifier:
             "rng": self._rng.get_state(),
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "ever": {name: mask.clone() for name, mask in self._ever.items()},
+            "gradients": {name: kept.clone() for name, kept in self._gradients.items()},
+            "memory": {name: value.clone() for name, value in self._memory.items()},
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping) -> None:
-        """Continue where `state` was taken. It is checked first and left as it is; weights are cleared to its masks.
+    def load_state_dict(self, given: Mapping) -> None:
+        """Continue where `given` was taken. It is checked first and left as it is; weights are cleared to its masks.
 
         Raises:
             ValueError: the state is of another method or another model, or incomplete.
         """
-        missing = {"method", "step", "version", "overdue", "rng", "masks", "ever"} - set(state)
-        if missing:
-            raise ValueError(
-                f"this is no state of a sparsifier, or a damaged one: it has no {', '.join(sorted(missing))}"
-            )
-        if state["method"] != repr(self.method):
-            raise ValueError(f"the state is of {state['method']}, this sparsifier runs {self.method!r}")
-        shapes = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
-        mine = {name: tuple(mask.shape) for name, mask in self.masks.items()}
-        if shapes != mine:
-            differing = sorted(set(shapes.items()) ^ set(mine.items()))[0]
-            raise ValueError(
-                f"the state is of another model: {differing[0]!r} of shape {differing[1]} is only in one of them"
-            )
-        self._rng.set_state(state["rng"].cpu())
-        self._set_masks(state["masks"])
+        state.refuse_foreign(given, self.method, self.masks)
+        self._rng.set_state(given["rng"].cpu())
+        self._set_masks(given["masks"])
         self.masks = {name: mask.clone() for name, mask in self.masks.items()}
-        self._ever = {name: masking.like(state["ever"][name], p).clone() for name, p in self._parameters.items()}
-        self.step, self.version = int(state["step"]), int(state["version"])
-        self._overdue, self._overflow, self._keeps_zeros = bool(state["overdue"]), False, None
+        self._ever = {name: masking.like(given["ever"][name], p).clone() for name, p in self._parameters.items()}
+        mine = self._parameters
+        self._gradients = {name: kept.to(mine[name].device).clone() for name, kept in given["gradients"].items()}
+        self._memory = {name: value.clone() for name, value in given["memory"].items()}
+        self.step, self.version = int(given["step"]), int(given["version"])
+        self._overdue, self._overflow, self._keeps_zeros = bool(given["overdue"]), False, None
         self._clear_all()
-
-
-def _then(closure: Callable, after: Callable[[], None]):
-    """What `closure` returns, with `after` called behind it, gradients recorded in the one and not in the other."""
-    with torch.enable_grad():
-        loss = closure()
-    after()
-    return loss
-
-
-def _unwrap(optimizer) -> Optimizer:
-    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _named(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name.removeprefix("module."): p for name, p in module.named_parameters()}
-
-
-def _found_inf(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler will have a fused optimizer skip this step (others it does not call at all)."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
-
-
-def _grad_scale(optimizer: Optimizer) -> Tensor | None:
-    """The factor that a fused optimizer's gradients still carry, where a gradient scaler leaves that to it."""
-    return getattr(optimizer, "grad_scale", None)

@@ -30,13 +30,17 @@ class Method:
 
     - `needs_dense_grad`: its updates look at the gradient of inactive weights too.
     - `replaces_step`: the optimizer does not step where the topology is updated.
-    - `needs_probe`: its `init` needs gradients from a few batches.
+    - `needs_probe`: its `init` looks at gradients on a few batches, `init(layers, rng, probe)`.
+    - `remembers`: its `update` is given a dict of tensors that lasts from one to the next, `update(..., memory)`.
+    - `drifts`: it moves active weights itself after the optimizer's step; see `drift`.
     - `reparameterizes`: it trains other parameters than the weights.
     """
 
     needs_dense_grad: ClassVar[bool] = False
     replaces_step: ClassVar[bool] = False
     needs_probe: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
+    drifts: ClassVar[bool] = False
     reparameterizes: ClassVar[bool] = False
 
     def initial_counts(self, shapes: distribution.Shapes) -> dict[str, int]:
@@ -51,6 +55,25 @@ class Method:
         """The masks to start from: `initial_counts` at random places."""
         shapes = topology.shapes_of(layers)
         return topology.random_masks(self.initial_counts(shapes), shapes, rng)
+
+    def gradient_mix(self, step: int) -> tuple[float, float] | None:
+        """How the dense gradient of `step` is taken in: `kept = keep * kept + add * grad`, as `(keep, add)`.
+
+        None where nobody looks at it. What is kept when an update comes is the layers' `grad` there.
+        """
+        return (0.0, 1.0) if self.needs_dense_grad and self.is_update(step) else None
+
+    def drift(
+        self,
+        step: int,
+        layers: Mapping[str, Layer],
+        masks: Mapping[str, Tensor],
+        rng: torch.Generator,
+        lr: Mapping[str, float],
+        memory: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """What is added to the active weights after optimizer step `step`, for methods that say `drifts`."""
+        return {}
 
     def is_update(self, step: int) -> bool:
         """Whether the masks change after optimizer step `step`."""

@@ -1,0 +1,48 @@
+"""Checks of what comes from outside into a sparsifier: masks from elsewhere, and the state of an earlier one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KEYS = {"method", "step", "version", "overdue", "rng", "masks", "ever", "gradients", "memory"}
+
+
+def checked_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of `masks` in the order of `parameters`.
+
+    Raises:
+        ValueError: a name is missing or unknown, or a mask is no bool tensor of its parameter's shape, or is empty.
+    """
+    if set(masks) != set(parameters):
+        name = sorted(set(masks) ^ set(parameters))[0]
+        raise ValueError(f"masks: {name!r} is " + ("no sparse parameter of the model" if name in masks else "missing"))
+    for name, p in parameters.items():
+        mask = masks[name]
+        if mask.dtype != torch.bool or mask.shape != p.shape:
+            raise ValueError(
+                f"masks: {name!r} is {mask.dtype} of shape {tuple(mask.shape)}; "
+                f"torch.bool of shape {tuple(p.shape)} is needed"
+            )
+        if not mask.any():
+            raise ValueError(f"masks: {name!r} has no active weight; a layer needs at least one")
+    return {name: masks[name].clone() for name in parameters}
+
+
+def refuse_foreign(state: Mapping[str, Any], method: object, masks: Mapping[str, Tensor]) -> None:
+    """Refuse a sparsifier's state that is not of this method and these masks' shapes.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    missing = _KEYS - set(state)
+    if missing:
+        raise ValueError(f"this is no state of a sparsifier, or a damaged one: it has no {', '.join(sorted(missing))}")
+    if state["method"] != repr(method):
+        raise ValueError(f"the state is of {state['method']}, this sparsifier runs {method!r}")
+    shapes = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
+    mine = {name: tuple(mask.shape) for name, mask in masks.items()}
+    if shapes != mine:
+        name, shape = sorted(set(shapes.items()) ^ set(mine.items()))[0]
+        raise ValueError(f"the state is of another model: {name!r} of shape {shape} is only in one of them")

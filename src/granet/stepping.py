@@ -1,0 +1,77 @@
+"""What optimizers are asked for around their step: closures, wrappers, and what a gradient scaler left with them."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def then(closure: Callable, after: Callable[[], None]):
+    """What `closure` returns, with `after` called behind it, gradients recorded in the one and not in the other."""
+    with torch.enable_grad():
+        loss = closure()
+    after()
+    return loss
+
+
+def unwrap(optimizer) -> Optimizer:
+    """The optimizer inside a wrapper that is no initialised `Optimizer` and has it as `.optimizer`."""
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def parameters_of(optimizers) -> list[nn.Parameter]:
+    """All that the optimizers hold, in their order."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def learning_rates(optimizers, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """The learning rate of each named parameter, 0 for one that no optimizer holds."""
+    rates = {id(p): float(group["lr"]) for o in optimizers for group in o.param_groups for p in group["params"]}
+    return {name: rates.get(id(p), 0.0) for name, p in parameters.items()}
+
+
+def buffers(optimizers, parameter: Tensor) -> list[Tensor]:
+    """What the optimizers remember of each weight of `parameter`: every floating-point buffer of its shape."""
+    states = [optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state]
+    return [
+        value
+        for state in states
+        for value in state.values()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
+    ]
+
+
+def mixed(kept: Tensor | None, grad: Tensor, keep: float, add: float) -> Tensor:
+    """`keep * kept + add * grad`, in float32 at least unless it is a mere copy; `kept` is changed in place."""
+    if keep == 0 and add == 1:
+        return grad.clone()
+    if kept is None or keep == 0:
+        return grad.to(torch.promote_types(grad.dtype, torch.float32)).mul(add)
+    return kept.mul_(keep).add_(grad, alpha=add)
+
+
+def clip(parameters: Iterable[nn.Parameter], masks: Mapping[nn.Parameter, Tensor], max_norm: float) -> Tensor:
+    """The norm of the gradients, those that `masks` leaves out not counted; all are scaled down if it is too large."""
+    held = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad * masks[p] if p in masks else p.grad for p in held])
+    torch.nn.utils.clip_grads_with_norm_(held, max_norm, norm)
+    return norm
+
+
+def unwrapped_names(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model, or of a wrapper that has it as its `module`, by their names in the model."""
+    return {name.removeprefix("module."): p for name, p in module.named_parameters()}
+
+
+def found_inf(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler will have a fused optimizer skip this step (others it does not call at all)."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def grad_scale(optimizer: Optimizer) -> Tensor | None:
+    """The factor that a fused optimizer's gradients still carry, where a gradient scaler leaves that to it."""
+    return getattr(optimizer, "grad_scale", None)
