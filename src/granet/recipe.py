@@ -168,6 +168,9 @@ class Train(Section):
         lt=1,
         description="Decay of an exponential moving average of the weights, which is then what is evaluated.",
     )
+    probe: int = Field(
+        1, ge=1, description="Batches that methods which choose their masks before training look at (snip, grasp)."
+    )
     log: Steps = Field("10it", description="Steps between two lines of the training log.")
     evaluate: Steps = Field("1ep", description="Steps between two evaluations on the validation set.")
     checkpoint: Steps = Field("1ep", description="Steps between two checkpoints.")

@@ -5,6 +5,7 @@ mappings that `granet.run` writes to ``metrics.jsonl``; where it wants to be sav
 """
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -95,7 +96,8 @@ class Trainer:
         method = recipe.resolve(self.steps_per_epoch)
         skip = recipe.model.keep_dense
         self.target = plan(self.model, method, skip=skip).final_active
-        self.sparsifier = Sparsifier(self.model, method, skip=skip, seed=recipe.seed)
+        probe = self._probe() if method.needs_probe else None
+        self.sparsifier = Sparsifier(self.model, method, skip=skip, seed=recipe.seed, probe=probe)
         self.optimizer = optimizer.build(self.model, self.settings)
         self.sparsifier.attach(self.optimizer)
         self.ema = None
@@ -172,6 +174,15 @@ class Trainer:
         order = {"seed": self.recipe.seed, "epoch": epoch, "start": start, "drop_last": True}
         size = self.settings.batch_size
         return self._images("train", batch_size=size, train=True, augment=data.Augment(**augment), **order)
+
+    def _probe(self):
+        """Returns what shows a method the first training batches, without augmentation, before training."""
+        from granet.probe import Probe
+
+        options = {"batch_size": self.settings.batch_size, "train": True, "augment": data.Augment()}
+        batches = self._images("train", seed=self.recipe.seed, epoch=0, start=0, drop_last=True, **options)
+        example = torch.zeros(1, *self.dataset.shape, device=self.device)
+        return Probe(self.model, list(itertools.islice(batches, self.settings.probe)), example=example)
 
     def _images(self, split: str, **options):
         mean, std = self.dataset.mean, self.dataset.std
