@@ -45,6 +45,10 @@ class Layer:
             yield Layer(weight, grad)
 
 
+class NonFiniteScores(ValueError):  # noqa: N818  (it names what was found, as ArithmeticError does)
+    """A score was NaN or infinite, so nothing was selected."""
+
+
 Criterion = Callable[[Layer], Tensor]
 
 

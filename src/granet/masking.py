@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from granet import distributed
+
 _PIECE = 1 << 18
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,7 +25,7 @@ def clear(work: Work) -> None:
         work: pairs of a bool mask and the tensors of its shape that it clears in place.
     """
     scratch: dict[torch.dtype, Tensor] = {}
-    for mask, tensors in work:
+    for mask, tensors in _here(work):
         quick, slow = _by_layout(tensors, mask)
         for bits, flags, pieces in _walk(mask, quick):
             words = scratch.setdefault(bits, torch.empty(_PIECE, dtype=bits))[: flags.numel()]
@@ -36,7 +38,19 @@ def clear(work: Work) -> None:
 
 @torch.no_grad()
 def leaks(work: Work) -> bool:
-    """Whether any tensor has a nonzero (or NaN) entry where its mask is False. Waits for the device."""
+    """Whether any tensor has a nonzero (or NaN) entry where its mask is False. Waits for the device, and all ranks."""
+    work = list(work)
+    found = _leaks_here(_here(work))
+    sharded = next((mask for mask, _ in work if distributed.is_sharded(mask)), None)
+    return found if sharded is None else distributed.anywhere(found, sharded)
+
+
+def _here(work: Work) -> Work:
+    """The parts of masks and tensors that lie on this rank."""
+    return ((distributed.local(mask), [distributed.local(tensor) for tensor in tensors]) for mask, tensors in work)
+
+
+def _leaks_here(work: Work) -> bool:
     scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
     for mask, tensors in work:
         quick, slow = _by_layout(tensors, mask)
@@ -53,7 +67,9 @@ def leaks(work: Work) -> bool:
 
 
 def like(mask: Tensor, parameter: Tensor) -> Tensor:
-    """`mask` on the parameter's device and in its memory layout (channels-last, say), so that clearing is fast."""
+    """`mask` on the parameter's device, in its memory layout (channels-last, say) and in shards where it is."""
+    if distributed.is_sharded(parameter):
+        return distributed.shard(mask, parameter)
     if mask.device == parameter.device and mask.stride() == parameter.stride():
         return mask
     return torch.empty_like(parameter, dtype=torch.bool).copy_(mask)

@@ -6,29 +6,52 @@ position: the earlier layer, then the smaller flat index, is kept (or grown) fir
 refused with `NonFiniteScores`, because one of them would decide the whole topology.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import inf, isfinite, prod, sqrt
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from granet import native
-from granet.criterion import Criterion, Layer, given
+from granet import distributed, native
+from granet.criterion import Criterion, Layer, NonFiniteScores, given
 
 Masks = Mapping[str, Tensor]
 
+# multipliers of SplitMix64, as signed 64-bit numbers
+_GOLDEN, *_MIX = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _PART = 1 << 16  # weights looked at together: scores and comparisons of one part stay in the cache
 _NOT_FINITE = "a score is NaN or infinite: the gradients or weights overflowed at this step"
 _SMALL = 1 << 16  # scores so few that all of them are ranked
 
 
-class NonFiniteScores(ValueError):  # noqa: N818  (it names what was found, as ArithmeticError does)
-    """A score was NaN or infinite, so nothing was selected."""
+_PATTERN: ContextVar = ContextVar("pattern", default=None)  # what choices obey; None: any mask is allowed
+
+
+@contextmanager
+def obeying(pattern) -> Iterator[None]:
+    """All operations inside the `with` choose so that their masks obey `pattern`; see `granet.pattern`.
+
+    A method so asks for masks in the same words whatever the pattern. Counts stay exact: where the entries that are
+    allowed do not suffice, others follow.
+    """
+    token = _PATTERN.set(pattern if hasattr(pattern, "top") else None)
+    try:
+        yield
+    finally:
+        _PATTERN.reset(token)
 
 
 def top(
-    layers: Sequence[Layer], criterion: Criterion, n: int, among: Sequence[Tensor], *, candidates: int | None = None
+    layers: Sequence[Layer],
+    criterion: Criterion,
+    n: int,
+    among: Sequence[Tensor],
+    *,
+    candidates: int | None = None,
+    beside: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> list[Tensor]:
     """Masks of the `n` best entries of all `layers` together, by `criterion`, among the True entries of `among`.
 
@@ -38,6 +61,7 @@ def top(
         n: how many entries to select, from 0 to the number of candidates.
         among: for each layer a mask of the candidates.
         candidates: how many there are, if that is known.
+        beside: where entries are grown, for each layer what is active beside them and what was before the update.
 
     Raises:
         ValueError: `n` is negative or larger than the number of candidates.
@@ -51,6 +75,11 @@ def top(
         return [mask.clone() for mask in among]
     if n == 0:
         return [torch.zeros_like(mask) for mask in among]
+    if (pattern := _PATTERN.get()) is not None:
+        with obeying(None):
+            return pattern.top(layers, criterion, n, among, beside)
+    if any(distributed.is_sharded(mask) for mask in among):
+        return distributed.top(layers, criterion, n, among)
     select = _top_cpu if among[0].device.type == "cpu" else _top_device
     flat = select(layers, criterion, n, [mask.reshape(-1) for mask in among], candidates)
     return [chosen.view(mask.shape) for chosen, mask in zip(flat, among, strict=True)]
@@ -63,7 +92,7 @@ def drop(mask: Tensor, scores: Tensor, n: int) -> Tensor:
 
 def grow(mask: Tensor, scores: Tensor, n: int) -> Tensor:
     """`mask` with the `n` inactive entries of the highest score active as well."""
-    return mask | top([Layer(scores)], given, n, [~mask])[0]
+    return mask | top([Layer(scores)], given, n, [~mask], beside=[(mask, mask)])[0]
 
 
 def exchange(mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain: Criterion) -> Tensor:
@@ -78,7 +107,8 @@ def exchange(mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain:
         return mask
     kept = top([layer], lose, active - n, [mask], candidates=active)[0]
     inactive = mask.numel() - active + n
-    return kept.logical_or_(top([layer], gain, n, [kept.logical_not()], candidates=inactive)[0])
+    pair = [(kept, mask)]
+    return kept.logical_or_(top([layer], gain, n, [kept.logical_not()], candidates=inactive, beside=pair)[0])
 
 
 def prune_to(masks: Masks, n: int, layers: Mapping[str, Layer], criterion: Criterion) -> dict[str, Tensor]:
@@ -118,7 +148,7 @@ def prune_each(masks: Masks, counts: Mapping[str, int], layers: Mapping[str, Lay
 def random_masks(
     counts: Mapping[str, int], shapes: Mapping[str, Sequence[int]], rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """Masks with `counts[name]` active entries each at random places, drawn on the CPU for every device alike."""
+    """Masks with `counts[name]` active entries each at random places, the same for every device and number of ranks."""
     return {
         name: grow_random(torch.zeros(tuple(shape), dtype=torch.bool), counts[name], rng)
         for name, shape in shapes.items()
@@ -127,18 +157,27 @@ def random_masks(
 
 def grow_random(mask: Tensor, n: int, rng: torch.Generator) -> Tensor:
     """`mask` with `n` of its inactive entries, drawn uniformly, active as well."""
-    grown = mask.reshape(-1).clone()
-    if n == grown.numel():
-        return torch.ones_like(mask)
-    inactive = grown.logical_not().nonzero().squeeze(1)
-    if not 0 <= n <= inactive.numel():
-        raise ValueError(f"cannot grow {n} of {inactive.numel()} inactive entries")
-    grown[inactive[torch.randperm(inactive.numel(), generator=rng)[:n].to(inactive.device)]] = True
-    return grown.view(mask.shape)
+    return grow(mask, random_scores(mask, rng), n)
+
+
+def random_scores(tensor: Tensor, rng: torch.Generator) -> Tensor:
+    """A float32 score in [0, 1) for every entry of `tensor`, of its shape, device and placement.
+
+    It depends on one number drawn from `rng` and on the entry's flat index alone (the SplitMix64 generator of Steele,
+    Lea and Flood 2014 at that index), so that shards of a tensor get the scores that they would have in the whole.
+    """
+    seed = int(torch.randint(1 << 62, (), generator=rng))
+    state = distributed.positions(tensor).add_(seed & (1 << 31) - 1).mul_(_GOLDEN).add_(seed)
+    for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
+        state.bitwise_xor_((state >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
+    scores = (state >> 40).bitwise_and_((1 << 24) - 1).float().div_(1 << 24)
+    return distributed.like(scores, tensor) if distributed.is_sharded(tensor) else scores
 
 
 def count(mask: Tensor) -> int:
     """The number of True entries."""
+    if distributed.is_sharded(mask):
+        return distributed.count(mask)
     if mask.device.type == "cpu":  # several times as fast as torch's own
         return int(np.count_nonzero(mask.numpy()))
     return int(torch.count_nonzero(mask))
@@ -265,7 +304,8 @@ def _finite(scores: Tensor) -> Tensor:
 
 def shapes_of(layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
     """The shape of every layer's weight."""
-    return {name: tuple(layer.shape) for name, layer in layers.items()}
+    pattern = _PATTERN.get()
+    return {name: tuple(x.shape) if pattern is None else pattern.shape(x.shape) for name, x in layers.items()}
 
 
 def total_of(layers: Mapping[str, Layer]) -> int:

@@ -1,0 +1,173 @@
+"""Tensors in shards on many ranks (DTensor: FSDP2, tensor parallelism): counting and choosing over all of them.
+
+Nothing is gathered. Every rank looks at its own shard and what is sent around are histograms of scores, so that the
+bytes sent do not depend on the number of weights. The n best of all shards are found digit by digit: scores become
+integers of the same order, a histogram of their first eleven bits is summed over the ranks, the bin with the n-th best
+is kept, and its next eleven bits follow. Equal scores are told apart by their position in the whole tensor in the same
+way, so the choice is that of one process to the last tie. All ranks must call these functions together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from granet.criterion import Criterion, Layer, NonFiniteScores
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+_DIGIT = 11  # bits looked at in one round: a histogram of 2,048 numbers, 16 KiB
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor."""
+    return getattr(tensor, "device_mesh", None) is not None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of `tensor`, sharing its memory; a plain tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def like(values: Tensor, tensor: DTensor) -> DTensor:
+    """`values`, this rank's part, as a whole in the mesh, placement and shape of `tensor`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        values, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def shard(whole: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's part of `whole`, which every rank has, in the placement of `tensor`; nothing is sent."""
+    if is_sharded(whole):
+        return whole
+    shape, offset = _place(tensor)
+    part = whole[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))]
+    return like(part.to(local(tensor).device).contiguous(), tensor)
+
+
+def count(mask: DTensor) -> int:
+    """The number of True entries on all ranks."""
+    mine = torch.count_nonzero(local(mask)) if _is_owner(mask) else torch.zeros((), dtype=torch.int64)
+    return int(_summed(mine.to(local(mask).device, torch.int64), mask.device_mesh))
+
+
+def anywhere(flag: bool, tensor: DTensor) -> bool:
+    """Whether `flag` is True on any rank of the mesh of `tensor`."""
+    return bool(_summed(torch.tensor(int(flag), device=local(tensor).device), tensor.device_mesh))
+
+
+def positions(tensor: Tensor) -> Tensor:
+    """The flat index, in the whole tensor, of each entry of this rank's part: int64, of the part's shape."""
+    shape, offset = _place(tensor) if is_sharded(tensor) else (tuple(tensor.shape), (0,) * tensor.ndim)
+    index = torch.zeros((), dtype=torch.int64, device=local(tensor).device)
+    step = 1
+    for dim in reversed(range(len(shape))):
+        along = torch.arange(offset[dim], offset[dim] + shape[dim], device=index.device) * step
+        index = index + along.view(-1, *[1] * (len(shape) - 1 - dim))
+        step *= tensor.shape[dim]
+    return index
+
+
+def top(layers: Sequence[Layer], criterion: Criterion, n: int, among: Sequence[Tensor]) -> list[Tensor]:
+    """`granet.topology.top` where some of the masks are sharded, for `n` above 0 and below the number of candidates.
+
+    Raises:
+        ValueError: the tensors lie in different meshes.
+        NonFiniteScores: a score on any of the ranks is NaN or infinite; raised on all of them.
+    """
+    mesh = next(mask.device_mesh for mask in among if is_sharded(mask))
+    if any(is_sharded(mask) and mask.device_mesh != mesh for mask in among):
+        raise ValueError("the sparse parameters lie in different device meshes; shard all of them over one")
+    parts = [Layer(local(x.weight), None if x.grad is None else local(x.grad)) for x in layers]
+    masks = [local(mask) for mask in among]
+    scores = [criterion(part) for part in parts]
+    # a part that several ranks hold is counted by the first of them
+    owned = [_is_owner(mask, mesh) for mask in among]
+    finite = all(bool(values.isfinite().all()) for values in scores)
+    if anywhere(not finite, next(mask for mask in among if is_sharded(mask))):
+        raise NonFiniteScores(
+            "a score is NaN or infinite on some rank: the gradients or weights overflowed at this step"
+        )
+
+    keys = [_ordered(values) for values in scores]
+    bits = 8 * keys[0].element_size()
+    pool = [key[mask] for key, mask, mine in zip(keys, masks, owned, strict=True) if mine]
+    threshold, above = _nth(_joined(pool, keys[0]), bits, n, mesh)
+    chosen = [(key > threshold).logical_and_(mask) for key, mask in zip(keys, masks, strict=True)]
+
+    # of the equal ones those that come first: the earlier layer, the smaller index in the whole tensor
+    ties = [(key == threshold).logical_and_(mask) for key, mask in zip(keys, masks, strict=True)]
+    begin, places = 0, []
+    for tie, mask in zip(ties, among, strict=True):
+        places.append(~(positions(mask)[tie] + begin) if tie.any() else torch.empty(0, dtype=torch.int64))
+        begin += mask.numel()
+    mine = [place.to(keys[0].device) for place, owner in zip(places, owned, strict=True) if owner]
+    last, _ = _nth(_joined(mine, torch.empty(0, dtype=torch.int64, device=keys[0].device)), 64, n - above, mesh)
+    for out, tie, place in zip(chosen, ties, places, strict=True):
+        if place.numel():
+            out[tie] = place.to(out.device) >= last
+    return [like(out, mask) if is_sharded(mask) else out for out, mask in zip(chosen, among, strict=True)]
+
+
+def _nth(keys: Tensor, bits: int, n: int, mesh: DeviceMesh) -> tuple[int, int]:
+    """The n-th largest of all ranks' signed `keys` and how many are larger than it."""
+    above, prefix, shift = 0, 0, bits
+    lowest = -(1 << bits - 1)
+    while shift:
+        width = min(_DIGIT, shift)
+        shift -= width
+        digits = ((keys >> shift) & (1 << width) - 1).to(torch.int64)
+        if shift + width == bits:  # the sign comes first: negative keys are the smaller half
+            digits ^= 1 << width - 1
+        found = _summed(torch.bincount(digits, minlength=1 << width), mesh).flip(0).cumsum(0)
+        at = int(torch.searchsorted(found, n - above))  # bins from the top until the n-th is inside
+        digit = (1 << width) - 1 - at
+        above += int(found[at - 1]) if at else 0
+        keys = keys[digits == digit]
+        prefix = prefix << width | digit
+    return lowest + prefix, above
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """Integers in the order of finite floating-point `scores`, of as many bits; -0.0 and 0.0 are equal."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]
+    raw = (scores + 0.0).contiguous().view(kind)
+    return torch.where(raw < 0, raw ^ torch.iinfo(kind).max, raw)
+
+
+def _joined(parts: list[Tensor], empty: Tensor) -> Tensor:
+    return torch.cat(parts) if parts else empty.reshape(-1)[:0]
+
+
+def _summed(values: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over all ranks of the mesh."""
+    import torch.distributed as dist
+
+    for dim in range(mesh.ndim):
+        if mesh.size(dim) > 1:
+            dist.all_reduce(values, group=mesh.get_group(dim))
+    return values
+
+
+def _is_owner(tensor: Tensor, mesh: DeviceMesh | None = None) -> bool:
+    """Whether this rank counts its part: of ranks with the same part only the first does."""
+    from torch.distributed.tensor import Replicate
+
+    mesh = tensor.device_mesh if mesh is None else mesh
+    place = mesh.get_coordinate()
+    placements = tensor.placements if is_sharded(tensor) else [Replicate()] * mesh.ndim
+    return all(at == 0 for at, placement in zip(place, placements, strict=True) if placement.is_replicate())
+
+
+def _place(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and offset of this rank's part in the whole tensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
