@@ -174,6 +174,7 @@ class Train(Section):
     log: Steps = Field("10it", description="Steps between two lines of the training log.")
     evaluate: Steps = Field("1ep", description="Steps between two evaluations on the validation set.")
     checkpoint: Steps = Field("1ep", description="Steps between two checkpoints.")
+    keep: tuple[Steps, ...] = Field((), description="Moments whose checkpoints are kept, such as 10ep or 50%.")
     threads: int | None = Field(None, ge=1, description="Processor threads; None leaves them to torch.")
     engine: Literal["dense", "sparse"] = Field(
         "dense", description="Arithmetic: 'sparse' runs layers on granet's own kernels where these are faster (CPU)."

@@ -5,7 +5,7 @@ runs/digits-granet-3f9a1c/
     recipe.yaml          the recipe, every default written out
     environment.json     versions, git hash, device, threads
     metrics.jsonl        one JSON object a line: train, eval and update records
-    checkpoints/         the last two, and the best
+    checkpoints/         the last two, the best, and those of train.keep
     tensorboard/         the same curves as events
     engine.txt           with the sparse engine: what was measured and chosen for each layer
     summary.json         results, FLOPs, layers; there once the run is finished
@@ -180,7 +180,8 @@ def execute(
             def save() -> None:
                 state = trainer.state_dict() | {"metrics": metrics.sync()}
                 checkpoint.save(run.checkpoints, step=trainer.step, model=trainer.model.state_dict(), state=state)
-                checkpoint.prune(run.checkpoints, keep=2, also={trainer.best.step} if trainer.best else set())
+                best = {trainer.best.step} if trainer.best else set()
+                checkpoint.prune(run.checkpoints, keep=2, also=best | set(trainer.settings.keep))
 
             if not trainer.fit(record=record, save=save, stop=stop):
                 return None

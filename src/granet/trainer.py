@@ -96,7 +96,7 @@ class Trainer:
         method = recipe.resolve(self.steps_per_epoch)
         skip = recipe.model.keep_dense
         self.target = plan(self.model, method, skip=skip).final_active
-        probe = self._probe() if method.needs_probe else None
+        probe = self.probe(self.settings.probe) if method.needs_probe else None
         self.sparsifier = Sparsifier(self.model, method, skip=skip, seed=recipe.seed, probe=probe)
         self.optimizer = optimizer.build(self.model, self.settings)
         self.sparsifier.attach(self.optimizer)
@@ -142,8 +142,8 @@ class Trainer:
             shape = (settings.batch_size // settings.accumulate, *self.dataset.shape)
             self.engine = accelerate(self.sparsifier, torch.zeros(shape).to(memory_format=self.layout))
         while self.step < self.steps:
-            for x, y in self._batches():
-                self._train_step(forward, x, y)
+            for x, y in self.batches():
+                self.train_step(forward, x, y)
                 last = self.step == self.steps
                 self.seconds, clock = self.seconds + time.perf_counter() - clock, time.perf_counter()
 
@@ -151,12 +151,13 @@ class Trainer:
                 if update is not None and update.step == self.step:
                     record(self._update_record(update))
                 if self.step % settings.log == 0 or last:
-                    record(self._train_record())
+                    record(self.train_record())
                 better = False
                 if self.step % settings.evaluate == 0 or last:
                     better = self._validate(record)
                 stopped = stop()
-                if self.step % settings.checkpoint == 0 or better or last or stopped:
+                kept = self.step in settings.keep
+                if self.step % settings.checkpoint == 0 or kept or better or last or stopped:
                     self._refuse_non_finite()
                     save()
                     saved = self.step
@@ -167,7 +168,7 @@ class Trainer:
             save()
         return True
 
-    def _batches(self):
+    def batches(self):
         """Returns the rest of the epoch that the trainer stands in."""
         epoch, start = divmod(self.step, self.steps_per_epoch)
         augment = {key: getattr(self.recipe.data, key) for key in ("crop", "padding", "flip", "cutout")}
@@ -175,20 +176,21 @@ class Trainer:
         size = self.settings.batch_size
         return self._images("train", batch_size=size, train=True, augment=data.Augment(**augment), **order)
 
-    def _probe(self):
-        """Returns what shows a method the first training batches, without augmentation, before training."""
+    def probe(self, batches: int):
+        """Returns what shows the gradients on the first training batches, without augmentation."""
         from granet.probe import Probe
 
         options = {"batch_size": self.settings.batch_size, "train": True, "augment": data.Augment()}
-        batches = self._images("train", seed=self.recipe.seed, epoch=0, start=0, drop_last=True, **options)
+        images = self._images("train", seed=self.recipe.seed, epoch=0, start=0, drop_last=True, **options)
         example = torch.zeros(1, *self.dataset.shape, device=self.device)
-        return Probe(self.model, list(itertools.islice(batches, self.settings.probe)), example=example)
+        return Probe(self.model, list(itertools.islice(images, batches)), example=example)
 
     def _images(self, split: str, **options):
         mean, std = self.dataset.mean, self.dataset.std
         return data.epoch_batches(self.splits[split], mean=mean, std=std, device=self.device, **options)
 
-    def _train_step(self, forward: nn.Module, x: Tensor, y: Tensor) -> None:
+    def train_step(self, forward: nn.Module, x: Tensor, y: Tensor) -> None:
+        """Takes one optimizer step on a batch."""
         settings, sparsifier = self.settings, self.sparsifier
         lr = optimizer.learning_rate(settings, self.step, self.steps)
         for group in self.optimizer.param_groups:
@@ -242,7 +244,8 @@ class Trainer:
                     f"(now {self.settings.lr:g}), a longer train.warmup, or train.clip_norm"
                 )
 
-    def _train_record(self) -> dict[str, Any]:
+    def train_record(self) -> dict[str, Any]:
+        """Returns means over the steps since the last record; raises TrainingError if a loss was not finite."""
         self._refuse_non_finite()
         loss, accuracy = torch.stack([torch.stack(entry) for _, *entry in self._window]).mean(0).tolist()
         self._window.clear()
