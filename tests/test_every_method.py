@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import granet
-from granet import METHODS, Sparsifier
+from granet import METHODS, Probe, Sparsifier
 from granet.criterion import Layer
 from granet.topology import count
 
@@ -21,12 +21,16 @@ SETTINGS = {
     "granet": {"sparsity": 0.9, "initial_sparsity": 0.4, "end": 17, "total": 30, "interval": 4},
     "rigl": {"sparsity": 0.8, "end": 25, "interval": 4},
     "set": {"sparsity": 0.8, "total": 30, "interval": 4},
+    "snip": {"sparsity": 0.8},
+    "grasp": {"sparsity": 0.8},
+    "synflow": {"sparsity": 0.8, "rounds": 10},
 }
 VARIANTS = {
     **SETTINGS,
     "gmp layerwise": {**SETTINGS["gmp"], "scope": "layerwise"},
     "granet layerwise": {**SETTINGS["granet"], "scope": "layerwise"},
     "granet dense-to-sparse": {**SETTINGS["granet"], "initial_sparsity": 0.0},
+    "snip iterative": {**SETTINGS["snip"], "rounds": 5},
 }
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -34,12 +38,35 @@ OPTIMIZERS = {
 }
 STEPS = 30
 
+KEPT = ("dense", "static", "snip", "grasp", "synflow")  # methods whose topology training does not change
+
 both = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 every = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def make(variant, **more):
     return METHODS[variant.split()[0]](**VARIANTS[variant], **more)
+
+
+class Bag(nn.Module):
+    """Layers of any shapes as one network, so that a probe can look at them: the loss is half the sum of g * w ** 2."""
+
+    def __init__(self, layers):
+        super().__init__()
+        for name, layer in layers.items():
+            self.register_parameter(name, nn.Parameter(layer.weight.clone()))
+            grad = torch.ones_like(layer.weight) if layer.grad is None else layer.grad
+            self.register_buffer(f"{name}_grad", grad.clone())
+
+    def forward(self, x):
+        return torch.cat([(self.get_buffer(f"{n}_grad") * w**2 / 2).flatten() for n, w in self.named_parameters()])
+
+
+def start(method, layers, rng):
+    """The masks that the method starts from."""
+    if not method.needs_probe:
+        return method.init(layers, rng)
+    return method.init(layers, rng, Probe(Bag(layers), [(torch.ones(1), torch.ones(1))], lambda y, _: y.sum()))
 
 
 def network():
@@ -65,7 +92,8 @@ class Run:
 
     def __init__(self, variant, optimizer="sgd", seed=0):
         self.model = network()
-        self.sparsifier = Sparsifier(self.model, make(variant), seed=seed)
+        probe = Probe(self.model, [batch(-1), batch(-2)])
+        self.sparsifier = Sparsifier(self.model, make(variant), seed=seed, probe=probe)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self.sparsifier.attach(self.optimizer)
         self.loss = nn.CrossEntropyLoss()
@@ -136,7 +164,7 @@ def test_the_active_count_is_the_budget_of_the_schedule_at_every_update(variant)
         assert sparsifier.counts == final
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ("dense", "static")])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.split()[0] not in KEPT])
 def test_the_topology_changes_where_the_method_says_and_nowhere_else(variant):
     run = Run(variant)
     changes = []
@@ -159,7 +187,7 @@ def test_update_is_pure_and_deterministic(variant):
         k: Layer(torch.randn(n, 12, generator=rng), torch.randn(n, 12, generator=rng)) for k, n in (("a", 9), ("b", 30))
     }
     kept = copy.deepcopy([(layer.weight, layer.grad) for layer in layers.values()])
-    masks = method.init(layers, torch.Generator().manual_seed(1))
+    masks = start(method, layers, torch.Generator().manual_seed(1))
     before = {name: mask.clone() for name, mask in masks.items()}
     first, second = (method.update(8, layers, masks, torch.Generator().manual_seed(2)) for _ in range(2))
     for i, (name, layer) in enumerate(layers.items()):
@@ -222,7 +250,7 @@ def test_equal_scores_give_equal_masks_in_half_precision(variant):
         k: Layer(*(torch.randn(n, 16, generator=rng).bfloat16() for _ in range(2))) for k, n in (("a", 10), ("b", 31))
     }
     full = {name: Layer(layer.weight.float(), layer.grad.float()) for name, layer in half.items()}
-    masks = method.init(full, torch.Generator().manual_seed(1))
+    masks = start(method, full, torch.Generator().manual_seed(1))
     a, b = (method.update(12, layers, masks, torch.Generator().manual_seed(2)) for layers in (half, full))
     assert all(torch.equal(a[name], b[name]) for name in masks)
 
@@ -232,7 +260,8 @@ def test_accumulated_gradients_give_the_masks_of_the_whole_batch(variant):
     def train(pieces):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 4)).double()
-        sparsifier = Sparsifier(model, make(variant))
+        probe = Probe(model, [(torch.ones(2, 24).double(), torch.ones(2, 4).double())], nn.functional.mse_loss)
+        sparsifier = Sparsifier(model, make(variant), probe=probe)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         sparsifier.attach(optimizer)
         for step in range(STEPS):
@@ -262,6 +291,8 @@ def test_nonsense_is_refused_by_name(variant):
         "regeneration": (-0.1,),
         "distribution": ("erq",),
         "scope": ("local",),
+        "rounds": (0, 2.5),
+        "temperature": (0.0, -1.0, float("nan")),
     }.items():
         if name not in kind.__dataclass_fields__:
             continue
@@ -295,7 +326,7 @@ def test_declared_needs_are_true(variant):
     """A method that says it needs no dense gradient gives the same masks without one; one that says so fails."""
     method = make(variant)
     layers = {"a": Layer(torch.randn(20, 20))}
-    masks = method.init(layers, torch.Generator())
+    masks = start(method, layers, torch.Generator())
     if method.needs_dense_grad:
         with pytest.raises(ValueError, match="gradient"):
             method.update(4, layers, masks, torch.Generator())

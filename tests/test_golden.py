@@ -13,7 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from granet import METHODS, Sparsifier
+from granet import METHODS, Probe, Sparsifier
 from granet.criterion import Layer
 
 FILE = Path(__file__).parent / "golden" / "methods.json"
@@ -25,6 +25,9 @@ SETTINGS = {
     "granet": {"sparsity": 0.7, "end": 40, "total": STEPS, "interval": 5},
     "rigl": {"sparsity": 0.7, "end": 40, "interval": 5},
     "set": {"sparsity": 0.7, "total": STEPS, "interval": 5},
+    "snip": {"sparsity": 0.7},
+    "grasp": {"sparsity": 0.7},
+    "synflow": {"sparsity": 0.7, "rounds": 10},
 }
 
 
@@ -34,7 +37,7 @@ def losses(name):
     model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 60), nn.ReLU(), nn.Linear(60, 10))
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
-    sparsifier = Sparsifier(model, METHODS[name](**SETTINGS[name]), seed=1)
+    sparsifier = Sparsifier(model, METHODS[name](**SETTINGS[name]), seed=1, probe=Probe(model, [(x[:64], y[:64])]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     sparsifier.attach(optimizer)
     seen = []
@@ -47,6 +50,19 @@ def losses(name):
     return [round(loss, 6) for loss in seen[9::10]]
 
 
+class Products(nn.Module):
+    """A network whose gradient, Hessian and flow are products of whole numbers: half the sum of g * w ** 2."""
+
+    def __init__(self, layers):
+        super().__init__()
+        for key, layer in layers.items():
+            self.register_parameter(key, nn.Parameter(layer.weight))
+            self.register_buffer(f"{key}_grad", layer.grad)
+
+    def forward(self, x):
+        return torch.cat([(self.get_buffer(f"{n}_grad") * w**2 / 2).flatten() for n, w in self.named_parameters()])
+
+
 def topology(name):
     """A hash of the masks after `init` and four updates on weights and gradients that no rounding can change."""
     method = METHODS[name](**SETTINGS[name])
@@ -55,7 +71,8 @@ def topology(name):
     whole = lambda shape: torch.from_numpy(rng.integers(-1000, 1000, shape).astype(np.float32))  # noqa: E731  (one line)
     generator = torch.Generator().manual_seed(3)
     layers = {key: Layer(whole(shape), whole(shape)) for key, shape in shapes.items()}
-    masks = method.init(layers, generator)
+    probe = Probe(Products(layers), [(torch.ones(1), torch.ones(1))], lambda y, _: y.sum())
+    masks = method.init(layers, generator, *([probe] if method.needs_probe else []))
     digest = hashlib.sha256()
     for step in (5, 10, 20, 40):
         layers = {key: Layer(whole(shape) * masks[key], whole(shape)) for key, shape in shapes.items()}

@@ -21,6 +21,7 @@ LAYERS = [  # a module may import what stands before it
     "records",
     "masking",
     "probe",
+    "probe",
     "state",
     "stepping",
     "sparsifier",

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from granet.methods import GMP as GMP
     from granet.methods import METHODS as METHODS
     from granet.methods import SET as SET
+    from granet.methods import SNIP as SNIP
     from granet.methods import Dense as Dense
     from granet.methods import GraNet as GraNet
+    from granet.methods import GraSP as GraSP
     from granet.methods import Method as Method
     from granet.methods import RigL as RigL
     from granet.methods import Static as Static
+    from granet.methods import SynFlow as SynFlow
+    from granet.probe import Probe as Probe
     from granet.selection import plan as plan
     from granet.sparsifier import Sparsifier as Sparsifier
 
@@ -35,14 +39,18 @@ _HOME = {
     "Dense": "methods",
     "GMP": "methods",
     "GraNet": "methods",
+    "GraSP": "methods",
     "METHODS": "methods",
     "Method": "methods",
     "RigL": "methods",
     "SET": "methods",
+    "SNIP": "methods",
     "Static": "methods",
+    "SynFlow": "methods",
     "accelerate": "engine.training",
     "compile": "engine.inference",
     "plan": "selection",
+    "Probe": "probe",
     "Sparsifier": "sparsifier",
 }
 _MODULES = ("criterion", "distribution", "flops", "models", "schedule", "topology")

@@ -218,6 +218,8 @@ _MEANING = {
     "drop_fraction": "Share of a layer's active weights exchanged at an update, at first.",
     "distribution": "How a sparse start is shared among layers: erk, er or uniform.",
     "scope": "Where weights compete: global, or layerwise.",
+    "rounds": "Times that the network is scored and pruned before training.",
+    "temperature": "What the output is divided by before the loss, while the network is scored.",
 }
 
 

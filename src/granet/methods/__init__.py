@@ -4,9 +4,12 @@ from granet.methods.base import Method
 from granet.methods.dense import Dense
 from granet.methods.gmp import GMP
 from granet.methods.granet import GraNet
+from granet.methods.grasp import GraSP
 from granet.methods.rigl import RigL
 from granet.methods.set import SET
+from granet.methods.snip import SNIP
 from granet.methods.static import Static
+from granet.methods.synflow import SynFlow
 
 METHODS: dict[str, type[Method]] = {
     "dense": Dense,
@@ -15,6 +18,9 @@ METHODS: dict[str, type[Method]] = {
     "granet": GraNet,
     "rigl": RigL,
     "set": SET,
+    "snip": SNIP,
+    "grasp": GraSP,
+    "synflow": SynFlow,
 }
 
-__all__ = ["GMP", "METHODS", "SET", "Dense", "GraNet", "Method", "RigL", "Static"]
+__all__ = ["GMP", "METHODS", "SET", "SNIP", "Dense", "GraNet", "GraSP", "Method", "RigL", "Static", "SynFlow"]
