@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from granet import distribution
-from granet.distribution import DISTRIBUTIONS, budget, er, erk, named, scale, uniform
+from granet.distribution import DISTRIBUTIONS, budget, er, erk, named, scale, share, uniform
 from granet.models import MODELS
 
 SHAPES = st.dictionaries(
@@ -98,3 +98,26 @@ def test_unknown_distribution_names_the_nearest():
 def test_a_density_that_means_nothing_is_refused(density):
     with pytest.raises(ValueError, match="outside"):
         distribution.uniform({"a": (3, 3)}, density)
+
+
+LAYERS = st.lists(st.tuples(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), st.integers(0, 500)), min_size=1, max_size=8)
+
+
+@given(LAYERS, st.floats(0, 1))
+def test_shares_are_exact_and_within_the_room(layers, part):
+    weights, room = ({str(i): layer[k] for i, layer in enumerate(layers)} for k in (0, 1))
+    total = int(part * sum(room.values()))
+    got = share(total, weights, room)
+    assert list(got) == list(room) and sum(got.values()) == total
+    assert all(0 <= got[name] <= room[name] for name in room)
+    # a layer that is not full has its part of what the layers with room share, up to rounding
+    free = [name for name in room if got[name] < room[name]]
+    left, heavy = sum(got[name] for name in free), sum(weights[name] for name in free)
+    for name in free:
+        ideal = left * weights[name] / heavy if heavy else left * room[name] / sum(room[n] for n in free)
+        assert abs(got[name] - ideal) <= len(layers) + 1
+
+
+def test_shares_refuse_more_than_the_room():
+    with pytest.raises(ValueError, match="8 weights are more than the room for 7"):
+        share(8, {"a": 1.0, "b": 2.0}, {"a": 3, "b": 4})

@@ -1,10 +1,12 @@
 """Schedules reach their ends exactly, whatever the grid."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granet.schedule import Constant, Cosine, Cubic, Every, Linear
+from granet.schedule import RAMPS, Constant, Cosine, Cubic, Every, Sigmoid, ramp
 
 STEPS = st.integers(0, 10_000)
 
@@ -23,18 +25,40 @@ def test_every_without_an_end_goes_on():
 
 @given(st.floats(0, 1), st.floats(0, 1), STEPS, STEPS, st.integers(-5, 20_000))
 def test_ramps_stay_between_their_ends_and_meet_them(initial, final, begin, length, step):
-    for ramp in (Linear(initial, final, begin, begin + length), Cubic(initial, final, begin, begin + length)):
+    for make in RAMPS.values():
+        values = make(initial, final, begin, begin + length)
         low, high = sorted((initial, final))
-        assert low - 1e-12 <= ramp(step) <= high + 1e-12
-        assert ramp(begin + length) == final
-        assert ramp(begin + length + step + 5) == final
+        assert low - 1e-12 <= values(step) <= high + 1e-12
+        assert values(begin + length) == final
+        assert values(begin + length + step + 5) == final
         if length:
-            assert ramp(begin) == pytest.approx(initial)
+            assert values(begin) == pytest.approx(initial)
 
 
 def test_cubic_is_the_equation_of_zhu_and_gupta():
     for t in range(0, 1001, 50):
         assert Cubic(0.5, 0.9, 0, 1000)(t) == pytest.approx(0.9 + (0.5 - 0.9) * (1 - t / 1000) ** 3)
+
+
+def test_every_ramp_has_its_own_form():
+    """Half way and a quarter of the way up, by hand."""
+    quarter = {name: make(0.0, 1.0, 100, 200)(125) for name, make in RAMPS.items()}
+    assert quarter["cubic"] == pytest.approx(1 - 0.75**3)
+    assert quarter["linear"] == pytest.approx(0.25)
+    assert quarter["cosine"] == pytest.approx((1 - 2**-0.5) / 2)
+    low, high, here = (1 / (1 + math.exp(-z)) for z in (-3.0, 3.0, -1.5))
+    assert quarter["sigmoid"] == pytest.approx((here - low) / (high - low))
+    for name in ("linear", "cosine", "sigmoid"):
+        assert RAMPS[name](0.2, 0.8, 0, 50)(25) == pytest.approx(0.5)
+
+
+def test_a_steeper_sigmoid_is_steeper():
+    assert Sigmoid(0, 1, 0, 100, steepness=12)(25) < Sigmoid(0, 1, 0, 100)(25) < 0.25
+
+
+def test_an_unknown_ramp_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown schedule 'sigmiod': .* did you mean 'sigmoid'"):
+        ramp("sigmiod")
 
 
 @pytest.mark.parametrize(("epoch", "r"), [(0, 0.5), (80, 0.2525), (160, 0.005)])

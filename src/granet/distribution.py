@@ -13,6 +13,22 @@ from math import floor, prod
 Shapes = Mapping[str, Sequence[int]]
 
 
+class Limited(tuple):
+    """A shape of which only a share `limit` of the entries may be active in the end, as under N:M sparsity."""
+
+    limit: Fraction
+
+    def __new__(cls, shape: Sequence[int], limit: Fraction):
+        self = super().__new__(cls, shape)
+        self.limit = limit
+        return self
+
+
+def capacity(shape: Sequence[int]) -> int:
+    """The number of entries that may be active in the end: all of them, unless the shape is `Limited`."""
+    return floor(prod(shape) * getattr(shape, "limit", 1))
+
+
 def budget(total: int, density: float) -> int:
     """The number of active weights that `density` means among `total`: rounded to nearest, half up.
 
@@ -81,38 +97,61 @@ def scale(counts: Mapping[str, int], total: int) -> dict[str, int]:
     return _round({name: count * factor for name, count in counts.items()}, counts, total)
 
 
+def share(total: int, weights: Mapping[str, float], room: Mapping[str, int]) -> dict[str, int]:
+    """Whole numbers that add up to `total`, in proportion to `weights`, at most `room` each.
+
+    What a layer has no room for is shared by the others, in proportion again; where all weights are zero, by room.
+
+    >>> share(10, {"a": 6.0, "b": 3.0, "c": 1.0}, {"a": 3, "b": 9, "c": 9})
+    {'a': 3, 'b': 5, 'c': 2}
+
+    Raises:
+        ValueError: `total` is more than all the room.
+    """
+    if total > sum(room.values()):
+        raise ValueError(f"{total} weights are more than the room for {sum(room.values())}")
+    most = max(weights.values()) or 1.0
+    return _fill(total, {name: weights[name] / most / max(1, n) for name, n in room.items()}, room, least=0)
+
+
 def _allocate(shapes: Shapes, density: float, weight: Callable[[Sequence[int]], float]) -> dict[str, int]:
     """Budgets with layer densities proportional to `weight(shape)`, capped at 1, the excess shared by the others."""
     if not 0 < density <= 1:
         raise ValueError(f"density {density} is outside (0, 1]")
     sizes = {name: prod(shape) for name, shape in shapes.items()}
-    total = budget(sum(sizes.values()), density)
-    raw = {name: weight(shape) for name, shape in shapes.items()}
-    dense: set[str] = set()
+    return _fill(budget(sum(sizes.values()), density), {name: weight(shapes[name]) for name in shapes}, sizes, least=1)
+
+
+def _fill(total: int, raw: Mapping[str, float], sizes: Mapping[str, int], least: int) -> dict[str, int]:
+    """Parts of `sizes` that are proportional to `raw`, none above 1, as whole numbers that add up to `total`."""
+    full: set[str] = set()
     while True:
-        rest = total - sum(sizes[name] for name in dense)
-        room = sum(raw[name] * sizes[name] for name in sizes if name not in dense)
+        rest = total - sum(sizes[name] for name in full)
+        room = sum(raw[name] * sizes[name] for name in sizes if name not in full)
+        if not room and rest:
+            raw = {**raw, **{name: 1.0 for name in sizes if name not in full}}
+            room = sum(sizes[name] for name in sizes if name not in full)
         epsilon = rest / room if room else 0.0
-        full = {name for name in sizes if name not in dense and epsilon * raw[name] >= 1}
-        if not full:
+        over = {name for name in sizes if name not in full and epsilon * raw[name] >= 1}
+        if not over:
             break
-        dense |= full
-    ideal = {name: float(n) if name in dense else epsilon * raw[name] * n for name, n in sizes.items()}
-    return _round(ideal, sizes, total)
+        full |= over
+    ideal = {name: float(n) if name in full else epsilon * raw[name] * n for name, n in sizes.items()}
+    return _round(ideal, sizes, total, least)
 
 
-def _round(ideal: Mapping[str, float], most: Mapping[str, int], total: int) -> dict[str, int]:
-    """Whole numbers near `ideal` that add up to `total`, each from 1 to `most` (largest remainders first)."""
-    if total < len(ideal):
+def _round(ideal: Mapping[str, float], most: Mapping[str, int], total: int, least: int = 1) -> dict[str, int]:
+    """Whole numbers near `ideal` that add up to `total`, each from `least` to `most` (largest remainders first)."""
+    if total < least * len(ideal):
         raise ValueError(
             f"{total} active weights cannot give each of {len(ideal)} layers at least one: "
             f"lower the sparsity, or leave small layers dense with skip="
         )
-    counts = {name: min(most[name], max(1, floor(value))) for name, value in ideal.items()}
+    counts = {name: min(most[name], max(least, floor(value))) for name, value in ideal.items()}
     # the layer furthest below its ideal gains first, the one furthest above loses first, names in order for ties
     while missing := total - sum(counts.values()):
         up = missing > 0
-        open_ = [name for name in counts if (counts[name] < most[name] if up else counts[name] > 1)]
+        open_ = [name for name in counts if (counts[name] < most[name] if up else counts[name] > least)]
         open_.sort(key=lambda name: counts[name] - ideal[name], reverse=not up)
         for name in open_[: abs(missing)]:
             counts[name] += 1 if up else -1

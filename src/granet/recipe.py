@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from granet.methods import METHODS
 from granet.methods.base import Method
 from granet.methods.base import Steps as StepCount
+from granet.pattern import parse
 
 
 class RecipeError(ValueError):
@@ -129,6 +130,11 @@ class Model(Section):
     keep_dense: tuple[str, ...] = Field(
         (), description="Patterns of parameter names that stay dense, such as 'conv1.*'."
     )
+    pattern: Annotated[str, AfterValidator(lambda text: str(parse(text)))] = Field(
+        "unstructured",
+        description="What masks obey: unstructured, N:M (2:4), blocks RxC (4x1) or channel. "
+        "Layers of shapes that it does not fit stay dense.",
+    )
 
 
 class Train(Section):
@@ -218,6 +224,9 @@ _MEANING = {
     "drop_fraction": "Share of a layer's active weights exchanged at an update, at first.",
     "distribution": "How a sparse start is shared among layers: erk, er or uniform.",
     "scope": "Where weights compete: global, or layerwise.",
+    "schedule": "How the sparsity rises: cubic, linear, cosine or sigmoid.",
+    "dense_first": "Leave the first layer dense (layerwise only).",
+    "last_sparsity": "Most that the last layer is pruned to (layerwise only).",
     "rounds": "Times that the network is scored and pruned before training.",
     "temperature": "What the output is divided by before the loss, while the network is scored.",
 }

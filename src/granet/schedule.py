@@ -3,8 +3,10 @@
 Steps count from 1: step 1 is the first optimizer step that was taken.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import cos, pi
+from difflib import get_close_matches
+from math import cos, exp, pi
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,36 @@ class Cubic:
 
 
 @dataclass(frozen=True)
+class Sigmoid:
+    """An S from `initial` at `begin` to `final` at `end`: slow, steep, slow again (CHTss, Zhang et al. 2025).
+
+    With `x` the share of the way from `begin` to `end` and `sigma` the logistic function,
+    `s_t = s_i + (s_f - s_i) * (S(x) - S(0)) / (S(1) - S(0))` where `S(x) = sigma(k * (x - 1/2))`. The division is ours:
+    the bare logistic of k = 6 would begin 5 % late and stop 5 % short.
+
+    >>> [round(Sigmoid(0.5, 0.9, begin=0, end=100)(step), 4) for step in (0, 25, 50, 75, 100, 200)]
+    [0.5, 0.5596, 0.7, 0.8404, 0.9, 0.9]
+    """
+
+    initial: float
+    final: float
+    begin: int
+    end: int
+    steepness: float = 6.0  # k
+
+    def __call__(self, step: int) -> float:
+        x = _progress(step, self.begin, self.end)
+        if x == 1.0:
+            return self.final
+        first = self._logistic(0.0)
+        share = (self._logistic(x) - first) / (self._logistic(1.0) - first)
+        return self.initial + (self.final - self.initial) * share
+
+    def _logistic(self, x: float) -> float:
+        return 1 / (1 + exp(-self.steepness * (x - 0.5)))
+
+
+@dataclass(frozen=True)
 class Cosine:
     """Half a cosine from `initial` at step 0 down to `final` at `total`, level afterwards.
 
@@ -88,6 +120,30 @@ class Cosine:
 
     def __call__(self, step: int) -> float:
         return self.final + (self.initial - self.final) * (1 + cos(pi * _progress(step, 0, self.total))) / 2
+
+
+def _half_cosine(initial: float, final: float, begin: int, end: int) -> Callable[[int], float]:
+    return lambda step: Cosine(initial, end - begin, final)(step - begin)
+
+
+Ramp = Callable[[float, float, int, int], Callable[[int], float]]
+RAMPS: dict[str, Ramp] = {"cubic": Cubic, "linear": Linear, "cosine": _half_cosine, "sigmoid": Sigmoid}
+
+
+def ramp(name: str) -> Ramp:
+    """The schedule called `name`, a function of `(initial, final, begin, end)`.
+
+    >>> round(ramp("linear")(0.0, 0.8, 0, 100)(25), 4), round(ramp("cosine")(0.0, 0.8, 100, 200)(150), 4)
+    (0.2, 0.4)
+
+    Raises:
+        ValueError: there is none of that name; the message lists those there are.
+    """
+    if name not in RAMPS:
+        near = get_close_matches(name, RAMPS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown schedule {name!r}: choose from {', '.join(RAMPS)}{hint}")
+    return RAMPS[name]
 
 
 def _progress(step: int, begin: int, end: int) -> float:

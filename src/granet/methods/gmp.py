@@ -1,21 +1,25 @@
 """GMP: gradual magnitude pruning.
 
 Zhu & Gupta, "To prune, or not to prune", 2017 (https://arxiv.org/abs/1710.01878); `scope="global"` with pruned weights
-set to zero is the GMP that GraNet (NeurIPS 2021) compares with.
+set to zero is the GMP that GraNet (NeurIPS 2021) compares with. What becomes of the first and the last layer: Gale et
+al., "The State of Sparsity in Deep Neural Networks", 2019 (https://arxiv.org/abs/1902.09574).
 """
 
 from dataclasses import dataclass
+from math import prod
 
-from granet import criterion, distribution, topology
+from granet import criterion, distribution, schedule, topology
 from granet.methods.base import Method, Steps, require, require_order, require_scope
-from granet.schedule import Cubic, Every
+from granet.schedule import Every
 
 
 @dataclass(frozen=True, kw_only=True)
 class GMP(Method):
     """Train dense, and every `interval` steps prune the smallest weights, until `sparsity` is reached at `end`.
 
-    `scope="global"` ranks the weights of the whole network together; `"layerwise"` prunes every layer alike.
+    `scope="global"` ranks the weights of the whole network together; `"layerwise"` prunes every layer alike, but for
+    the first, which `dense_first=True` leaves dense, and the last, which `last_sparsity` caps (0.8 in Gale et al.); the
+    other layers then take more, so that the whole comes to `sparsity`.
     """
 
     sparsity: float
@@ -23,16 +27,23 @@ class GMP(Method):
     end: Steps  # t_f
     interval: Steps = 1_000  # Delta-t
     scope: str = "global"
+    schedule: str = "cubic"
+    dense_first: bool = False
+    last_sparsity: float | None = None
 
     def __post_init__(self):
         require(self, sparsity=("sparsity",), steps=("interval", "end"))
         require_order(self, "begin", "end")
         require_scope(self)
+        schedule.ramp(self.schedule)
+        if self.last_sparsity is not None:
+            require(self, sparsity=("last_sparsity",))
+        if self.scope == "global" and (self.dense_first or self.last_sparsity is not None):
+            raise ValueError('GMP: dense_first and last_sparsity belong to scope="layerwise": global pruning ranks all')
 
     def final_counts(self, shapes):
-        everything = distribution.uniform(shapes, 1.0)
-        n = distribution.budget(sum(everything.values()), 1 - self.sparsity)
-        return n if self.scope == "global" else distribution.scale(everything, n)
+        n = distribution.budget(sum(map(prod, shapes.values())), 1 - self.sparsity)
+        return n if self.scope == "global" else self._counts(shapes, n)
 
     def is_update(self, step):
         return Every(self.interval, self.begin, self.end, land=True)(step)
@@ -41,8 +52,27 @@ class GMP(Method):
         n = distribution.budget(topology.total_of(layers), 1 - self.sparsity_at(step))
         if self.scope == "global":
             return topology.prune_to(masks, n, layers, criterion.magnitude)
-        counts = distribution.scale(distribution.uniform(topology.shapes_of(layers), 1.0), n)
-        return topology.prune_each(masks, counts, layers, criterion.magnitude)
+        return topology.prune_each(masks, self._counts(topology.shapes_of(layers), n), layers, criterion.magnitude)
+
+    def _counts(self, shapes, n):
+        """`n` active weights over the layers: all alike, but for the first and the last."""
+        sizes = {name: prod(shape) for name, shape in shapes.items()}
+        least = dict.fromkeys(sizes, 0)
+        first, last = next(iter(sizes)), list(sizes)[-1]
+        if self.last_sparsity is not None:
+            least[last] = distribution.budget(sizes[last], 1 - self.last_sparsity)
+        if self.dense_first:
+            least[first] = sizes[first]
+        alike = distribution.scale(sizes, n)
+        kept = {name: count for name, count in least.items() if count > alike[name]}
+        rest = {name: size for name, size in sizes.items() if name not in kept}
+        if kept and n - sum(kept.values()) < len(rest):
+            raise ValueError(
+                f"GMP: dense_first={self.dense_first}, last_sparsity={self.last_sparsity} keep {sum(kept.values())} of "
+                f"the {n} active weights, which leaves too few for the other {len(rest)} layers: lower the sparsity"
+            )
+        shared = distribution.scale(rest, n - sum(kept.values()))
+        return {name: kept.get(name) or shared[name] for name in sizes}
 
     def sparsity_at(self, step):
-        return Cubic(0.0, self.sparsity, self.begin, self.end)(step)
+        return schedule.ramp(self.schedule)(0.0, self.sparsity, self.begin, self.end)(step)

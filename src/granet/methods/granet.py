@@ -7,9 +7,9 @@ https://arxiv.org/abs/2106.10404
 from dataclasses import dataclass
 from typing import ClassVar
 
-from granet import criterion, distribution, topology
+from granet import criterion, distribution, schedule, topology
 from granet.methods.base import Method, Steps, require, require_order, require_scope
-from granet.schedule import Cosine, Cubic, Every
+from granet.schedule import Cosine, Every
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class GraNet(Method):
     regeneration: float = 0.5  # r: the share of a layer's active weights exchanged at an update, at first
     distribution: str = "erk"
     scope: str = "global"
+    schedule: str = "cubic"
 
     needs_dense_grad: ClassVar[bool] = True
 
@@ -39,6 +40,7 @@ class GraNet(Method):
         require_order(self, "begin", "end", "total")
         require_scope(self)
         distribution.named(self.distribution)
+        schedule.ramp(self.schedule)
         if self.initial_sparsity > self.sparsity:
             raise ValueError(
                 f"GraNet: initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity}: it only prunes"
@@ -73,7 +75,7 @@ class GraNet(Method):
         }
 
     def sparsity_at(self, step):
-        return Cubic(self.initial_sparsity, self.sparsity, self.begin, self.end)(step)
+        return schedule.ramp(self.schedule)(self.initial_sparsity, self.sparsity, self.begin, self.end)(step)
 
     def regeneration_at(self, step):
         # the last step of training regenerates nothing: what it grew would stay zero
