@@ -62,8 +62,8 @@ def images(per_class):
 def on_paths(model, masks):
     """How many active weights lie on a path from the input to the output."""
     ones = copy.deepcopy(model)
-    for p in ones.parameters():
-        torch.nn.init.ones_(p)
+    for key, p in ones.named_parameters():
+        torch.nn.init.constant_(p, 0.0 if key.endswith("bias") else 1.0)  # a bias starts a flow of its own
     flow = Probe(ones, example=torch.ones(1, *model.example)).synaptic_flow(masks)
     return sum(int((values > 0).sum()) for values in flow.values())
 
