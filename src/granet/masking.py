@@ -46,8 +46,9 @@ def leaks(work: Work) -> bool:
 
 
 def _here(work: Work) -> Work:
-    """The parts of masks and tensors that lie on this rank."""
-    return ((distributed.local(mask), [distributed.local(tensor) for tensor in tensors]) for mask, tensors in work)
+    """The parts of masks and tensors that lie on this rank; some ranks have none."""
+    parts = ((distributed.local(mask), [distributed.local(tensor) for tensor in tensors]) for mask, tensors in work)
+    return ((mask, tensors) for mask, tensors in parts if mask.numel())
 
 
 def _leaks_here(work: Work) -> bool:

@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 
 from granet import masking, state, stepping
 from granet.methods.base import Method
+from granet.pattern import Pattern, parse
 from granet.records import LayerReport, SparsityReport, Update
-from granet.selection import layers_of, select
+from granet.selection import layers_of, select, units_of
 from granet.topology import NonFiniteScores, count
 
 if TYPE_CHECKING:
@@ -42,9 +43,11 @@ class Sparsifier:
         seed: of everything random in the topology. The same seed gives the same masks on every device and rank.
         probe: a `granet.Probe`, for methods that look at gradients before training.
         masks: masks to start from, by parameter name, instead of those the method would choose.
+        pattern: what every mask obeys, `"2:4"`, `"4x1"` or `"channel"`, say; see `granet.pattern`.
 
     Attributes:
         model: the model given.
+        pattern: what every mask obeys.
         masks: parameter name to bool tensor, True = active. Not to be changed by hand.
         step: optimizer steps taken, those that a gradient scaler skipped not counted.
         version: how often the masks have changed.
@@ -52,7 +55,7 @@ class Sparsifier:
 
     Raises:
         ValueError: a filter matches nothing, no parameter is sparse, the sparsity would leave a layer empty, the
-            method needs a probe, or `masks` are of another model.
+            method needs a probe, `masks` are of another model, or the pattern cannot be obeyed.
 
     >>> import granet, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.ReLU(), torch.nn.Linear(50, 2))
@@ -77,9 +80,13 @@ class Sparsifier:
         seed: int = 0,
         probe: Probe | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        pattern: Pattern | str | None = None,
     ):
         self.model = model
-        self._choices = [choice for choice in select(model, only, skip) if choice.sparse]
+        self.pattern = parse(pattern)
+        self._choices = [choice for choice in select(model, only, skip, self.pattern) if choice.sparse]
+        self.pattern.refuse(method, units_of(self._choices, self.pattern))
+        self._policy = self.pattern.policy(method)  # the method, as the pattern has it choose
         self._parameters = {choice.name: choice.parameter for choice in self._choices}
         self._rng = torch.Generator().manual_seed(seed)
         self.method = method
@@ -94,20 +101,21 @@ class Sparsifier:
         self._overdue = False  # an update could not be made and is tried again at the next step
         self._overflow = False  # the gradient scaler skips the step under way
         self._keeps_zeros: bool | None = None  # whether the optimizers do, with masked gradients; None: to be checked
-        self._set_masks(self._initial(probe) if masks is None else state.checked_masks(masks, self._parameters))
+        given = state.checked_masks(masks, self._parameters, self.pattern) if masks is not None else None
+        self._set_masks(given or self._initial(probe))
         self._ever = {name: mask.clone() for name, mask in self.masks.items()}
         self._clear_all()
 
     def _initial(self, probe: Probe | None) -> dict[str, Tensor]:
         layers = layers_of(self._choices)
         if not self.method.needs_probe:
-            return self.method.init(layers, self._rng)
+            return self._policy.init(layers, self._rng)
         if probe is None:
             raise ValueError(
                 f"{type(self.method).__name__} looks at gradients before training: give Sparsifier(...) a "
                 "probe=granet.Probe(model, batches)"
             )
-        return self.method.init(layers, self._rng, probe)
+        return self._policy.init(layers, self._rng, probe)
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
         self.masks = {name: masking.like(masks[name], p) for name, p in self._parameters.items()}
@@ -124,6 +132,11 @@ class Sparsifier:
     def active(self) -> int:
         """The number of active weights."""
         return sum(self._active.values())
+
+    @property
+    def active_units(self) -> int:
+        """The number of active weights, blocks or channels, whichever the pattern has come and go as a whole."""
+        return sum(count(self.pattern.pooled_mask(mask)) for mask in self.masks.values())
 
     @property
     def counts(self) -> dict[str, int]:
@@ -148,12 +161,12 @@ class Sparsifier:
     @property
     def dense_grad_due(self) -> bool:
         """Whether the coming step needs the gradient of inactive weights as well."""
-        return self._mix is not None
+        return self.method.needs_dense_grad and self._mix is not None
 
     @property
     def _mix(self) -> tuple[float, float] | None:
         mix = self.method.gradient_mix(self.step + 1)
-        late = mix is None and self._overdue and self.method.needs_dense_grad
+        late = mix is None and self._overdue and self.method.needs_grad
         return (0.0, 1.0) if late else mix
 
     def attach(self, *optimizers: Optimizer, hooks: bool = True) -> None:
@@ -170,23 +183,13 @@ class Sparsifier:
         """
         if self._optimizers:
             raise ValueError("this sparsifier is attached already: call detach() first")
-        optimizers = tuple(stepping.unwrap(optimizer) for optimizer in optimizers)
-        held = {id(p) for p in stepping.parameters_of(optimizers)}
-        missing = [name for name, p in self._parameters.items() if id(p) not in held and p.requires_grad]
-        if missing:
-            raise ValueError(
-                f"the optimizer does not hold {missing[0]!r}"
-                + (f" and {len(missing) - 1} more" if missing[1:] else "")
-                + ": "
-                "build it from the parameters of the model that the sparsifier was given"
-            )
-        self._optimizers = optimizers
+        self._optimizers = stepping.holders(optimizers, self._parameters)
         self._keeps_zeros = None
         self._clear_all()
         if hooks:
             self._hooks = [
-                optimizers[0].register_step_pre_hook(self._pre_hook),
-                optimizers[-1].register_step_post_hook(lambda *_: self.after_step()),
+                self._optimizers[0].register_step_pre_hook(self._pre_hook),
+                self._optimizers[-1].register_step_post_hook(lambda *_: self.after_step()),
             ]
 
     def detach(self) -> None:
@@ -283,10 +286,10 @@ class Sparsifier:
         layers = layers_of(self._choices, self._gradients)
         lacking = [name for name, layer in layers.items() if layer.grad is None]
         try:
-            if self.method.needs_dense_grad and lacking:
+            if self.method.needs_grad and lacking:
                 raise NonFiniteScores(f"{lacking[0]!r} has no gradient at this step")
             memory = (self._memory,) if self.method.remembers else ()
-            masks = self.method.update(self.step, layers, self.masks, self._rng, *memory)
+            masks = self._policy.update(self.step, layers, self.masks, self._rng, *memory)
         except NonFiniteScores as error:
             self._overdue, self._gradients = True, {}
             warnings.warn(
@@ -356,14 +359,15 @@ class Sparsifier:
         """The network as it is now: per parameter the weights, the active ones, and those that are not zero."""
         layers = []
         for name, p in self._parameters.items():
-            nonzero = int(torch.count_nonzero(p.detach()))
+            nonzero = count(p.detach() != 0)
             layers.append(LayerReport(name, tuple(p.shape), p.numel(), self._active[name], nonzero))
-        return SparsityReport(self.method, self.step, self.exploration, tuple(layers))
+        return SparsityReport(self.method, self.step, self.exploration, tuple(layers), str(self.pattern))
 
     def state_dict(self) -> dict:
         """All that a resumed run needs: tensors, numbers and strings, to be saved beside model and optimizer."""
         return {
             "method": repr(self.method),
+            "pattern": str(self.pattern),
             "step": self.step,
             "version": self.version,
             "overdue": self._overdue,
@@ -381,7 +385,7 @@ class Sparsifier:
         Raises:
             ValueError: the state is of another method or another model, or incomplete.
         """
-        state.refuse_foreign(given, self.method, self.masks)
+        state.refuse_foreign(given, self.method, self.masks, self.pattern)
         self._rng.set_state(given["rng"].cpu())
         self._set_masks(given["masks"])
         self.masks = {name: mask.clone() for name, mask in self.masks.items()}
