@@ -119,7 +119,10 @@ def _allocate(shapes: Shapes, density: float, weight: Callable[[Sequence[int]], 
     if not 0 < density <= 1:
         raise ValueError(f"density {density} is outside (0, 1]")
     sizes = {name: prod(shape) for name, shape in shapes.items()}
-    return _fill(budget(sum(sizes.values()), density), {name: weight(shapes[name]) for name in shapes}, sizes, least=1)
+    total, most = budget(sum(sizes.values()), density), {name: capacity(shape) for name, shape in shapes.items()}
+    if total >= sum(most.values()):  # beyond the capacity of all layers, they are equally dense
+        return _fill(total, dict.fromkeys(sizes, 1.0), sizes, least=1)
+    return _fill(total, {name: weight(shapes[name]) * (sizes[name] / most[name]) for name in shapes}, most, least=1)
 
 
 def _fill(total: int, raw: Mapping[str, float], sizes: Mapping[str, int], least: int) -> dict[str, int]:

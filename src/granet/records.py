@@ -43,6 +43,7 @@ class SparsityReport:
     step: int
     exploration: float
     layers: tuple[LayerReport, ...]
+    pattern: str = "unstructured"
 
     def __str__(self) -> str:
         rows = [["parameter", "shape", "weights", "active", "density", "nonzero"]]
@@ -52,5 +53,6 @@ class SparsityReport:
         for x in (*self.layers, total):
             shape = "x".join(map(str, x.shape))
             rows.append([x.name, shape, f"{x.total:,}", f"{x.active:,}", f"{x.active / x.total:.2%}", f"{x.nonzero:,}"])
-        title = f"{self.method!r} after {self.step:,} steps; {self.exploration:.1%} of the weights were ever active"
+        title = repr(self.method) + ("" if self.pattern == "unstructured" else f", pattern {self.pattern},")
+        title = f"{title} after {self.step:,} steps; {self.exploration:.1%} of the weights were ever active"
         return f"{title}\n\n{columns(rows, right=(2, 3, 4, 5))}"

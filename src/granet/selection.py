@@ -10,10 +10,13 @@ parameters that a module defines for itself stay dense. `only` and `skip` are fi
 - a function of `(name, module, parameter)` that says yes or no.
 
 A kind, an exact parameter name or a class in `only` also brings in what would stay dense by default.
+
+With a pattern (`granet.pattern`), a sparse weight must have a shape that can obey it; `unfit` gives the filters that
+leave the others dense. Under "channel" the last layer stays dense, because its outputs are the network's.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import prod
@@ -25,6 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from granet.criterion import Layer
 from granet.methods.base import Method
+from granet.pattern import Pattern, parse
 
 Filter = str | type | Callable[[str, nn.Module, nn.Parameter], bool]
 
@@ -59,12 +63,16 @@ class Choice:
 
 
 def select(
-    model: nn.Module, only: Filter | Iterable[Filter] | None = None, skip: Filter | Iterable[Filter] = ()
+    model: nn.Module,
+    only: Filter | Iterable[Filter] | None = None,
+    skip: Filter | Iterable[Filter] = (),
+    pattern: Pattern | str | None = None,
 ) -> list[Choice]:
     """A choice for every parameter of `model`, in the order of `named_parameters()`; a tied parameter comes once.
 
     Raises:
-        ValueError: a filter matches nothing, a parameter has no shape yet, or no parameter is sparse at all.
+        ValueError: a filter matches nothing, a parameter has no shape yet, no parameter is sparse at all, or one that
+            is cannot obey the pattern.
     """
     wanted, unwanted = _filters(only), _filters(skip)
     owners = _owners(model)
@@ -77,9 +85,50 @@ def select(
                 near = get_close_matches(str(one), [*known, *_KINDS], 3)
                 hint = f"; near it: {', '.join(near)}" if near else f"; kinds: {', '.join(_KINDS)}"
                 raise ValueError(f"{kind}={one!r} matches no parameter of the model{hint}")
+    choices = _obeying(choices, parse(pattern))
     if not any(choice.sparse for choice in choices):
         raise ValueError(f"no parameter of {type(model).__name__} is sparse with only={only!r}, skip={skip!r}")
     return choices
+
+
+def _obeying(choices: list[Choice], pattern: Pattern) -> list[Choice]:
+    """The choices, with the last layer dense where the pattern spares it; refuses weights that cannot obey."""
+    last = [choice for choice in choices if choice.sparse][-1:] if pattern.spares_last else []
+    if last and last[0].reason != f"only={last[0].name!r}":
+        reason = f"the last layer's {pattern.unit} are the network's outputs; name it in only= to prune them"
+        choices = [replace(choice, sparse=False, reason=reason) if choice is last[0] else choice for choice in choices]
+    for choice in choices:
+        why = pattern.misfit(tuple(choice.parameter.shape)) if choice.sparse else None
+        if why:
+            raise ValueError(
+                f"{choice.name!r} of shape {tuple(choice.parameter.shape)} cannot obey pattern {pattern}: {why}. "
+                f"Leave it dense with skip={choice.name!r}, or choose another pattern"
+            )
+    return choices
+
+
+@dataclass(frozen=True)
+class _Unfit:
+    """The filter of the weights whose shape cannot obey a pattern."""
+
+    pattern: Pattern
+
+    def __call__(self, name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
+        return parameter.ndim > 1 and self.pattern.misfit(tuple(parameter.shape)) is not None
+
+    def __repr__(self) -> str:
+        return f"<shapes that {self.pattern} does not fit>"
+
+
+def unfit(model: nn.Module, pattern: Pattern | str | None) -> tuple[Filter, ...]:
+    """The filters, for `skip=`, that leave dense what cannot obey `pattern`; none where everything can.
+
+    >>> model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    >>> [choice.sparse for choice in select(model, skip=unfit(model, "2:4"), pattern="2:4")]
+    [False, False, True, False]
+    """
+    one = _Unfit(parse(pattern))
+    return (one,) if any(one(name, model, parameter) for name, parameter in model.named_parameters()) else ()
 
 
 def _filters(filters) -> list[Filter]:
@@ -162,7 +211,17 @@ def _matches(one: Filter, name: str, module: nn.Module, parameter: nn.Parameter,
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One parameter in the plan; `initial` and `final` are budgets, `final` None where layers compete for it."""
+    """One parameter in the plan.
+
+    Attributes:
+        name: the name in `model.named_parameters()`.
+        shape: the shape of the weight.
+        sparse: whether it takes part.
+        reason: why, in a few words.
+        initial: the budget before training, in units of the pattern: weights, blocks or channels.
+        final: the budget after training, None where layers compete for it.
+        units: how many units there are.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -170,15 +229,20 @@ class PlanRow:
     reason: str
     initial: int | None
     final: int | None
+    units: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method will do to a model. `str(plan)` is a table, `plan.rows` the data behind it."""
+    """What a method will do to a model. `str(plan)` is a table, `plan.rows` the data behind it.
+
+    Budgets are in units of the pattern: weights, or blocks, or channels.
+    """
 
     method: Method
     rows: tuple[PlanRow, ...]
     final_active: int
+    pattern: Pattern
 
     @property
     def sparse_total(self) -> int:
@@ -186,27 +250,36 @@ class Plan:
         return sum(prod(row.shape) for row in self.rows if row.sparse)
 
     @property
+    def sparse_units(self) -> int:
+        """The number of units that take part, active or not."""
+        return sum(row.units for row in self.rows if row.sparse)
+
+    @property
     def initial_active(self) -> int:
-        """The number of active weights before training."""
+        """The number of active units before training."""
         return sum(row.initial for row in self.rows if row.sparse)
 
     def __str__(self) -> str:
-        head = ["parameter", "shape", "weights", "initial", "final", "why"]
+        pooled = self.pattern.pools
         body = []
         for row in self.rows:
-            size = prod(row.shape)
-            final = "global" if row.sparse and row.final is None else _share(row.final, size)
-            body.append(
-                [row.name, "x".join(map(str, row.shape)), f"{size:,}", _share(row.initial, size), final, row.reason]
-            )
-        n = self.sparse_total
-        total = ["sparse parameters", "", f"{n:,}", _share(self.initial_active, n), _share(self.final_active, n), ""]
+            final = "global" if row.sparse and row.final is None else _share(row.final, row.units)
+            shape, size, units = "x".join(map(str, row.shape)), f"{prod(row.shape):,}", f"{row.units:,}"
+            budgets = [_share(row.initial, row.units), final]
+            body.append([row.name, shape, size, units if row.sparse else "", *budgets, row.reason])
+        n, units = self.sparse_total, self.sparse_units
+        budgets = [_share(self.initial_active, units), _share(self.final_active, units)]
+        body.append(["sparse parameters", "", f"{n:,}", f"{units:,}", *budgets, ""])
         dense = sum(prod(row.shape) for row in self.rows if not row.sparse)
-        rest = ["dense parameters", "", f"{dense:,}", "dense", "dense", ""]
-        return f"{self.method!r}\n\n{columns([head, *body, total, rest], right=(2, 3, 4))}"
+        body.append(["dense parameters", "", f"{dense:,}", "", "dense", "dense", ""])
+        rows = [["parameter", "shape", "weights", self.pattern.unit, "initial", "final", "why"], *body]
+        if pooled:
+            return f"{self.method!r}, pattern {self.pattern}\n\n{columns(rows, right=(2, 3, 4, 5))}"
+        table = columns([[*row[:3], *row[4:]] for row in rows], right=(2, 3, 4))
+        return f"{self.method!r}" + f", pattern {self.pattern}" * bool(self.pattern.order) + f"\n\n{table}"
 
 
-def plan(model: nn.Module, method: Method, *, only=None, skip=()) -> Plan:
+def plan(model: nn.Module, method: Method, *, only=None, skip=(), pattern: Pattern | str | None = None) -> Plan:
     """The plan of `method` for `model`: every parameter, whether it is sparse and why, its shape and its budgets.
 
     Args:
@@ -214,9 +287,10 @@ def plan(model: nn.Module, method: Method, *, only=None, skip=()) -> Plan:
         method: the method with its hyper-parameters.
         only: filters of what is sparse; see this module.
         skip: filters of what stays dense.
+        pattern: what every mask obeys; see `granet.pattern`.
 
     Raises:
-        ValueError: as `select`, or the sparsity leaves a layer without any weight.
+        ValueError: as `select`, the sparsity leaves a layer without any weight, or the method cannot obey the pattern.
 
     >>> import granet, torch
     >>> print(granet.plan(torch.nn.Sequential(torch.nn.Linear(8, 4)), granet.Static(sparsity=0.75)))
@@ -229,8 +303,10 @@ def plan(model: nn.Module, method: Method, *, only=None, skip=()) -> Plan:
     sparse parameters              32  8  25.0%  8  25.0%
     dense parameters                4     dense     dense
     """
-    choices = select(model, only, skip)
-    shapes = {choice.name: tuple(choice.parameter.shape) for choice in choices if choice.sparse}
+    pattern = parse(pattern)
+    choices = select(model, only, skip, pattern)
+    shapes = units_of(choices, pattern)
+    pattern.refuse(method, shapes)
     initial, final = method.initial_counts(shapes), method.final_counts(shapes)
     rows = []
     for choice in choices:
@@ -243,9 +319,15 @@ def plan(model: nn.Module, method: Method, *, only=None, skip=()) -> Plan:
                 choice.reason,
                 initial[choice.name] if choice.sparse else None,
                 final[choice.name] if known else None,
+                prod(shapes[choice.name]) if choice.sparse else choice.parameter.numel(),
             )
         )
-    return Plan(method, tuple(rows), final if isinstance(final, int) else sum(final.values()))
+    return Plan(method, tuple(rows), final if isinstance(final, int) else sum(final.values()), pattern)
+
+
+def units_of(choices: Iterable[Choice], pattern: Pattern) -> dict[str, tuple[int, ...]]:
+    """The shape of every sparse parameter in units of the pattern."""
+    return {choice.name: pattern.shape(tuple(choice.parameter.shape)) for choice in choices if choice.sparse}
 
 
 def layers_of(choices: Iterable[Choice], gradients: Mapping[str, torch.Tensor] | None = None) -> dict[str, Layer]:

@@ -6,14 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_KEYS = {"method", "step", "version", "overdue", "rng", "masks", "ever", "gradients", "memory"}
+from granet.pattern import Pattern
+
+_KEYS = {"method", "pattern", "step", "version", "overdue", "rng", "masks", "ever", "gradients", "memory"}
 
 
-def checked_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def checked_masks(
+    masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor], pattern: Pattern | None = None
+) -> dict[str, Tensor]:
     """Copies of `masks` in the order of `parameters`.
 
     Raises:
-        ValueError: a name is missing or unknown, or a mask is no bool tensor of its parameter's shape, or is empty.
+        ValueError: a name is missing or unknown, or a mask is no bool tensor of its parameter's shape, or is empty,
+            or does not obey the pattern.
     """
     if set(masks) != set(parameters):
         name = sorted(set(masks) ^ set(parameters))[0]
@@ -27,11 +32,13 @@ def checked_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor])
             )
         if not mask.any():
             raise ValueError(f"masks: {name!r} has no active weight; a layer needs at least one")
+        if pattern and not pattern.obeyed(mask):
+            raise ValueError(f"masks: {name!r} does not obey pattern {pattern}")
     return {name: masks[name].clone() for name in parameters}
 
 
-def refuse_foreign(state: Mapping[str, Any], method: object, masks: Mapping[str, Tensor]) -> None:
-    """Refuse a sparsifier's state that is not of this method and these masks' shapes.
+def refuse_foreign(state: Mapping[str, Any], method: object, masks: Mapping[str, Tensor], pattern: Pattern) -> None:
+    """Refuse a sparsifier's state that is not of this method, this pattern and these masks' shapes.
 
     Raises:
         ValueError: says what differs.
@@ -41,6 +48,8 @@ def refuse_foreign(state: Mapping[str, Any], method: object, masks: Mapping[str,
         raise ValueError(f"this is no state of a sparsifier, or a damaged one: it has no {', '.join(sorted(missing))}")
     if state["method"] != repr(method):
         raise ValueError(f"the state is of {state['method']}, this sparsifier runs {method!r}")
+    if state["pattern"] != str(pattern):
+        raise ValueError(f"the state obeys pattern {state['pattern']}, this sparsifier {pattern}")
     shapes = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
     mine = {name: tuple(mask.shape) for name, mask in masks.items()}
     if shapes != mine:

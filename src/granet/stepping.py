@@ -22,6 +22,24 @@ def unwrap(optimizer) -> Optimizer:
     return optimizer
 
 
+def holders(optimizers, parameters: Mapping[str, Tensor]) -> tuple[Optimizer, ...]:
+    """The optimizers, unwrapped, that together hold all of the named parameters.
+
+    Raises:
+        ValueError: one is in none of them.
+    """
+    found = tuple(unwrap(optimizer) for optimizer in optimizers)
+    held = {id(p) for p in parameters_of(found)}
+    missing = [name for name, p in parameters.items() if id(p) not in held and p.requires_grad]
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise ValueError(
+            f"the optimizer does not hold {missing[0]!r}{more}: "
+            "build it from the parameters of the model that the sparsifier was given"
+        )
+    return found
+
+
 def parameters_of(optimizers) -> list[nn.Parameter]:
     """All that the optimizers hold, in their order."""
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]

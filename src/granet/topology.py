@@ -32,12 +32,11 @@ _PATTERN: ContextVar = ContextVar("pattern", default=None)  # what choices obey;
 
 @contextmanager
 def obeying(pattern) -> Iterator[None]:
-    """All operations inside the `with` choose so that their masks obey `pattern`; see `granet.pattern`.
+    """All operations inside the `with` choose by the order of `pattern`, a `granet.pattern.NM`; None: by score alone.
 
-    A method so asks for masks in the same words whatever the pattern. Counts stay exact: where the entries that are
-    allowed do not suffice, others follow.
+    A method so asks for masks in the same words whatever they have to obey.
     """
-    token = _PATTERN.set(pattern if hasattr(pattern, "top") else None)
+    token = _PATTERN.set(pattern)
     try:
         yield
     finally:
@@ -109,6 +108,15 @@ def exchange(mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain:
     inactive = mask.numel() - active + n
     pair = [(kept, mask)]
     return kept.logical_or_(top([layer], gain, n, [kept.logical_not()], candidates=inactive, beside=pair)[0])
+
+
+def rewire(mask: Tensor, layer: Layer, ratio: float, rng: torch.Generator, *, lose: Criterion) -> Tensor:
+    """`exchange` that grows at random places, those just dropped among them."""
+    active = count(mask)
+    n = min(int(ratio * active), mask.numel() - active)
+    if n == 0:
+        return mask
+    return grow_random(top([layer], lose, active - n, [mask], candidates=active)[0], n, rng)
 
 
 def prune_to(masks: Masks, n: int, layers: Mapping[str, Layer], criterion: Criterion) -> dict[str, Tensor]:

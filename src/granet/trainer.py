@@ -21,7 +21,7 @@ from granet import data, flops, models, optimizer
 from granet.checkpoint import restore_layout
 from granet.engine.training import TrainingPlan, accelerate
 from granet.recipe import Recipe, Train
-from granet.selection import plan
+from granet.selection import plan, unfit
 from granet.sparsifier import Sparsifier
 
 Record = Callable[[dict[str, Any]], None]
@@ -94,10 +94,12 @@ class Trainer:
         self.layout = layout
 
         method = recipe.resolve(self.steps_per_epoch)
-        skip = recipe.model.keep_dense
-        self.target = plan(self.model, method, skip=skip).final_active
+        pattern = recipe.model.pattern
+        skip = (*recipe.model.keep_dense, *unfit(self.model, pattern))
+        planned = plan(self.model, method, skip=skip, pattern=pattern)
+        self.target, self.units = planned.final_active, planned.sparse_units  # of the pattern: weights, blocks, channels
         probe = self.probe(self.settings.probe) if method.needs_probe else None
-        self.sparsifier = Sparsifier(self.model, method, skip=skip, seed=recipe.seed, probe=probe)
+        self.sparsifier = Sparsifier(self.model, method, skip=skip, seed=recipe.seed, probe=probe, pattern=pattern)
         self.optimizer = optimizer.build(self.model, self.settings)
         self.sparsifier.attach(self.optimizer)
         self.ema = None
@@ -121,7 +123,7 @@ class Trainer:
     @property
     def eligible(self) -> bool:
         """Whether the network is as sparse as asked: only then does an evaluation count."""
-        return self.sparsifier.active <= self.target
+        return self.sparsifier.active_units <= self.target
 
     def fit(self, *, record: Record, save: Callable[[], None], stop: Callable[[], bool] = lambda: False) -> bool:
         """Trains to the end, from wherever the trainer stands; returns False if ``stop`` ended it early.
@@ -318,10 +320,12 @@ class Trainer:
             "name": self.recipe.name,
             "method": self.recipe.method.name,
             "model": self.recipe.model.name,
+            "pattern": self.recipe.model.pattern,
             "data": self.recipe.data.name,
             "seed": self.recipe.seed,
             "sparsity": self.sparsifier.sparsity,
-            "target_sparsity": 1 - self.target / sparse,
+            "target_sparsity": 1 - self.target / self.units,
+            "exploration": self.sparsifier.exploration,
             "parameters": {"total": total, "sparse": sparse, "active": total - sparse + self.sparsifier.active},
             "flops": {
                 "inference": self.flops.inference(counts),

@@ -23,7 +23,7 @@ def main(args: list[str]) -> int:
     recipe = parse(args, Options, prog="granet plan", description=DESCRIPTION).recipe
 
     from granet import data, models
-    from granet.selection import plan
+    from granet.selection import plan, unfit
 
     source = data.DATA[recipe.data.name]
     steps_per_epoch = NOMINAL
@@ -33,5 +33,6 @@ def main(args: list[str]) -> int:
     else:
         print(f"{recipe.data.name} is not on this machine: steps are counted as if an epoch had {NOMINAL}\n")
     model = models.build(recipe.model.name, classes=source.classes, in_channels=source.shape[0])
-    print(plan(model, recipe.resolve(steps_per_epoch), skip=recipe.model.keep_dense))
+    skip = (*recipe.model.keep_dense, *unfit(model, recipe.model.pattern))
+    print(plan(model, recipe.resolve(steps_per_epoch), skip=skip, pattern=recipe.model.pattern))
     return 0

@@ -42,9 +42,10 @@ def main(args: list[str]) -> int:
 
 
 def twin(request: Request) -> Recipe:
-    """Returns the recipe that differs from the one asked for in its method alone, which is dense."""
+    """Returns the recipe that differs from the one asked for in its method alone, which is dense, without a pattern."""
     name = f"{request.recipe.name}-dense"  # of a run with a name of its own
     if request.recipe.name == request.loaded.name:
         name = recipes.load(request.source, method="dense").name
-    values = request.recipe.model_dump() | {"method": {"name": "dense"}, "name": name}
+    values = request.recipe.model_dump()
+    values |= {"method": {"name": "dense"}, "model": values["model"] | {"pattern": "unstructured"}, "name": name}
     return validate(values, source=request.source)
