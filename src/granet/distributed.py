@@ -9,7 +9,8 @@ way, so the choice is that of one process to the last tie. All ranks must call t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,6 +115,43 @@ def top(layers: Sequence[Layer], criterion: Criterion, n: int, among: Sequence[T
         if place.numel():
             out[tie] = place.to(out.device) >= last
     return [like(out, mask) if is_sharded(mask) else out for out, mask in zip(chosen, among, strict=True)]
+
+
+def verify(masks: Mapping[str, Tensor], counters: Mapping[str, int], device: torch.device) -> None:
+    """Compare this rank's masks and counters with those of all other ranks, by a checksum of each mask.
+
+    Every rank of the default process group calls it together; what is sent are eight bytes for each parameter. Sharded
+    masks differ by their nature and are left out. Does nothing without a process group, or with one rank.
+
+    Raises:
+        RuntimeError: on all ranks; names the first counter or parameter that differs and the ranks that differ.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    mine = dict(counters)
+    for name, mask in masks.items():
+        if not is_sharded(mask):
+            mine[name] = zlib.crc32(mask.contiguous().cpu().numpy())
+    size = torch.tensor([len(mine)], device=device)  # ranks with another number of parameters would wait for ever
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    if len({int(n) for n in sizes}) > 1:
+        raise RuntimeError(f"the ranks have different numbers of sparse parameters: {[int(n) for n in sizes]}")
+    values = torch.tensor(list(mine.values()), device=device)
+    gathered = [torch.empty_like(values) for _ in sizes]
+    dist.all_gather(gathered, values)
+    table = torch.stack(gathered)
+    differs = (table != table[0]).any(0).nonzero()
+    if differs.numel():
+        at = int(differs[0])
+        ranks = (table[:, at] != table[0, at]).nonzero().flatten().tolist()
+        raise RuntimeError(
+            f"the topology differs between ranks: {list(mine)[at]!r} on rank {', '.join(map(str, ranks))} is not that "
+            "of rank 0. Give the sparsifier the same seed and the same weights on all ranks (make it after the model "
+            "was broadcast or loaded), and step it on the same, reduced gradients"
+        )
 
 
 def _nth(keys: Tensor, bits: int, n: int, mesh: DeviceMesh) -> tuple[int, int]:
