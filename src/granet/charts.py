@@ -1,5 +1,6 @@
 """The charts of a report, as Altair charts that leave colours of text and ground to the page."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -195,3 +196,68 @@ def _heat_map(run: "RunData") -> "altair.Chart":
         )
         .properties(width="container", height=alt.Step(16))
     )  # fmt: skip
+
+
+def colours(count: int) -> list[str]:
+    """Return so many colours; beyond those of the reports, hues that Vega's scheme of twenty has."""
+    more = [
+        "#4c78a8", "#9ecae9", "#f58518", "#ffbf79", "#54a24b", "#88d27a", "#b79a20", "#f2cf5b", "#439894", "#83bcb6",
+        "#e45756", "#ff9d98", "#79706e", "#bab0ac", "#d67195", "#fcbfd2", "#b279a2", "#d6a5c9", "#9e765f", "#d8b5a5",
+    ]  # fmt: skip
+    return list(itertools.islice(itertools.cycle(COLOURS if count <= len(COLOURS) else more), count))
+
+
+def of_sweep(
+    points: list[dict[str, Any]], colours: Mapping[str, str], *, select: str
+) -> Iterator[tuple[str, str, bool, "altair.TopLevelMixin"]]:
+    """Yield title, note, whether it takes the whole width, and chart: accuracy against sparsity and training FLOPs.
+
+    Args:
+        points: One a line of the table: `task`, `method`, `curve`, `accuracy` (mean), `deviation`, `runs`, `sparsity`,
+            `training` and `inference` (shares of dense), `dense`.
+        colours: The colour of each method.
+        select: Whose accuracy it is, for the titles.
+    """
+    for task in dict.fromkeys(point["task"] for point in points):
+        mine = [
+            point | {"low": point["accuracy"] - point["deviation"], "high": point["accuracy"] + point["deviation"]}
+            for point in points
+            if point["task"] == task
+        ]
+        title = f"{task}: test accuracy, {select} weights"
+        note = "mean and standard deviation over seeds, against sparsity; dashed: dense"
+        yield title, note, True, _against("sparsity", mine, colours)
+        note = "mean and standard deviation over seeds, against training FLOPs as a share of dense"
+        yield title, note, True, _against("training", mine, colours)
+
+
+def _against(x: str, points: list[dict[str, Any]], colours: Mapping[str, str]) -> "altair.LayerChart":
+    import altair as alt
+
+    colour = alt.Color("method:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=None)
+    y = alt.Y("accuracy:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(format="~%", tickCount=5))
+    shown = points if x == "training" else [point for point in points if not point["dense"]]
+    if x == "training":
+        least = min(point["training"] for point in points)
+        axis, scale = alt.Axis(format="~g", grid=False), alt.Scale(type="log", domain=[0.9 * least, 1.1], clamp=False)
+        place = alt.X("training:Q", title="training FLOPs / dense", scale=scale, axis=axis)
+    else:
+        place = alt.X(
+            "sparsity:Q", title="sparsity", scale=alt.Scale(zero=False), axis=alt.Axis(format="~%", grid=False)
+        )
+    tooltip = [
+        alt.Tooltip("curve:N", title="method"), alt.Tooltip("sparsity:Q", format=".2%"),
+        alt.Tooltip("accuracy:Q", format=".2%"), alt.Tooltip("deviation:Q", format=".2%"), alt.Tooltip("runs:Q"),
+        alt.Tooltip("training:Q", format=".3f"), alt.Tooltip("inference:Q", format=".3f"),
+    ]  # fmt: skip
+    base = alt.Chart(alt.Data(values=shown)).encode(x=place, color=colour, detail="curve:N")
+    layers = [
+        base.mark_rule(opacity=0.6).encode(y=alt.Y("low:Q", title=None), y2="high:Q"),
+        base.mark_line(opacity=0.7).encode(y=y),
+        base.mark_point(filled=True, size=70, opacity=1).encode(y=y, tooltip=tooltip),
+    ]
+    dense = [point for point in points if point["dense"]]
+    if dense and x == "sparsity":
+        level = alt.Chart(alt.Data(values=dense)).mark_rule(strokeDash=[5, 4])
+        layers.append(level.encode(y=y, color=colour, tooltip=tooltip))
+    return alt.layer(*layers).properties(width="container", height=320)

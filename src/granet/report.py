@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from granet import charts, checkpoint
 
 if TYPE_CHECKING:
+    import altair
     from rich.table import Table
 
 NEEDED = {
@@ -203,27 +204,47 @@ def write_report(runs: Sequence[RunData], path: str | Path) -> Path:
     """
     if not runs:
         raise ValueError("a report needs at least one run")
-    try:
-        import jinja2
-
-        script = _script()
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'a report needs {error.name}: pip install "granet[train]"') from error
     labelled = _labelled(runs)
     colours, free = {}, itertools.cycle(charts.COLOURS)
     for label, run in labelled.items():
         colours[label] = charts.DENSE_COLOUR if run.is_dense and len(runs) > 1 else next(free)
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("granet"), autoescape=True, trim_blocks=True)
-    page = environment.get_template("report.html.j2").render(
+    return write_page(
+        path,
         title=" · ".join(labelled) if len(runs) < 4 else f"{len(runs)} runs",
         headings=[heading for heading, _ in COLUMNS],
         rows=[([text(run, label) for _, text in COLUMNS], colours[label]) for label, run in labelled.items()],
         runs=labelled,
         colours=colours,
         tiles=_tiles(runs),
+        drawn=charts.of(labelled, colours),
+    )
+
+
+def write_page(
+    path: str | Path, *, drawn: Iterable[tuple[str, str, bool, "altair.TopLevelMixin"]], **contents: Any
+) -> Path:
+    """Return where the page was written: a table with charts below it, which needs nothing but a browser.
+
+    Args:
+        path: Where to write it.
+        drawn: Title, note, whether it takes the whole width, and chart.
+        contents: What the template shows: `title`, `headings`, `rows` with their colours, `colours` of the legend,
+            and, where there are any, `runs`, `tiles` and `notes`.
+
+    Raises:
+        ModuleNotFoundError: The libraries that draw are not installed; the message says how to.
+    """
+    try:
+        import jinja2
+
+        script = _script()
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'a report needs {error.name}: pip install "granet[train]"') from error
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("granet"), autoescape=True, trim_blocks=True)
+    page = environment.get_template("report.html.j2").render(
+        {"runs": {}, "tiles": [], "notes": []} | contents,
         charts=[
-            {"title": title, "note": note, "wide": wide, "spec": chart.to_dict()}
-            for title, note, wide, chart in charts.of(labelled, colours)
+            {"title": title, "note": note, "wide": wide, "spec": chart.to_dict()} for title, note, wide, chart in drawn
         ],
         si=si,
         script=script,

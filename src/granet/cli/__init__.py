@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a network from a recipe, beside its dense twin if asked",
     "resume": "go on with a run that was stopped",
     "eval": "accuracy of a run's checkpoint",
+    "sweep": "train a grid of methods, settings and seeds, with a table and plots",
     "compare": "table and plots of several runs",
     "plan": "every parameter of a recipe's network: sparse or not, why, its budget",
     "show": "a recipe with every default written out",
@@ -27,6 +28,7 @@ examples:
   granet train --twin                            the same, beside the dense network
   granet train fashion --method.sparsity 0.98    another recipe, one setting changed
   granet train cifar10-vgg19 --method rigl       another method, as the paper set it
+  granet sweep digits                            methods side by side, over sparsities and seeds
   granet compare runs/*                          table and plots
 
 `granet COMMAND --help` tells more.

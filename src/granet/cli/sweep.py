@@ -1,0 +1,196 @@
+"""`granet sweep`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from granet.lab.grid import Sweep
+    from granet.lab.sweep import Done
+
+DESCRIPTION = """Train a grid of recipes, methods, settings and seeds, and set them side by side.
+
+The same command again goes on where it stopped: finished runs are not trained again.
+
+examples:
+  granet sweep digits                          a sweep of the package, in about a minute
+  granet sweep mine.toml --jobs 4              a file of your own, four runs at a time
+  granet sweep mine.toml --dry-run             what it would train
+  granet sweep mine.toml --executor ray        on a Ray cluster, or here; pip install "granet[ray]"
+  granet sweep mine.toml --executor slurm --option timeout_min 240 slurm_partition gpu"""
+
+FAILURES = 3  # whose last lines are shown; all are kept
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to train, and where."""
+
+    sweep: tyro.conf.Positional[str] = "digits"
+    """A sweep of the package, or a TOML file."""
+    runs: Path = Path("runs")
+    """Folder of run directories."""
+    out: Path | None = None
+    """Folder of the tables and plots; sweeps/NAME if not given."""
+    jobs: int | None = None
+    """Runs at a time; else one a processor, one on a GPU, and on a cluster as many as it takes."""
+    executor: Literal["local", "ray", "slurm"] = "local"
+    """Where they run."""
+    option: dict[str, str] = field(default_factory=dict)
+    """Options of the executor, such as num_gpus 1 for ray, timeout_min 240 for slurm."""
+    dry_run: bool = False
+    """Check everything and list the runs, but train none."""
+
+
+def main(args: list[str]) -> int:
+    """Runs the sweep, shows the table and writes the report; returns the exit code, 1 if runs failed."""
+    arguments = tyro.cli(
+        Arguments, args=args, prog="granet sweep", description=DESCRIPTION, config=(tyro.conf.FlagCreatePairsOff,)
+    )
+
+    from rich.console import Console
+
+    from granet.lab import grid
+
+    sweep = grid.load(arguments.sweep)
+    cells = grid.cells(sweep)
+
+    import yaml
+
+    from granet.cli.progress import stoppable
+    from granet.lab import sweep as lab
+
+    console = Console()
+    lab.check(cells)
+    todo = lab.planned(cells, arguments.runs)
+    if arguments.dry_run:
+        for done in todo:
+            print(f"{'finished' if done.summary else 'to train'}  {_title(sweep, done)}  {done.run.path}")
+        return 0
+    options = {key: yaml.safe_load(value) for key, value in arguments.option.items()}
+    ended: list[Done] = []
+    with stoppable() as stop, Board(sweep, todo, console) as board:
+        for done in lab.run(todo, executor=arguments.executor, jobs=arguments.jobs, options=options, stop=stop):
+            ended.append(done)
+            board.show(done)
+        stopped = stop()
+    ended += [done for done in todo if done.run not in [one.run for one in ended]]  # never begun
+    show(sweep, ended, arguments.out or Path("sweeps") / sweep.name, console)
+    failed = [done for done in ended if done.error is not None]
+    for done in failed[:FAILURES]:
+        console.print(f"\n{_title(sweep, done)} failed:", markup=False, highlight=False)
+        console.print("\n".join(done.error.splitlines()[-5:]), markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        where = failed[0].run.path / "error.txt"
+        print(
+            f"\n{len(failed)} of {len(todo)} runs failed; what they said last is in {where}"
+            + " and so on" * (len(failed) > 1)
+        )
+    if stopped:
+        missing = sum(done.summary is None for done in ended)
+        print(f"stopped with {missing} of {len(todo)} runs to go; the same command goes on")
+        return 130
+    return 1 if failed else 0
+
+
+def show(sweep: "Sweep", ended: "list[Done]", out: Path, console: "Console") -> None:
+    """Prints the table and writes it to ``out`` as Markdown, CSV and a page with plots."""
+    from granet.lab import page, table
+
+    lines = table.rows(sweep, ended)
+    if not lines:
+        return
+    print(f"\n{table.text(sweep, lines)}")
+    found = table.gaps(sweep, lines)
+    if found:
+        print("\n" + "\n".join(map(str, found)))
+    written = page.write(sweep, lines, ended, out)
+    console.print(
+        "\n" + "\n".join(f"{what}: {path}" for what, path in written.items()), highlight=False, soft_wrap=True
+    )
+
+
+def _title(sweep: "Sweep", done: "Done") -> str:
+    from granet.lab.grid import place
+
+    keys = dict.fromkeys(("method.sparsity", *sweep.varied))
+    settings = {key.partition(".")[2]: done.cell.at(key) for key in keys}
+    return place(done.cell.task, done.cell.label, settings | {"seed": done.cell.recipe.seed})
+
+
+class Board:
+    """One display for all runs: on a terminal a bar and a line a run that is at work, else a line a run that ends."""
+
+    def __init__(self, sweep: "Sweep", todo: "list[Done]", console: "Console"):
+        from rich.live import Live
+
+        self._sweep, self._console = sweep, console
+        self._todo = {done.run.path: done for done in todo if done.summary is None}
+        self._total, self._ended, self._failed = len(todo), 0, 0
+        self._live = Live(
+            console=console, get_renderable=self._picture, auto_refresh=True, refresh_per_second=2, transient=True
+        )
+
+    def __enter__(self) -> "Board":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._live.stop()
+
+    def show(self, done: "Done") -> None:
+        """Takes a run that has ended."""
+        self._todo.pop(done.run.path, None)
+        self._ended += 1
+        self._failed += done.error is not None
+        if done.summary:
+            said = f"test {done.summary['last']['test_accuracy']:.2%}  {done.summary['seconds']:.1f} s"
+        else:
+            said = "stopped" if done.error is None else f"failed: {done.error.splitlines()[-1]}"
+        number = f"{self._ended:{len(str(self._total))}}/{self._total}"
+        line = f"{number}  {_title(self._sweep, done)}  {said}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _picture(self):
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        head = Table.grid(padding=(0, 1))
+        failed = f", {self._failed} failed" if self._failed else ""
+        head.add_row(
+            f"{self._sweep.name}: {self._ended} of {self._total} runs{failed}",
+            ProgressBar(total=self._total, completed=self._ended, width=40),
+        )
+        lines = []
+        for path, done in list(self._todo.items()):
+            epoch = last_epoch(path / "metrics.jsonl")
+            if epoch is not None:
+                of = done.cell.recipe.train.epochs
+                lines.append(Text(f"  {_title(self._sweep, done)}: epoch {epoch:.1f} of {of}"))
+        return Group(head, *lines[: self._console.height - 4])
+
+
+def last_epoch(metrics: Path) -> float | None:
+    """Returns how far the run is that writes ``metrics``, in epochs; None before its first record."""
+    import json
+    import os
+
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines[:-1]):  # behind the last line end is nothing, or a line half written
+        try:
+            return json.loads(line)["epoch"]
+        except (ValueError, KeyError):  # cut off at the front
+            continue
+    return None

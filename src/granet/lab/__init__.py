@@ -1,0 +1,1 @@
+"""The laboratory: many runs side by side, on this machine or on a cluster, and what they say together."""
