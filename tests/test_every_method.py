@@ -30,6 +30,14 @@ VARIANTS = {
     "gmp layerwise": {**SETTINGS["gmp"], "scope": "layerwise"},
     "granet layerwise": {**SETTINGS["granet"], "scope": "layerwise"},
     "granet dense-to-sparse": {**SETTINGS["granet"], "initial_sparsity": 0.0},
+    "gmp gale": {**SETTINGS["gmp"], "scope": "layerwise", "last_sparsity": 0.8, "schedule": "sigmoid"},
+    "granet random": {**SETTINGS["granet"], "growth": "random", "schedule": "linear"},
+    "granet momentum": {**SETTINGS["granet"], "growth": "momentum", "schedule": "cosine"},
+    "granet accumulate": {**SETTINGS["granet"], "accumulate": 3},
+    "rigl random": {**SETTINGS["rigl"], "growth": "random"},
+    "rigl momentum": {**SETTINGS["rigl"], "growth": "momentum"},
+    "rigl accumulate": {**SETTINGS["rigl"], "accumulate": 4},
+    "set by-sign": {**SETTINGS["set"], "by_sign": True},
     "snip iterative": {**SETTINGS["snip"], "rounds": 5},
 }
 OPTIMIZERS = {
@@ -318,7 +326,7 @@ def test_fields_measured_in_steps_say_so(name):
     steps = {
         field for field in METHODS[name].__dataclass_fields__ if getattr(hints[field], "__metadata__", ()) == ("steps",)
     }
-    assert steps == {"begin", "end", "interval", "total"} & set(METHODS[name].__dataclass_fields__)
+    assert steps == {"accumulate", "begin", "end", "interval", "total"} & set(METHODS[name].__dataclass_fields__)
 
 
 @every

@@ -19,6 +19,13 @@ def test_every_lands_on_its_end(interval, begin, length):
     assert hits == sorted({*range(begin, end + 1, interval), end} - {0})
 
 
+@given(st.integers(1, 500), STEPS, STEPS, st.booleans())
+def test_the_last_hit_is_the_last(interval, begin, length, land):
+    every = Every(interval, begin, begin + length, land=land)
+    assert every.last == max((step for step in range(begin + length + interval) if every(step)), default=0)
+    assert Every(interval, begin + 1, begin).last == 0
+
+
 def test_every_without_an_end_goes_on():
     assert [step for step in range(100) if Every(25)(step)] == [25, 50, 75]
 

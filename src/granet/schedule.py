@@ -29,6 +29,13 @@ class Every:
             return False
         return (step - self.begin) % self.interval == 0 or (self.land and step == self.end)
 
+    @property
+    def last(self) -> int:
+        """The last step that it says yes to, 0 if there is none; it must have an `end`."""
+        if self.land or self.end < self.begin:
+            return self.end if self.land else 0
+        return self.begin + (self.end - self.begin) // self.interval * self.interval
+
 
 @dataclass(frozen=True)
 class Constant:

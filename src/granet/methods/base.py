@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from granet import distribution, topology
+from granet import criterion, distribution, topology
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +29,14 @@ class Method:
 
     Class attributes say what a method needs, so that nobody has to ask for its name:
 
-    - `needs_dense_grad`: its updates look at the gradient of inactive weights too.
+    - `needs_dense_grad`: its updates look at the gradient of inactive weights too; hyper-parameters may decide it.
+    - `needs_grad`: they look at the gradient of active weights at least.
     - `replaces_step`: the optimizer does not step where the topology is updated.
     - `needs_probe`: its `init` looks at gradients on a few batches, `init(layers, rng, probe)`.
     - `remembers`: its `update` is given a dict of tensors that lasts from one to the next, `update(..., memory)`.
     - `drifts`: it moves active weights itself after the optimizer's step; see `drift`.
-    - `reparameterizes`: it trains other parameters than the weights.
+    - `reparameterizes`: the network computes with effective weights, made of those that are trained; see `effective`.
+    - `decays`: it penalises the weights itself (`penalty`), so that an optimizer should not decay the sparse ones too.
     """
 
     needs_dense_grad: ClassVar[bool] = False
@@ -42,6 +45,7 @@ class Method:
     remembers: ClassVar[bool] = False
     drifts: ClassVar[bool] = False
     reparameterizes: ClassVar[bool] = False
+    decays: ClassVar[bool] = False
 
     def initial_counts(self, shapes: distribution.Shapes) -> dict[str, int]:
         """The number of active weights of each layer before training."""
@@ -61,7 +65,11 @@ class Method:
 
         None where nobody looks at it. What is kept when an update comes is the layers' `grad` there.
         """
-        return (0.0, 1.0) if self.needs_dense_grad and self.is_update(step) else None
+        return (0.0, 1.0) if self.needs_grad and self.is_update(step) else None
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.needs_dense_grad
 
     def drift(
         self,
@@ -75,6 +83,22 @@ class Method:
         """What is added to the active weights after optimizer step `step`, for methods that say `drifts`."""
         return {}
 
+    def companions(self, layers: Mapping[str, Layer], masks: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """What each effective weight is made of beside the weight, for methods that say `reparameterizes`.
+
+        A floating-point tensor is learned from there on. A bool tensor is a set of places of the weight's shape, asked
+        for anew with new masks; `trained` is by its name the set that gradients reach.
+        """
+        return {}
+
+    def effective(self, weight: Tensor, **companions: Tensor) -> Tensor:
+        """What the network computes with in place of `weight`; gradients flow back through it."""
+        return weight
+
+    def penalty(self, weight: Tensor, **companions: Tensor) -> Tensor | None:
+        """What is added to the gradient of `weight` before a step, for methods that say `decays`."""
+        return None
+
     def is_update(self, step: int) -> bool:
         """Whether the masks change after optimizer step `step`."""
         return False
@@ -85,13 +109,72 @@ class Method:
         """The masks after optimizer step `step`, from the weights after it and the dense gradients of it."""
         return dict(masks)
 
-    def sparsity_at(self, step: int) -> float:
-        """The sparsity that the schedule asks for at `step`; a network has it from the last update up to then."""
+    def sparsity_at(self, step: int) -> float | None:
+        """The sparsity that the schedule asks for at `step`; a network has it from the last update up to then.
+
+        None where nothing asks for it: it is an outcome of training, or of what the network was before.
+        """
         return 0.0
 
     def regeneration_at(self, step: int) -> float:
         """The share of its active weights that a layer exchanges in an update at `step`."""
         return 0.0
+
+
+class Grows:
+    """What methods share whose updates exchange weights; they come with the fields `growth`, `accumulate`, `interval`.
+
+    `growth="gradient"` grows where the dense gradient is steepest, the mean over the `accumulate` steps up to the
+    update; `"momentum"` where the exponential mean of the dense gradients of all steps is; `"random"` anywhere, for
+    which no dense gradient is needed.
+    """
+
+    @property
+    def needs_dense_grad(self) -> bool:
+        return self.growth != "random"
+
+    @property
+    def last_growth(self) -> int:
+        """The last step whose update grows weights."""
+        raise NotImplementedError
+
+    def gradient_mix(self, step: int) -> tuple[float, float] | None:
+        if self.growth == "random" or step > self.last_growth:
+            return None
+        if self.growth == "momentum":
+            return MOMENTUM
+        n = self.accumulate
+        ahead = next((i for i in range(n) if self.is_update(step + i)), None)
+        if ahead is None:
+            return None
+        first = ahead == n - 1 or self.is_update(step - 1)
+        return (0.0 if first else 1.0), 1 / n
+
+    def exchanged(self, mask: Tensor, layer: Layer, ratio: float, rng: torch.Generator) -> Tensor:
+        """`mask` after a share `ratio` of its active entries was dropped by magnitude and as many were grown."""
+        if self.growth == "random":
+            return topology.rewire(mask, layer, ratio, rng, lose=criterion.magnitude)
+        return topology.exchange(mask, layer, ratio, lose=criterion.magnitude, gain=criterion.gradient)
+
+
+MOMENTUM = (0.9, 0.1)
+"""The exponential mean of dense gradients, as a `gradient_mix`: that of Dettmers & Zettlemoyer 2019."""
+
+GROWTHS = ("gradient", "momentum", "random")
+
+
+def require_growth(method: Method) -> None:
+    """Refuse a `growth` that there is not, and gradients gathered over more steps than lie between two updates."""
+    kind, growth, n = type(method).__name__, method.growth, method.accumulate
+    if growth not in GROWTHS:
+        near = get_close_matches(str(growth), GROWTHS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{kind}: unknown growth {growth!r}: choose from {', '.join(GROWTHS)}{hint}")
+    require(method, steps=("accumulate",))
+    if n > method.interval:
+        raise ValueError(f"{kind}: accumulate={n} is more than the interval={method.interval} between two updates")
+    if n > 1 and growth != "gradient":
+        raise ValueError(f'{kind}: accumulate={n} belongs to growth="gradient", not to {growth!r}')
 
 
 def require(

@@ -5,15 +5,14 @@ https://arxiv.org/abs/2106.10404
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from granet import criterion, distribution, schedule, topology
-from granet.methods.base import Method, Steps, require, require_order, require_scope
+from granet.methods.base import Grows, Method, Steps, require, require_growth, require_order, require_scope
 from granet.schedule import Cosine, Every
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraNet(Method):
+class GraNet(Grows, Method):
     """Every `interval` steps prune the network a little, then let every layer regenerate what it lost most wrongly.
 
     `initial_sparsity=0.5` trains sparse-to-sparse, `0.0` dense-to-sparse. `scope="layerwise"` is GraNet-uniform:
@@ -30,8 +29,8 @@ class GraNet(Method):
     distribution: str = "erk"
     scope: str = "global"
     schedule: str = "cubic"
-
-    needs_dense_grad: ClassVar[bool] = True
+    growth: str = "gradient"
+    accumulate: Steps = 1
 
     def __post_init__(self):
         require(
@@ -41,6 +40,7 @@ class GraNet(Method):
         require_scope(self)
         distribution.named(self.distribution)
         schedule.ramp(self.schedule)
+        require_growth(self)
         if self.initial_sparsity > self.sparsity:
             raise ValueError(
                 f"GraNet: initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity}: it only prunes"
@@ -55,8 +55,11 @@ class GraNet(Method):
         return n if self.scope == "global" else distribution.scale(initial, n)
 
     def is_update(self, step):
-        on_grid = step < self.total and Every(self.interval, self.begin)(step)
-        return on_grid or step == self.end
+        return Every(self.interval, self.begin, self.total - 1)(step) or step == self.end
+
+    @property
+    def last_growth(self):
+        return max(Every(self.interval, self.begin, self.total - 1).last, self.end)
 
     def update(self, step, layers, masks, rng):
         # gradual pruning: the smallest weights go, until s_t is reached (Eq. 1)
@@ -69,10 +72,7 @@ class GraNet(Method):
 
         # zero-cost neuroregeneration: each layer trades its smallest weights for its steepest gradients (Eq. 2, 3)
         r = self.regeneration_at(step)
-        return {
-            name: topology.exchange(masks[name], layer, r, lose=criterion.magnitude, gain=criterion.gradient)
-            for name, layer in layers.items()
-        }
+        return {name: self.exchanged(masks[name], layer, r, rng) for name, layer in layers.items()}
 
     def sparsity_at(self, step):
         return schedule.ramp(self.schedule)(self.initial_sparsity, self.sparsity, self.begin, self.end)(step)

@@ -15,7 +15,9 @@ from granet.schedule import Every
 class SET(Method):
     """Every `interval` steps (the paper: every epoch) each layer trades its smallest weights for random ones.
 
-    The last update comes before `total`, the end of training, so that what was grown is trained.
+    The smallest are those nearest to zero; with `by_sign=True`, as in the paper, the same share of the positive and
+    of the negative weights. The last update comes before `total`, the end of training, so that what was grown is
+    trained.
     """
 
     sparsity: float
@@ -23,6 +25,7 @@ class SET(Method):
     interval: Steps = 1_000
     drop_fraction: float = 0.3  # zeta
     distribution: str = "er"
+    by_sign: bool = False
 
     def __post_init__(self):
         require(self, sparsity=("sparsity",), share=("drop_fraction",), steps=("total", "interval"))
@@ -35,12 +38,20 @@ class SET(Method):
         return step < self.total and Every(self.interval)(step)
 
     def update(self, step, layers, masks, rng):
-        return {name: self._rewire(masks[name], layer, rng) for name, layer in layers.items()}
+        rewire = self._rewire_by_sign if self.by_sign else self._rewire
+        return {name: rewire(masks[name], layer, rng) for name, layer in layers.items()}
 
     def _rewire(self, mask, layer, rng):
+        return topology.rewire(mask, layer, self.drop_fraction, rng, lose=criterion.magnitude)
+
+    def _rewire_by_sign(self, mask, layer, rng):
         active = topology.count(mask)
-        n = min(int(self.drop_fraction * active), mask.numel() - active)  # zeta * nonzero weights
-        return topology.grow_random(topology.drop(mask, criterion.magnitude(layer), n), n, rng)
+        n = min(int(self.drop_fraction * active), mask.numel() - active)
+        negative = mask & (layer.weight < 0)
+        fewer = n * topology.count(negative) // active
+        size = criterion.magnitude(layer)
+        kept = topology.drop(negative, size, fewer) | topology.drop(mask & ~negative, size, n - fewer)
+        return topology.grow_random(kept, n, rng)
 
     def sparsity_at(self, step):
         return self.sparsity
