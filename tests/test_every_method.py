@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import typing
+from math import prod
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 import granet
 from granet import METHODS, Probe, Sparsifier
 from granet.criterion import Layer
+from granet.selection import unfit
 from granet.topology import count
 
 SETTINGS = {
@@ -40,6 +42,18 @@ VARIANTS = {
     "set by-sign": {**SETTINGS["set"], "by_sign": True},
     "snip iterative": {**SETTINGS["snip"], "rounds": 5},
 }
+PATTERNED = {
+    f"{variant} {pattern}": (variant, pattern)
+    for variant, patterns in {
+        "gmp": ("2:4", "4x1", "channel"),
+        "gmp layerwise": ("2:4",),
+        "granet": ("2:4", "4x1", "channel"),
+        "granet dense-to-sparse": ("1:4",),
+        "rigl": ("2:4", "4x1", "channel"),
+        "set": ("2:4", "4x1", "channel"),
+    }.items()
+    for pattern in patterns
+}
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
@@ -50,9 +64,11 @@ KEPT = ("dense", "static", "snip", "grasp", "synflow")  # methods whose topology
 
 both = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 every = pytest.mark.parametrize("variant", VARIANTS)
+trained = pytest.mark.parametrize("variant", [*VARIANTS, *PATTERNED])
 
 
 def make(variant, **more):
+    variant, _ = PATTERNED.get(variant, (variant, None))
     return METHODS[variant.split()[0]](**VARIANTS[variant], **more)
 
 
@@ -101,7 +117,9 @@ class Run:
     def __init__(self, variant, optimizer="sgd", seed=0):
         self.model = network()
         probe = Probe(self.model, [batch(-1), batch(-2)])
-        self.sparsifier = Sparsifier(self.model, make(variant), seed=seed, probe=probe)
+        _, pattern = PATTERNED.get(variant, (variant, None))
+        options = {"probe": probe, "pattern": pattern, "skip": unfit(self.model, pattern)}
+        self.sparsifier = Sparsifier(self.model, make(variant), seed=seed, **options)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self.sparsifier.attach(self.optimizer)
         self.loss = nn.CrossEntropyLoss()
@@ -141,7 +159,7 @@ def test_every_method_is_under_contract():
 
 
 @both
-@every
+@trained
 def test_inactive_weights_and_buffers_are_zero_after_every_step(variant, optimizer):
     run = Run(variant, optimizer)
     for _ in range(STEPS):
@@ -152,24 +170,32 @@ def test_inactive_weights_and_buffers_are_zero_after_every_step(variant, optimiz
                 assert not tensor[~mask].any()
 
 
-@every
+@trained
 def test_the_active_count_is_the_budget_of_the_schedule_at_every_update(variant):
+    """Counted in what the pattern has come and go as a whole; and every mask that can be legal is."""
     run = Run(variant)
-    method, sparsifier = run.sparsifier.method, run.sparsifier
-    budget = granet.distribution.budget
-    assert sparsifier.active == budget(sparsifier.total, 1 - method.sparsity_at(0))
+    method, sparsifier, pattern = run.sparsifier.method, run.sparsifier, run.sparsifier.pattern
+    shapes = {name: pattern.shape(tuple(mask.shape)) for name, mask in sparsifier.masks.items()}
+    total, legal = sum(map(prod, shapes.values())), sum(map(granet.distribution.capacity, shapes.values()))
+
+    def check(step):
+        wanted = granet.distribution.budget(total, 1 - method.sparsity_at(step))
+        assert sparsifier.active_units == wanted
+        assert wanted > legal or all(pattern.obeyed(mask) for mask in sparsifier.masks.values())
+
+    check(0)
     for _ in range(STEPS):
         run.step()
         if method.is_update(sparsifier.step):
-            assert sparsifier.active == budget(sparsifier.total, 1 - method.sparsity_at(sparsifier.step))
+            check(sparsifier.step)
         assert sparsifier.active == sum(count(mask) for mask in sparsifier.masks.values())
         assert all(sparsifier.counts.values())
-    final = method.final_counts({name: tuple(mask.shape) for name, mask in sparsifier.masks.items()})
-    assert sparsifier.active == (final if isinstance(final, int) else sum(final.values()))
-    target = VARIANTS[variant].get("sparsity", 0.0)
-    assert sparsifier.active == budget(sparsifier.total, 1 - target)
+    final = method.final_counts(shapes)
+    assert sparsifier.active_units == (final if isinstance(final, int) else sum(final.values()))
+    assert sparsifier.active_units == granet.distribution.budget(total, 1 - getattr(method, "sparsity", 0.0))
     if not isinstance(final, int):
-        assert sparsifier.counts == final
+        assert {name: count(pattern.pooled_mask(mask)) for name, mask in sparsifier.masks.items()} == final
+    assert all(pattern.obeyed(mask) for mask in sparsifier.masks.values())
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.split()[0] not in KEPT])
@@ -206,7 +232,7 @@ def test_update_is_pure_and_deterministic(variant):
 
 
 @both
-@every
+@trained
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(variant, optimizer):
     whole = Run(variant, optimizer)
     for at in range(STEPS):
@@ -227,7 +253,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(variant, optimizer):
     assert resumed.sparsifier.version == whole.sparsifier.version
 
 
-@every
+@trained
 def test_the_state_dict_is_that_of_the_dense_model(variant):
     run = Run(variant).step()
     assert list(run.model.state_dict()) == list(network().state_dict())

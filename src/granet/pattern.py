@@ -267,7 +267,7 @@ class Block(Pooled):
         return shape[0] // self.rows, shape[1] // self.columns, *shape[2:]
 
     def pooled_mask(self, mask):
-        return mask[:: self.rows, :: self.columns]
+        return mask[:: self.rows, :: self.columns].contiguous()
 
     def expanded(self, mask, shape):
         return mask.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
@@ -291,7 +291,7 @@ class Channel(Pooled):
         return (shape[0],)
 
     def pooled_mask(self, mask):
-        return mask.flatten(1)[:, 0]
+        return mask.flatten(1)[:, 0].contiguous()
 
     def expanded(self, mask, shape):
         return mask.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
