@@ -77,7 +77,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    began = time.perf_counter()
+    began = time.process_time()
     name, x, y = images(10)
     torch.manual_seed(args.seed)
     model = models.build("vgg19", classes=10, in_channels=x.shape[1])
@@ -117,7 +117,7 @@ def main():
                     f"{total / alive:.0f}x" if alive else "-",
                 ]
             )
-            print(*rows[-1], f"({time.perf_counter() - began:.0f} s)", sep="  ", flush=True)
+            print(*rows[-1], f"({time.process_time() - began:.0f} s)", sep="  ", flush=True)
             if sparsity == 0.99:
                 at_99[title] = counts
     for key, layer in layers.items():
@@ -129,7 +129,8 @@ def main():
             "",
             f"`python benchmarks/layer_collapse.py --rounds {args.rounds} --threads {args.threads} "
             f"--seed {args.seed}`, {date.today()}, {platform.machine()}, {os.cpu_count()} cores, "
-            f"torch {torch.__version__}, {time.perf_counter() - began:.0f} s.",
+            f"torch {torch.__version__}, "
+            f"{time.process_time() - began:.0f} s of processor time.",
             f"Data: {name}, {len(y)} training images, 10 of each class (2 of each for the rounds of SNIP).",
             "",
             "`smallest`: active weights of the smallest layer; `< 1 %` and `<= 1`: layers that keep fewer than 1 % of",

@@ -70,7 +70,7 @@ class Probe:
             return self._mean(self._tensors(masks), self.loss, _gradient)
 
     def hessian_gradient(self, masks: Masks | None = None, temperature: float = 200.0) -> dict[str, Tensor]:
-        """The Hessian of the mean loss times its gradient, `H g`, in training mode, by parameter (GraSP, Eq. 8).
+        """The Hessian of the mean loss times its gradient, `H g`, in training mode, by parameter (GraSP).
 
         It is half the gradient of the gradient flow `g . g`. Only the parameters asked about, and their active weights,
         count in `g`.
@@ -103,7 +103,7 @@ class Probe:
             return self._mean(tensors, cooled, product)
 
     def synaptic_flow(self, masks: Masks | None = None) -> dict[str, Tensor]:
-        """The synaptic flow through every weight, float64, by parameter: `|w * dR/d|w||` (SynFlow, section 6).
+        """The synaptic flow through every weight, float64, by parameter: `|w * dR/d|w||` (SynFlow).
 
         R is the sum of the outputs for one input of ones, in evaluation mode, with the absolute values of all
         parameters and buffers: in a network of linear layers and ReLU the sum over all paths of the product of their

@@ -37,7 +37,7 @@ class GraSP(Method):
 
         masks = {name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in layers.items()}
         hg = probe.hessian_gradient(masks, self.temperature)
-        # S(-w) = -w * Hg (Eq. 8): the largest go, so the largest of w * Hg stay
+        # S(-w) = -w * Hg: the largest go, so the largest of w * Hg stay
         kept = {name: criterion.Layer(layer.weight * hg[name]) for name, layer in layers.items()}
         n = distribution.budget(topology.total_of(layers), 1 - self.sparsity)
         return topology.prune_to(masks, n, kept, criterion.given)

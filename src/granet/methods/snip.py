@@ -36,7 +36,7 @@ class SNIP(Method):
         masks = {name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in layers.items()}
         for t in range(1, self.rounds + 1):
             g = probe.gradients(masks)
-            # connection sensitivity (Eq. 6, without its normalisation: only the order counts)
+            # connection sensitivity, without its normalisation: only the order counts
             s = {name: criterion.Layer((g[name] * layer.weight).abs()) for name, layer in layers.items()}
             n = distribution.budget(topology.total_of(layers), (1 - self.sparsity) ** (t / self.rounds))
             masks = topology.prune_to(masks, n, s, criterion.given)
