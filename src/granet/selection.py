@@ -109,26 +109,34 @@ def _obeying(choices: list[Choice], pattern: Pattern) -> list[Choice]:
 
 @dataclass(frozen=True)
 class _Unfit:
-    """The filter of the weights whose shape cannot obey a pattern."""
+    """The filter of the weights whose shapes cannot obey a pattern."""
 
     pattern: Pattern
+    names: tuple[str, ...]
 
     def __call__(self, name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
-        return parameter.ndim > 1 and self.pattern.misfit(tuple(parameter.shape)) is not None
+        return name in self.names
 
     def __repr__(self) -> str:
         return f"<shapes that {self.pattern} does not fit>"
 
 
-def unfit(model: nn.Module, pattern: Pattern | str | None) -> tuple[Filter, ...]:
-    """The filters, for `skip=`, that leave dense what cannot obey `pattern`; none where everything can.
+def unfit(
+    model: nn.Module,
+    pattern: Pattern | str | None,
+    only: Filter | Iterable[Filter] | None = None,
+    skip: Filter | Iterable[Filter] = (),
+) -> tuple[Filter, ...]:
+    """The filters, to be added to `skip`, that leave dense what cannot obey `pattern`; none where everything can.
 
     >>> model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
     >>> [choice.sparse for choice in select(model, skip=unfit(model, "2:4"), pattern="2:4")]
     [False, False, True, False]
     """
-    one = _Unfit(parse(pattern))
-    return (one,) if any(one(name, model, parameter) for name, parameter in model.named_parameters()) else ()
+    pattern = parse(pattern)
+    sparse = [choice for choice in select(model, only, skip) if choice.sparse]
+    names = tuple(choice.name for choice in sparse if pattern.misfit(tuple(choice.parameter.shape)))
+    return (_Unfit(pattern, names),) if names else ()
 
 
 def _filters(filters) -> list[Filter]:

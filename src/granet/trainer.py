@@ -95,9 +95,12 @@ class Trainer:
 
         method = recipe.resolve(self.steps_per_epoch)
         pattern = recipe.model.pattern
-        skip = (*recipe.model.keep_dense, *unfit(self.model, pattern))
+        skip = (*recipe.model.keep_dense, *unfit(self.model, pattern, skip=recipe.model.keep_dense))
         planned = plan(self.model, method, skip=skip, pattern=pattern)
-        self.target, self.units = planned.final_active, planned.sparse_units  # of the pattern: weights, blocks, channels
+        self.target, self.units = (
+            planned.final_active,
+            planned.sparse_units,
+        )  # of the pattern: weights, blocks, channels
         probe = self.probe(self.settings.probe) if method.needs_probe else None
         self.sparsifier = Sparsifier(self.model, method, skip=skip, seed=recipe.seed, probe=probe, pattern=pattern)
         self.optimizer = optimizer.build(self.model, self.settings)

@@ -33,6 +33,7 @@ def main(args: list[str]) -> int:
     else:
         print(f"{recipe.data.name} is not on this machine: steps are counted as if an epoch had {NOMINAL}\n")
     model = models.build(recipe.model.name, classes=source.classes, in_channels=source.shape[0])
-    skip = (*recipe.model.keep_dense, *unfit(model, recipe.model.pattern))
-    print(plan(model, recipe.resolve(steps_per_epoch), skip=skip, pattern=recipe.model.pattern))
+    pattern, skip = recipe.model.pattern, recipe.model.keep_dense
+    skip = (*skip, *unfit(model, pattern, skip=skip))
+    print(plan(model, recipe.resolve(steps_per_epoch), skip=skip, pattern=pattern))
     return 0
