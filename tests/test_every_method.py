@@ -9,6 +9,7 @@ from math import prod
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import granet
 from granet import METHODS, Probe, Sparsifier
@@ -26,6 +27,9 @@ SETTINGS = {
     "snip": {"sparsity": 0.8},
     "grasp": {"sparsity": 0.8},
     "synflow": {"sparsity": 0.8, "rounds": 10},
+    "str": {"s_init": -3.0, "interval": 4},
+    "top-kast": {"sparsity": 0.8, "interval": 4},
+    "fixed": {},
 }
 VARIANTS = {
     **SETTINGS,
@@ -41,6 +45,7 @@ VARIANTS = {
     "rigl accumulate": {**SETTINGS["rigl"], "accumulate": 4},
     "set by-sign": {**SETTINGS["set"], "by_sign": True},
     "snip iterative": {**SETTINGS["snip"], "rounds": 5},
+    "top-kast global": {**SETTINGS["top-kast"], "scope": "global", "distribution": "erk", "backward_sparsity": 0.5},
 }
 PATTERNED = {
     f"{variant} {pattern}": (variant, pattern)
@@ -60,7 +65,7 @@ OPTIMIZERS = {
 }
 STEPS = 30
 
-KEPT = ("dense", "static", "snip", "grasp", "synflow")  # methods whose topology training does not change
+KEPT = ("dense", "static", "snip", "grasp", "synflow", "fixed")  # methods whose topology training does not change
 
 both = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 every = pytest.mark.parametrize("variant", VARIANTS)
@@ -119,7 +124,12 @@ class Run:
         probe = Probe(self.model, [batch(-1), batch(-2)])
         _, pattern = PATTERNED.get(variant, (variant, None))
         options = {"probe": probe, "pattern": pattern, "skip": unfit(self.model, pattern)}
-        self.sparsifier = Sparsifier(self.model, make(variant), seed=seed, **options)
+        method = make(variant)
+        if method.sparsity_at(0) is None and not method.reparameterizes:  # it takes over the topology it finds
+            prune.global_unstructured(self._weights(), prune.L1Unstructured, amount=0.7)
+            for module, name in self._weights():
+                prune.remove(module, name)
+        self.sparsifier = Sparsifier(self.model, method, seed=seed, **options)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self.sparsifier.attach(self.optimizer)
         self.loss = nn.CrossEntropyLoss()
@@ -140,12 +150,25 @@ class Run:
         file.seek(0)
         return torch.load(file, weights_only=True)
 
-    def per_weight(self):
-        """Each sparse parameter's mask with the tensors of its shape: the weight and every buffer of the optimizer."""
-        for name, p in self.model.named_parameters():
-            if name in self.sparsifier.masks:
-                buffers = [v for v in self.optimizer.state[p].values() if torch.is_tensor(v) and v.shape == p.shape]
-                yield self.sparsifier.masks[name], [p.detach(), *buffers]
+    def _weights(self):
+        return [(module, "weight") for module in self.model if isinstance(module, nn.Conv2d | nn.Linear)]
+
+    def weight(self, name):
+        """What the network computes with."""
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.model.get_submodule(path), leaf).detach()
+
+    def live(self, name):
+        """Where gradients count: at active weights, or where a method that reparameterizes says."""
+        mask = self.sparsifier.masks[name]
+        if not self.sparsifier.method.reparameterizes:
+            return mask
+        return getattr(self.model.get_submodule(name.rpartition(".")[0]), "trained", torch.ones_like(mask))
+
+    def buffers(self, name):
+        """All that the optimizer remembers of each weight."""
+        p = dict(self.model.named_parameters())[name]
+        return [v for v in self.optimizer.state[p].values() if torch.is_tensor(v) and v.shape == p.shape]
 
 
 def same(a, b):
@@ -164,10 +187,11 @@ def test_inactive_weights_and_buffers_are_zero_after_every_step(variant, optimiz
     run = Run(variant, optimizer)
     for _ in range(STEPS):
         run.step()
-        for mask, tensors in run.per_weight():
-            assert len(tensors) > 1
-            for tensor in tensors:
-                assert not tensor[~mask].any()
+        run.sparsifier.refresh()
+        for name, mask in run.sparsifier.masks.items():
+            assert not run.weight(name)[~mask].any()
+            assert run.buffers(name)
+            assert not any(buffer[~run.live(name)].any() for buffer in run.buffers(name))
 
 
 @trained
@@ -179,6 +203,10 @@ def test_the_active_count_is_the_budget_of_the_schedule_at_every_update(variant)
     total, legal = sum(map(prod, shapes.values())), sum(map(granet.distribution.capacity, shapes.values()))
 
     def check(step):
+        if method.sparsity_at(step) is None:  # an outcome
+            sparsifier.refresh()
+            assert all(torch.equal(mask, run.weight(name) != 0) for name, mask in sparsifier.masks.items())
+            return
         wanted = granet.distribution.budget(total, 1 - method.sparsity_at(step))
         assert sparsifier.active_units == wanted
         assert wanted > legal or all(pattern.obeyed(mask) for mask in sparsifier.masks.values())
@@ -190,6 +218,8 @@ def test_the_active_count_is_the_budget_of_the_schedule_at_every_update(variant)
             check(sparsifier.step)
         assert sparsifier.active == sum(count(mask) for mask in sparsifier.masks.values())
         assert all(sparsifier.counts.values())
+    if method.sparsity_at(STEPS) is None:
+        return
     final = method.final_counts(shapes)
     assert sparsifier.active_units == (final if isinstance(final, int) else sum(final.values()))
     assert sparsifier.active_units == granet.distribution.budget(total, 1 - getattr(method, "sparsity", 0.0))
@@ -255,10 +285,21 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(variant, optimizer):
 
 @trained
 def test_the_state_dict_is_that_of_the_dense_model(variant):
-    run = Run(variant).step()
-    assert list(run.model.state_dict()) == list(network().state_dict())
-    network().load_state_dict(run.model.state_dict())
-    pickle.loads(pickle.dumps(copy.deepcopy(run.model)))
+    """Where weights are masked in place at any time; else as `plain_state_dict`, and when it is folded."""
+    run, plain = Run(variant).step(), network()
+    state = run.sparsifier.plain_state_dict()
+    assert list(state) == list(plain.state_dict())
+    plain.load_state_dict(state)
+    x, _ = batch(0)
+    copies = [plain, run.model, pickle.loads(pickle.dumps(copy.deepcopy(run.model)))]
+    before = [one.eval()(x) for one in copies]
+    run.sparsifier.fold()
+    run.sparsifier.fold()
+    assert all(torch.equal(y, run.model(x)) for y in before)
+    assert list(run.model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in run.model.state_dict().items())
+    if not run.sparsifier.method.reparameterizes:
+        assert list(copies[-1].state_dict()) == list(state)
 
 
 @every
@@ -266,7 +307,7 @@ def test_a_nan_gradient_at_an_inactive_place_does_not_spread(variant):
     def spoil(run):
         for name, p in run.model.named_parameters():
             if name in run.sparsifier.masks:
-                p.grad[~run.sparsifier.masks[name]] = float("nan")
+                p.grad[~run.live(name)] = float("nan")
 
     run, clean = Run(variant), Run(variant)
     for _ in range(3):  # no update among the first three steps
@@ -327,6 +368,9 @@ def test_nonsense_is_refused_by_name(variant):
         "scope": ("local",),
         "rounds": (0, 2.5),
         "temperature": (0.0, -1.0, float("nan")),
+        "s_init": (float("inf"), float("nan")),
+        "backward_sparsity": (-0.1, 0.95),
+        "decay": (-1.0, float("nan")),
     }.items():
         if name not in kind.__dataclass_fields__:
             continue

@@ -28,6 +28,9 @@ SETTINGS = {
     "snip": {"sparsity": 0.7},
     "grasp": {"sparsity": 0.7},
     "synflow": {"sparsity": 0.7, "rounds": 10},
+    "str": {"s_init": -3.0, "interval": 10},
+    "top-kast": {"sparsity": 0.7, "interval": 5},
+    "fixed": {},
 }
 
 

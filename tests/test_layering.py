@@ -21,6 +21,7 @@ LAYERS = [  # a module may import what stands before it
     "selection",
     "records",
     "masking",
+    "reparameterize",
     "probe",
     "state",
     "stepping",

@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     from granet.methods import METHODS as METHODS
     from granet.methods import SET as SET
     from granet.methods import SNIP as SNIP
+    from granet.methods import STR as STR
     from granet.methods import Dense as Dense
+    from granet.methods import Fixed as Fixed
     from granet.methods import GraNet as GraNet
     from granet.methods import GraSP as GraSP
     from granet.methods import Method as Method
     from granet.methods import RigL as RigL
     from granet.methods import Static as Static
     from granet.methods import SynFlow as SynFlow
+    from granet.methods import TopKAST as TopKAST
     from granet.probe import Probe as Probe
     from granet.selection import plan as plan
     from granet.sparsifier import Sparsifier as Sparsifier
@@ -37,6 +40,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Dense": "methods",
+    "Fixed": "methods",
     "GMP": "methods",
     "GraNet": "methods",
     "GraSP": "methods",
@@ -45,8 +49,10 @@ _HOME = {
     "RigL": "methods",
     "SET": "methods",
     "SNIP": "methods",
+    "STR": "methods",
     "Static": "methods",
     "SynFlow": "methods",
+    "TopKAST": "methods",
     "accelerate": "engine.training",
     "compile": "engine.inference",
     "plan": "selection",

@@ -19,10 +19,12 @@ class Layer:
     Attributes:
         weight: the parameter's values.
         grad: the dense gradient of the loss, of the weight's shape, or None where no update needs it.
+        effective: what the network computes with, or None where that is the weight itself.
     """
 
     weight: Tensor
     grad: Tensor | None = None
+    effective: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -50,6 +52,11 @@ class NonFiniteScores(ValueError):  # noqa: N818  (it names what was found, as A
 
 
 Criterion = Callable[[Layer], Tensor]
+
+
+def effective(layer: Layer) -> Tensor:
+    """What the network computes with in place of the weight, signs and all: the weight itself for most methods."""
+    return layer.weight if layer.effective is None else layer.effective
 
 
 def given(layer: Layer) -> Tensor:

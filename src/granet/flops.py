@@ -29,6 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
+from granet.reparameterize import bare
+
 Active = Mapping[str, Tensor | int]  # parameter name -> its mask, or how many of its weights are active
 
 
@@ -126,7 +128,7 @@ def _count(model: nn.Module, args: tuple, kwargs: dict, device: str | None) -> F
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole attention layer would hide its products
     try:
-        with torch.inference_mode(False), torch.no_grad(), mode:
+        with torch.inference_mode(False), torch.no_grad(), bare(model), mode:
             functional_call(model, {**parameters, **buffers}, args, kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -230,6 +230,9 @@ _MEANING = {
     "by_sign": "Drop the same share of positive and of negative weights, as the paper does.",
     "dense_first": "Leave the first layer dense (layerwise only).",
     "last_sparsity": "Most that the last layer is pruned to (layerwise only).",
+    "s_init": "Where each layer's learned threshold starts, before the sigmoid.",
+    "backward_sparsity": "Share of weights without a gradient; null: twice as many have one as are active.",
+    "decay": "L2 penalty of the sparse weights, in place of train.weight_decay.",
     "rounds": "Times that the network is scored and pruned before training.",
     "temperature": "What the output is divided by before the loss, while the network is scored.",
 }

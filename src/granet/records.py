@@ -1,10 +1,16 @@
 """Records: what the sparsifier tells of itself, as frozen values."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from granet.criterion import Layer, effective
 from granet.methods.base import Method
 from granet.selection import columns
+from granet.topology import count
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,22 @@ class Update:
     grown: Mapping[str, int]
     dropped: Mapping[str, int]
 
+    @classmethod
+    def between(
+        cls, step: int, old: Mapping[str, Tensor], new: Mapping[str, Tensor], active: Mapping[str, int]
+    ) -> Update:
+        """The record of an update from masks to masks; one that is the same tensor has not changed."""
+        pairs = {name: (old[name], new[name]) for name in new if new[name] is not old[name]}
+        none = dict.fromkeys(new, 0)
+        grown = none | {name: count(after > before) for name, (before, after) in pairs.items()}
+        dropped = none | {name: count(before > after) for name, (before, after) in pairs.items()}
+        return cls(step, dict(active), grown, dropped)
+
+    @property
+    def changed(self) -> bool:
+        """Whether any mask is another one than before."""
+        return any(self.grown.values()) or any(self.dropped.values())
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -33,6 +55,11 @@ class LayerReport:
     total: int
     active: int
     nonzero: int
+
+    @classmethod
+    def of(cls, name: str, layer: Layer, active: int) -> LayerReport:
+        """The report of a layer as it is now."""
+        return cls(name, tuple(layer.shape), layer.numel(), active, count(effective(layer) != 0))
 
 
 @dataclass(frozen=True)

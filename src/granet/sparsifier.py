@@ -22,6 +22,7 @@ from granet import masking, state, stepping
 from granet.methods.base import Method
 from granet.pattern import Pattern, parse
 from granet.records import LayerReport, SparsityReport, Update
+from granet.reparameterize import Reparameterization, fold
 from granet.selection import layers_of, select, units_of
 from granet.topology import NonFiniteScores, count
 
@@ -98,30 +99,28 @@ class Sparsifier:
         self._hooks: list = []
         self._gradients: dict[str, Tensor] = {}  # dense, kept as the method's gradient_mix says, while it says so
         self._memory: dict[str, Tensor] = {}  # what the method remembers from update to update
+        self._effective: Reparameterization | None = None  # of a method that reparameterizes, until it is folded
+        self._folded = False
         self._overdue = False  # an update could not be made and is tried again at the next step
         self._overflow = False  # the gradient scaler skips the step under way
         self._keeps_zeros: bool | None = None  # whether the optimizers do, with masked gradients; None: to be checked
-        given = state.checked_masks(masks, self._parameters, self.pattern) if masks is not None else None
-        self._set_masks(given or self._initial(probe))
+        given = None if masks is None else state.checked_masks(masks, self._parameters, self.pattern)
+        probes = state.needed(probe, method)
+        self._set_masks(given or self._policy.init(layers_of(self._choices), self._rng, *probes))
+        if method.reparameterizes:
+            self._effective = Reparameterization(model, self._choices, method, self.masks)
+            self._set_masks(self.masks)
         self._ever = {name: mask.clone() for name, mask in self.masks.items()}
         self._clear_all()
 
-    def _initial(self, probe: Probe | None) -> dict[str, Tensor]:
-        layers = layers_of(self._choices)
-        if not self.method.needs_probe:
-            return self._policy.init(layers, self._rng)
-        if probe is None:
-            raise ValueError(
-                f"{type(self.method).__name__} looks at gradients before training: give Sparsifier(...) a "
-                "probe=granet.Probe(model, batches)"
-            )
-        return self._policy.init(layers, self._rng, probe)
-
-    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+    def _set_masks(self, masks: Mapping[str, Tensor], memory: Mapping[str, Tensor] | None = None) -> None:
         self.masks = {name: masking.like(masks[name], p) for name, p in self._parameters.items()}
         self._active = {name: count(mask) for name, mask in self.masks.items()}
-        # layers with every weight active need no clearing
-        self._masked = [name for name, mask in self.masks.items() if self._active[name] < mask.numel()]
+        if self._effective is not None:
+            self._memory = self._effective.renew(self.masks, memory)
+        # where training moves weights: all else is kept clear of gradients, and of what optimizers remember
+        self._live = self.masks if self._effective is None else self._effective.trained()
+        self._masked = [name for name, mask in self._live.items() if count(mask) < mask.numel()]
 
     @property
     def total(self) -> int:
@@ -156,7 +155,7 @@ class Sparsifier:
     @property
     def update_due(self) -> bool:
         """Whether the topology is updated after the coming optimizer step."""
-        return self._overdue or self.method.is_update(self.step + 1)
+        return not self._folded and (self._overdue or self.method.is_update(self.step + 1))
 
     @property
     def dense_grad_due(self) -> bool:
@@ -183,12 +182,13 @@ class Sparsifier:
         """
         if self._optimizers:
             raise ValueError("this sparsifier is attached already: call detach() first")
-        self._optimizers = stepping.holders(optimizers, self._parameters)
+        learned = {} if self._effective is None else self._effective.learned()
+        self._optimizers = stepping.holders(optimizers, self._parameters | learned)
         self._keeps_zeros = None
         self._clear_all()
         if hooks:
             self._hooks = [
-                self._optimizers[0].register_step_pre_hook(self._pre_hook),
+                self._optimizers[0].register_step_pre_hook(partial(stepping.before, self.before_step)),
                 self._optimizers[-1].register_step_post_hook(lambda *_: self.after_step()),
             ]
 
@@ -204,21 +204,10 @@ class Sparsifier:
         `torch.optim.swa_utils.AveragedModel` and other wrappers that put the model under `module.` are understood.
 
         Raises:
-            ValueError: `module` has not all of the sparse parameters.
+            ValueError: `module` has not all of the sparse parameters, or not the effective weights that the model has.
         """
-        missing = [name for name in self.masks if name not in stepping.unwrapped_names(module)]
-        if missing:
-            raise ValueError(f"{type(module).__name__} has no parameter {missing[0]!r}: it is no copy of the model")
+        self._clear_copy(module)
         self._followers.append(module)
-        masking.clear(self._copies(module))
-
-    def _pre_hook(self, optimizer, args, kwargs):
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is None:
-            self.before_step()
-            return None
-        wrapped = partial(stepping.then, closure, self.before_step)  # gradients come to be inside the closure
-        return ((optimizer, wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -227,28 +216,19 @@ class Sparsifier:
         Gradients of inactive weights become zero. If an update follows that needs them, they are kept aside first.
         """
         if not self._optimizers:
-            raise RuntimeError(
-                "attach(optimizer) comes before the first step, so that the optimizer's buffers stay clean"
-            )
+            raise RuntimeError("attach(optimizer) comes before the first step: the optimizer's buffers must stay clean")
         self._overflow = any(stepping.found_inf(optimizer) for optimizer in self._optimizers)
         if self._overflow:
             return
         if self._mix is not None:
-            self._keep_gradients(*self._mix)
+            stepping.keep(self._gradients, self._parameters, *self._mix, stepping.grad_scale(self._optimizers[0]))
         if self.update_due and self.method.replaces_step:
             for p in stepping.parameters_of(self._optimizers):
                 p.grad = None
             return
         self.mask_gradients()
-
-    def _keep_gradients(self, keep: float, add: float) -> None:
-        """Take the dense gradients of this step in, in float32 at least where several steps are mixed."""
-        scale = stepping.grad_scale(self._optimizers[0])
-        for name, p in self._parameters.items():
-            if p.grad is None:
-                continue
-            grad = p.grad if scale is None else p.grad / scale
-            self._gradients[name] = stepping.mixed(self._gradients.get(name), grad, keep, add)
+        if self.method.decays and self._effective is not None:
+            self._effective.penalise(stepping.grad_scale(self._optimizers[0]))
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -271,8 +251,8 @@ class Sparsifier:
     def _drift(self) -> None:
         """Move the active weights as the method says."""
         lr = stepping.learning_rates(self._optimizers, self._parameters)
-        layers = layers_of(self._choices)
-        for name, change in self.method.drift(self.step, layers, self.masks, self._rng, lr, self._memory).items():
+        given = layers_of(self._choices), self.masks, self._rng, lr, self._memory
+        for name, change in self.method.drift(self.step, *given).items():
             self._parameters[name].detach().add_(change.mul(self.masks[name]))
 
     def _settle(self) -> None:
@@ -282,8 +262,11 @@ class Sparsifier:
         if self._keeps_zeros is False:
             masking.clear(self._held())
 
+    def _layers(self):
+        return layers_of(self._choices, self._gradients) if self._effective is None else self._effective.layers()
+
     def _update(self) -> None:
-        layers = layers_of(self._choices, self._gradients)
+        layers = self._layers()
         lacking = [name for name, layer in layers.items() if layer.grad is None]
         try:
             if self.method.needs_grad and lacking:
@@ -292,11 +275,8 @@ class Sparsifier:
             masks = self._policy.update(self.step, layers, self.masks, self._rng, *memory)
         except NonFiniteScores as error:
             self._overdue, self._gradients = True, {}
-            warnings.warn(
-                f"topology update at step {self.step} skipped, to be tried again at the next: {error}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            message = f"topology update at step {self.step} skipped, to be tried again at the next: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
             return
         self._overdue = False
         self._apply(masks)
@@ -304,17 +284,12 @@ class Sparsifier:
     def _apply(self, masks: Mapping[str, Tensor]) -> None:
         """Take over new masks: clear what they drop, in the weights, the optimizers' buffers and the followers."""
         old = self.masks
-        changed = [name for name in old if masks[name] is not old[name]]
         self._set_masks(masks)
-        grown = dict.fromkeys(old, 0)
-        dropped = dict.fromkeys(old, 0)
-        for name in changed:
-            grown[name] = count(self.masks[name] > old[name])
-            dropped[name] = count(old[name] > self.masks[name])
+        self.last_update = Update.between(self.step, old, self.masks, self._active)
+        for name in filter(self.last_update.grown.get, old):
             self._ever[name] |= self.masks[name]
-        self.last_update = Update(self.step, dict(self._active), grown, dropped)
-        if any(grown.values()) or any(dropped.values()):
-            self.version += 1
+        self.version += self.last_update.changed
+        if self.last_update.changed or self._effective is not None:
             self._clear_all()
             if self._keeps_zeros:
                 self._keeps_zeros = None
@@ -322,23 +297,26 @@ class Sparsifier:
     def _clear_all(self) -> None:
         masking.clear(self._held())
         for module in self._followers:
-            masking.clear(self._copies(module))
+            self._clear_copy(module)
 
     def _held(self):
-        """Each mask with its weight and the optimizers' memory of it."""
+        """Each mask with its weight, unless that rests where it is inactive, and the optimizers' memory of it."""
         for name in self._masked:
             p = self._parameters[name]
-            yield self.masks[name], [p.detach(), *stepping.buffers(self._optimizers, p)]
+            weights = [p.detach()] if self._effective is None else []
+            yield self._live[name], [*weights, *stepping.buffers(self._optimizers, p)]
 
-    def _copies(self, module: nn.Module):
-        named = stepping.unwrapped_names(module)
-        return [(masking.like(self.masks[name], named[name]), [named[name].detach()]) for name in self._masked]
+    def _clear_copy(self, module: nn.Module) -> None:
+        if self._effective is not None:
+            return self._effective.put(module, self._memory)
+        named = stepping.same_named(module, self.masks)
+        masking.clear((masking.like(self.masks[n], named[n]), [named[n].detach()]) for n in self._masked)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Set the gradients of inactive weights to zero."""
         masking.clear(
-            (self.masks[name], [self._parameters[name].grad])
+            (self._live[name], [self._parameters[name].grad])
             for name in self._masked
             if self._parameters[name].grad is not None
         )
@@ -352,16 +330,39 @@ class Sparsifier:
         """
         if not self._optimizers:
             raise RuntimeError("attach(optimizer) comes first: it says which gradients to clip")
-        masks = {self._parameters[name]: self.masks[name] for name in self._masked}
+        masks = {self._parameters[name]: self._live[name] for name in self._masked}
         return stepping.clip(stepping.parameters_of(self._optimizers), masks, max_norm)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Read the masks off the weights as they are now, where sparsity is an outcome of training (STR)."""
+        if self._effective is not None and self.method.sparsity_at(self.step) is None:
+            self._apply(self.method.update(self.step, self._layers(), self.masks, self._rng))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Turn the model, and what follows it, into a plain one: parameters become what the network computes with.
+
+        For the end of training by a method that reparameterizes, others do so all along. The topology then stays.
+        """
+        if self._effective is None:
+            return
+        self.refresh()
+        for module in (self.model, *self._followers):
+            fold(module)
+        self._effective, self._folded, self._memory, self._keeps_zeros = None, True, {}, None
+        self._set_masks(self.masks)
+        masking.clear(self._held())
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """The model's state dict with its weights as the network computes with them: zero where they are inactive."""
+        return dict(self.model.state_dict()) if self._effective is None else self._effective.state_dict()
 
     def report(self) -> SparsityReport:
         """The network as it is now: per parameter the weights, the active ones, and those that are not zero."""
-        layers = []
-        for name, p in self._parameters.items():
-            nonzero = count(p.detach() != 0)
-            layers.append(LayerReport(name, tuple(p.shape), p.numel(), self._active[name], nonzero))
-        return SparsityReport(self.method, self.step, self.exploration, tuple(layers), str(self.pattern))
+        self.refresh()
+        rows = tuple(LayerReport.of(name, layer, self._active[name]) for name, layer in self._layers().items())
+        return SparsityReport(self.method, self.step, self.exploration, rows, str(self.pattern))
 
     def state_dict(self) -> dict:
         """All that a resumed run needs: tensors, numbers and strings, to be saved beside model and optimizer."""
@@ -371,6 +372,7 @@ class Sparsifier:
             "step": self.step,
             "version": self.version,
             "overdue": self._overdue,
+            "folded": self._folded,
             "rng": self._rng.get_state(),
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "ever": {name: mask.clone() for name, mask in self._ever.items()},
@@ -385,14 +387,13 @@ class Sparsifier:
         Raises:
             ValueError: the state is of another method or another model, or incomplete.
         """
-        state.refuse_foreign(given, self.method, self.masks, self.pattern)
+        state.refuse_foreign(given, self.method, self.masks, self.pattern, folded=self._folded)
         self._rng.set_state(given["rng"].cpu())
-        self._set_masks(given["masks"])
-        self.masks = {name: mask.clone() for name, mask in self.masks.items()}
+        self._memory = {name: value.clone() for name, value in given["memory"].items()}
+        self._set_masks({name: mask.clone() for name, mask in given["masks"].items()}, self._memory)
         self._ever = {name: masking.like(given["ever"][name], p).clone() for name, p in self._parameters.items()}
         mine = self._parameters
         self._gradients = {name: kept.to(mine[name].device).clone() for name, kept in given["gradients"].items()}
-        self._memory = {name: value.clone() for name, value in given["memory"].items()}
         self.step, self.version = int(given["step"]), int(given["version"])
         self._overdue, self._overflow, self._keeps_zeros = bool(given["overdue"]), False, None
         self._clear_all()

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from granet.methods.base import Method
 from granet.pattern import Pattern
+from granet.probe import Probe
 
-_KEYS = {"method", "pattern", "step", "version", "overdue", "rng", "masks", "ever", "gradients", "memory"}
+_KEYS = {"method", "pattern", "step", "version", "overdue", "folded", "rng", "masks", "ever", "gradients", "memory"}
 
 
 def checked_masks(
@@ -37,7 +39,23 @@ def checked_masks(
     return {name: masks[name].clone() for name in parameters}
 
 
-def refuse_foreign(state: Mapping[str, Any], method: object, masks: Mapping[str, Tensor], pattern: Pattern) -> None:
+def needed(probe: Probe | None, method: Method) -> tuple[Probe, ...]:
+    """What the method's `init` is given beside layers and generator: the probe, or nothing.
+
+    Raises:
+        ValueError: the method needs one, and there is none.
+    """
+    if method.needs_probe and probe is None:
+        raise ValueError(
+            f"{type(method).__name__} looks at gradients before training: give Sparsifier(...) a "
+            "probe=granet.Probe(model, batches)"
+        )
+    return (probe,) if method.needs_probe else ()
+
+
+def refuse_foreign(
+    state: Mapping[str, Any], method: Method, masks: Mapping[str, Tensor], pattern: Pattern, *, folded: bool
+) -> None:
     """Refuse a sparsifier's state that is not of this method, this pattern and these masks' shapes.
 
     Raises:
@@ -50,6 +68,12 @@ def refuse_foreign(state: Mapping[str, Any], method: object, masks: Mapping[str,
         raise ValueError(f"the state is of {state['method']}, this sparsifier runs {method!r}")
     if state["pattern"] != str(pattern):
         raise ValueError(f"the state obeys pattern {state['pattern']}, this sparsifier {pattern}")
+    if state["folded"] != folded:
+        raise ValueError(
+            "the state was taken after fold(): call fold() on this sparsifier too, before the model's state is loaded"
+            if state["folded"]
+            else "the state was taken before fold(): load it into a sparsifier that is not folded"
+        )
     shapes = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
     mine = {name: tuple(mask.shape) for name, mask in masks.items()}
     if shapes != mine:

@@ -1,10 +1,24 @@
 """What optimizers are asked for around their step: closures, wrappers, and what a gradient scaler left with them."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+
+def before(act: Callable, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple | None:
+    """What a hook before `optimizer.step(*args, **kwargs)` returns, so that `act` is called when gradients are final.
+
+    At once, unless the step is given a closure: gradients come to be inside it, and `act` is then called behind it.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+    if closure is None:
+        act()
+        return None
+    wrapped = partial(then, closure, act)
+    return ((optimizer, wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
 
 
 def then(closure: Callable, after: Callable[[], None]):
@@ -71,6 +85,15 @@ def mixed(kept: Tensor | None, grad: Tensor, keep: float, add: float) -> Tensor:
     return kept.mul_(keep).add_(grad, alpha=add)
 
 
+def keep(
+    kept: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], old: float, new: float, scale: Tensor | None
+) -> None:
+    """Take the gradients of this step, unscaled, into those that are kept: `old * kept + new * grad`."""
+    for name, p in parameters.items():
+        if p.grad is not None:
+            kept[name] = mixed(kept.get(name), p.grad if scale is None else p.grad / scale, old, new)
+
+
 def clip(parameters: Iterable[nn.Parameter], masks: Mapping[nn.Parameter, Tensor], max_norm: float) -> Tensor:
     """The norm of the gradients, those that `masks` leaves out not counted; all are scaled down if it is too large."""
     held = [p for p in parameters if p.grad is not None]
@@ -82,6 +105,19 @@ def clip(parameters: Iterable[nn.Parameter], masks: Mapping[nn.Parameter, Tensor
 def unwrapped_names(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a model, or of a wrapper that has it as its `module`, by their names in the model."""
     return {name.removeprefix("module."): p for name, p in module.named_parameters()}
+
+
+def same_named(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters of a copy of the model, or of a wrapper around one, by their names in the model.
+
+    Raises:
+        ValueError: one of `names` is not there.
+    """
+    named = unwrapped_names(module)
+    for name in names:
+        if name not in named:
+            raise ValueError(f"{type(module).__name__} has no parameter {name!r}: it is no copy of the model")
+    return named
 
 
 def found_inf(optimizer: Optimizer) -> bool:

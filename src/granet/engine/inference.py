@@ -15,6 +15,7 @@ from granet import native
 from granet.engine.graph import Stages, lower, tensors_of
 from granet.engine.planner import Plan, plan_inference
 from granet.engine.program import Program, Segment
+from granet.reparameterize import fold, is_reparameterized
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +171,9 @@ def compile(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, tole
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first, so that batch-norm can be folded")
+    if is_reparameterized(model):
+        model = copy.deepcopy(model)
+        fold(model)
     reason = _unsupported(model, inputs)
     if reason is None:
         try:

@@ -20,6 +20,7 @@ from granet import native
 from granet.engine import ops
 from granet.engine.planner import NOISE, interleaved
 from granet.engine.spec import Spec, spec_of
+from granet.reparameterize import is_reparameterized
 
 if TYPE_CHECKING:
     from granet.sparsifier import Sparsifier
@@ -233,6 +234,9 @@ def accelerate(
         model: the module to call with them; the sparsifier's model if None.
     """
     model = sparsifier.model if model is None else model
+    if is_reparameterized(sparsifier.model):
+        name = type(sparsifier.method).__name__
+        return TrainingPlan([], f"{name} trains other weights than those it computes with, which the kernels cannot.")
     if not native.available():
         return TrainingPlan([], "The sparse kernels are not available on this machine.")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)

@@ -1,0 +1,23 @@
+"""Fixed: the topology that a network has already, kept while it is fine-tuned."""
+
+from dataclasses import dataclass
+
+from granet.methods.base import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed(Method):
+    """The weights that are not zero stay active, those that are zero stay zero, from the first step to the last."""
+
+    def init(self, layers, rng):
+        masks = {name: layer.weight != 0 for name, layer in layers.items()}
+        for name, mask in masks.items():
+            if not mask.any():
+                raise ValueError(
+                    f"Fixed keeps the weights that are not zero, and {name!r} has none: load the pruned weights before "
+                    f"the sparsifier is made, or leave it alone with skip={name!r}"
+                )
+        return masks
+
+    def sparsity_at(self, step):
+        return None
