@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "train a network from a recipe, beside its dense twin if asked",
+    "lottery": "train, prune, go back, train again: lottery tickets, one-shot pruning",
     "resume": "go on with a run that was stopped",
     "eval": "accuracy of a run's checkpoint",
     "sweep": "train a grid of methods, settings and seeds, with a table and plots",

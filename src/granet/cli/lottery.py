@@ -1,0 +1,78 @@
+"""`granet lottery`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from granet.cli.arguments import Request, parse
+
+DESCRIPTION = """Train, prune, go back, train again: lottery tickets, and one-shot pruning with fine-tuning.
+
+The same command again goes on where it stopped, level by level; every level is a run directory of its own.
+
+examples:
+  granet lottery                                             digits: 10 levels to 90 %, back to the initial weights
+  granet lottery fashion --lottery.rewind 500it              back to step 500
+  granet lottery fashion --lottery.mode learning-rate        the weights stay, the learning rate goes back
+  granet lottery fashion --lottery.levels 1 --lottery.mode learning-rate --lottery.rewind 75%
+                                                             one-shot, fine-tuned for the last quarter again"""
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """What is done at every level."""
+
+    sparsity: float = 0.9
+    """Share of inactive weights after the last level."""
+    levels: int = 10
+    """How often is pruned, each time the same share of what is left."""
+    rewind: str = "0"
+    """Where a level goes back to: epochs, 500it, or 75% of the training."""
+    mode: Literal["weights", "learning-rate"] = "weights"
+    """What goes back: weights and learning rate, or the learning rate alone."""
+    scope: Literal["global", "layerwise"] = "global"
+    """Where weights compete."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where, and how."""
+
+    lottery: Annotated[Procedure, tyro.conf.arg(name="lottery")] = Procedure()
+    """The procedure."""
+    runs: Path = Path("runs")
+    """Folder of run directories."""
+
+
+def main(args: list[str]) -> int:
+    """Trains all levels, shows their table and writes the report; returns the exit code, 130 if the user stopped."""
+    request = parse(args, Options, prog="granet lottery", description=DESCRIPTION)
+    return train(request)
+
+
+def train(request: Request) -> int:
+    """Trains what is not trained yet."""
+    import dataclasses
+
+    from rich.console import Console
+
+    from granet.cli.progress import Watcher, show_log, stoppable
+    from granet.cli.session import show
+    from granet.lab import lottery
+
+    console = Console()
+    show_log(console)
+    procedure = lottery.Lottery(**dataclasses.asdict(request.options.lottery))
+    done = []
+    with stoppable() as stop, Watcher(request.recipe.name, console) as watch:
+        for level in lottery.run(request.recipe, procedure, request.options.runs, stop=stop, watch=watch):
+            sparsity, last = level.summary["sparsity"], level.summary["last"]["test_accuracy"]
+            console.print(f"level {level.number}: {sparsity:.1%} sparse, {last:.2%} on the test set", highlight=False)
+            done.append(level.run.path)
+    if len(done) <= procedure.levels:
+        console.print("stopped; the same command goes on", highlight=False)
+        return 130
+    show(done, done[-1] / "levels.html", console)
+    return 0

@@ -1,0 +1,176 @@
+"""Procedures that train several times: lottery tickets by iterative magnitude pruning, and one-shot pruning.
+
+Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019; Frankle et al., "Linear Mode Connectivity and the Lottery
+Ticket Hypothesis", ICML 2020 (rewinding to an early step); Renda et al., "Comparing Rewinding and Fine-tuning in Neural
+Network Pruning", ICLR 2020 (learning-rate rewinding).
+
+A level is a run like any other, in a directory of its own: its first checkpoint is the network of the level before,
+pruned and rewound. So a stopped procedure goes on where it was, and every level can be evaluated, compared, exported.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from granet import checkpoint, distribution, topology
+from granet.criterion import Layer, magnitude
+from granet.lab.plasticity_study import epochs, title
+from granet.recipe import Recipe, in_steps, validate
+from granet.run import Run, execute
+from granet.trainer import Trainer
+
+MODES = ("weights", "learning-rate")
+
+
+class LotteryError(ValueError):
+    """A procedure that cannot be run: says what was given, and what is allowed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lottery:
+    """How often to prune, how much, and what to go back to.
+
+    Attributes:
+        sparsity: share of inactive weights after the last level; every level prunes the same share of what is left.
+        levels: how often is pruned; 10 levels to 90 % prune about 20 % each. With one level this is one-shot pruning.
+        rewind: the moment to which a level goes back, in epochs (``2``), ``"500it"`` or ``"75%"`` of the training.
+        mode: what goes back. ``weights``: weights, optimizer and learning rate, as they were then at level 0;
+            ``learning-rate``: the learning rate alone, the trained weights stay.
+        scope: where weights compete: in all layers together, or layerwise.
+
+    Raises:
+        LotteryError: a value is impossible.
+    """
+
+    sparsity: float
+    levels: int = 10
+    rewind: str = "0"
+    mode: Literal["weights", "learning-rate"] = "weights"
+    scope: Literal["global", "layerwise"] = "global"
+
+    def __post_init__(self):
+        if not 0 < self.sparsity < 1:
+            raise LotteryError(f"sparsity={self.sparsity} is not above 0 and below 1: the share of inactive weights")
+        if self.levels < 1:
+            raise LotteryError(f"levels={self.levels}: there is at least one")
+        if self.mode not in MODES or self.scope not in ("global", "layerwise"):
+            raise LotteryError(
+                f"mode={self.mode!r}, scope={self.scope!r}: modes are {', '.join(MODES)}, scopes global and layerwise"
+            )
+
+    def sparsity_after(self, level: int) -> float:
+        """The sparsity after so many levels.
+
+        >>> [round(Lottery(sparsity=0.9, levels=2).sparsity_after(level), 3) for level in range(3)]
+        [0.0, 0.684, 0.9]
+        """
+        return self.sparsity if level == self.levels else 1 - (1 - self.sparsity) ** (level / self.levels)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level: its number, its run, and the summary of it once it is finished."""
+
+    number: int
+    run: Run
+    summary: dict[str, Any] | None
+
+
+def levels(recipe: Recipe, lottery: Lottery, runs: Path) -> list[Level]:
+    """Returns all levels with their run directories, finished or not. Level 0 is the dense network.
+
+    Raises:
+        RecipeError: a directory holds a run of another recipe.
+    """
+    values: dict[str, Any] = recipe.model_dump()
+    dense = values | {"method": {"name": "dense"}, "name": f"{title(recipe)}-ticket"}
+    dense["train"] = values["train"] | {"keep": (epochs(lottery.rewind),)}
+    found = [Run.of(validate(dense, source=recipe.name), runs)]
+    kind = {"weights": "ticket", "learning-rate": "rewound"}[lottery.mode]
+    for level in range(1, lottery.levels + 1):
+        share = f"{100 * lottery.sparsity_after(level):.4g}"
+        # all that a level depends on is in its name, which leads to its directory
+        name = f"{found[0].path.name}-{kind}-{epochs(lottery.rewind)}-{lottery.scope}-{level}of{lottery.levels}-{share}"
+        changed = values | {"method": {"name": "fixed"}, "name": name.replace("%", "pc")}
+        found.append(Run.of(validate(changed, source=recipe.name), runs))
+    return [Level(number, run, run.summary) for number, run in enumerate(found)]
+
+
+def run(
+    recipe: Recipe,
+    lottery: Lottery,
+    runs: Path,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[Trainer, dict[str, Any]], None] = lambda trainer, record: None,
+) -> Iterator[Level]:
+    """Yields the levels as they end, those that are finished already at once; ends early when ``stop`` says so.
+
+    Raises:
+        LotteryError: the moment to go back to is not before the end of the training.
+        CheckpointError, TrainingError: as `granet.run.execute`.
+    """
+    found = levels(recipe, lottery, runs)
+    for level in found:
+        if level.summary is None and level.number and checkpoint.load_latest(level.run.checkpoints) is None:
+            _begin(level, found, lottery)
+        summary = execute(level.run, watch=watch, stop=stop)
+        if summary is None:
+            return
+        yield Level(level.number, level.run, summary)
+
+
+def _begin(level: Level, found: list[Level], lottery: Lottery) -> None:
+    """Writes the first checkpoint of a level: the network of the level before, pruned and rewound."""
+    trainer = Trainer(level.run.recipe)
+    at = rewind_step(lottery, trainer)
+    before = checkpoint.load_latest(found[level.number - 1].run.checkpoints)
+    if before is None:
+        raise checkpoint.CheckpointError(f"{found[level.number - 1].run.path} has no checkpoint to prune")
+    state = trainer.state_dict()
+    masks = _pruned(before, trainer, lottery, level.number)
+    weights = before.model
+    if lottery.mode == "weights":
+        early = _early(found[0].run, at)
+        weights, state["optimizer"] = early.model, early.state["optimizer"]
+    state["sparsifier"] |= {"masks": masks, "ever": masks, "step": at}
+    # what it cost to come here counts
+    state |= {key: before.state[key] for key in ("training_flops", "seconds")} | {"metrics": 0}
+    checkpoint.save(level.run.checkpoints, step=at, model=weights, state=state)
+
+
+def rewind_step(lottery: Lottery, trainer: Trainer) -> int:
+    """Returns the moment to go back to, in steps.
+
+    Raises:
+        LotteryError: it is not a moment before the end of the training.
+    """
+    try:
+        step = in_steps(
+            epochs(lottery.rewind), steps_per_epoch=trainer.steps_per_epoch, epochs=trainer.recipe.train.epochs
+        )
+    except ValueError as error:
+        raise LotteryError(f"rewind: {error}") from None
+    if step >= trainer.steps:
+        raise LotteryError(f"rewind {lottery.rewind}: the training ends at step {trainer.steps}, nothing is left of it")
+    return step
+
+
+def _pruned(before: checkpoint.Checkpoint, trainer: Trainer, lottery: Lottery, level: int):
+    """Masks of the largest of the weights that were active, as many as the level leaves."""
+    masks = before.state["sparsifier"]["masks"]
+    layers = {name: Layer(before.model[name]) for name in masks}
+    n = distribution.budget(topology.total_of(layers), 1 - lottery.sparsity_after(level))
+    if lottery.scope == "global":
+        return topology.prune_to(masks, n, layers, magnitude)
+    counts = distribution.scale({name: topology.count(mask) for name, mask in masks.items()}, n)
+    return topology.prune_each(masks, counts, layers, magnitude)
+
+
+def _early(first: Run, step: int) -> checkpoint.Checkpoint:
+    """The dense network as it was at ``step``; its initial state comes from its recipe, which the seed decides."""
+    if step:
+        return checkpoint.load(first.checkpoints / f"{step:08d}")
+    trainer = Trainer(first.recipe)
+    return checkpoint.Checkpoint(first.checkpoints, 0, dict(trainer.model.state_dict()), trainer.state_dict())
