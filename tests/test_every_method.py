@@ -56,6 +56,8 @@ PATTERNED = {
         "granet dense-to-sparse": ("1:4",),
         "rigl": ("2:4", "4x1", "channel"),
         "set": ("2:4", "4x1", "channel"),
+        "snip iterative": ("2:4",),
+        "synflow": ("2:4",),
     }.items()
     for pattern in patterns
 }
