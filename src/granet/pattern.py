@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fractions import Fraction
-from math import inf
+from math import inf, isfinite
 from typing import TYPE_CHECKING, ClassVar
 
 from granet import distribution, topology
@@ -192,9 +192,10 @@ class NM(Pattern):
 
     def _tiers(self, scores: Tensor, among: Tensor, beside: tuple[Tensor, Tensor] | None) -> list[Tensor]:
         """The candidates that are legal, those that their group had before, and the rest."""
-        if not scores.isfinite().all():
+        low, high = scores.aminmax()
+        if not (isfinite(low) and isfinite(high)):
             raise topology.NonFiniteScores("a score is NaN or infinite, so no group can be ordered")
-        rank = self._ranks(scores.masked_fill(~among, -inf))
+        rank = self._ranks(scores.where(among, -inf))
         if beside is None:
             rooms = [self.n]
         else:
@@ -202,22 +203,39 @@ class NM(Pattern):
             rooms = [self.n - held, had.clamp(min=self.n) - held]
         tiers, rest = [], among
         for room in rooms:
-            tiers.append((rank < room).view(among.shape) & rest)
+            fits = (rank < room).movedim(0, 2).reshape(among.shape)
+            tiers.append(fits.logical_and_(rest))
             rest = rest & ~tiers[-1]
         return [*tiers, rest]
 
+    def _grouped(self, values: Tensor) -> Tensor:
+        """The members of all groups, the first of each, then the second of each and so on, each lot in one piece."""
+        return values.unflatten(1, (-1, self.m)).movedim(2, 0).contiguous()
+
     def _ranks(self, scores: Tensor) -> Tensor:
-        """The rank of each entry in its group, 0 for the highest score, the earlier of equal ones first."""
-        groups = scores.unflatten(1, (-1, self.m))
-        rank = groups.new_zeros(groups.shape).short()
+        """The rank of each entry in its group, 0 for the highest score, the earlier of equal ones first; grouped."""
+        import torch
+
+        members = self._grouped(scores)
+        places = torch.arange(self.m, dtype=self._dtype, device=scores.device)  # the ranks, were the earlier the higher
+        ranks = places.view(-1, *[1] * (members.ndim - 1)).expand(members.shape).clone()
         for k in range(self.m):
-            one = groups.narrow(2, k, 1)
-            rank[:, :, :k] += one > groups[:, :, :k]
-            rank[:, :, k + 1 :] += one >= groups[:, :, k + 1 :]
-        return rank
+            for later in range(k + 1, self.m):
+                higher = (members[later] > members[k]).to(self._dtype)
+                ranks[k] += higher
+                ranks[later] -= higher
+        return ranks
 
     def _counts(self, mask: Tensor) -> Tensor:
-        return mask.unflatten(1, (-1, self.m)).sum(2, keepdim=True)
+        """How many of each group are active."""
+        return self._grouped(mask).sum(0, dtype=self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The smallest integers that count to M."""
+        import torch
+
+        return torch.int8 if self.m < 128 else torch.int16
 
 
 @dataclass(frozen=True)

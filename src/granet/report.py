@@ -130,6 +130,11 @@ def _finished(text):
     return lambda run, label: text(run.summary) if run.summary else "…"
 
 
+def _pattern(summary):
+    pattern = summary.get("pattern", "unstructured")
+    return "" if pattern == "unstructured" else f", {pattern}"
+
+
 def _accuracy(which: str):
     def text(summary):
         scores = summary[which]
@@ -174,7 +179,7 @@ def duration(seconds: float) -> str:
 
 COLUMNS = (
     ("run", lambda run, label: label if run.summary else f"{label} (unfinished)"),
-    ("sparsity", _finished(lambda summary: f"{100 * summary['sparsity']:.2f} %")),
+    ("sparsity", _finished(lambda summary: f"{100 * summary['sparsity']:.2f} %{_pattern(summary)}")),
     ("test, best", _accuracy("best")),
     ("test, last", _accuracy("last")),
     ("weights active", _finished(lambda summary: f"{summary['parameters']['active']:,}")),

@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from granet import distributed
 from granet.criterion import Layer
 from granet.methods.base import Method
 from granet.pattern import Pattern, parse
@@ -98,6 +99,8 @@ def _obeying(choices: list[Choice], pattern: Pattern) -> list[Choice]:
         reason = f"the last layer's {pattern.unit} are the network's outputs; name it in only= to prune them"
         choices = [replace(choice, sparse=False, reason=reason) if choice is last[0] else choice for choice in choices]
     for choice in choices:
+        if choice.sparse and str(pattern) != "unstructured" and distributed.is_sharded(choice.parameter):
+            raise ValueError(f"{choice.name!r} is sharded: only pattern 'unstructured' is there for sharded parameters")
         why = pattern.misfit(tuple(choice.parameter.shape)) if choice.sparse else None
         if why:
             raise ValueError(
