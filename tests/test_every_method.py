@@ -24,6 +24,12 @@ SETTINGS = {
     "granet": {"sparsity": 0.9, "initial_sparsity": 0.4, "end": 17, "total": 30, "interval": 4},
     "rigl": {"sparsity": 0.8, "end": 25, "interval": 4},
     "set": {"sparsity": 0.8, "total": 30, "interval": 4},
+    "snfs": {"sparsity": 0.8, "total": 30, "interval": 4},
+    "deep-r": {"sparsity": 0.8, "l1": 0.01, "temperature": 1e-5},
+    "dsr": {"sparsity": 0.8, "total": 30, "interval": 4, "threshold": 0.02},
+    "mest": {"sparsity": 0.8, "halve": 9, "end": 18, "interval": 4},
+    "ac-dc": {"sparsity": 0.8, "begin": 4, "interval": 4, "end": 23},
+    "rigl-itop": {"sparsity": 0.8, "total": 30, "interval": 4},
     "snip": {"sparsity": 0.8},
     "grasp": {"sparsity": 0.8},
     "synflow": {"sparsity": 0.8, "rounds": 10},
@@ -43,6 +49,9 @@ VARIANTS = {
     "rigl random": {**SETTINGS["rigl"], "growth": "random"},
     "rigl momentum": {**SETTINGS["rigl"], "growth": "momentum"},
     "rigl accumulate": {**SETTINGS["rigl"], "accumulate": 4},
+    "mest soft": {**SETTINGS["mest"], "soft_bound": True, "distribution": "erk"},
+    "ac-dc layerwise": {**SETTINGS["ac-dc"], "scope": "layerwise"},
+    "rigl-itop random": {**SETTINGS["rigl-itop"], "growth": "random"},
     "set by-sign": {**SETTINGS["set"], "by_sign": True},
     "snip iterative": {**SETTINGS["snip"], "rounds": 5},
     "top-kast global": {**SETTINGS["top-kast"], "scope": "global", "distribution": "erk", "backward_sparsity": 0.5},
@@ -173,6 +182,11 @@ class Run:
         return [v for v in self.optimizer.state[p].values() if torch.is_tensor(v) and v.shape == p.shape]
 
 
+def updated(method, step, layers, masks, rng):
+    """`method.update`, with an empty memory if it takes one."""
+    return method.update(step, layers, masks, rng, *([{}] if method.remembers else []))
+
+
 def same(a, b):
     return all(
         torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
@@ -255,7 +269,7 @@ def test_update_is_pure_and_deterministic(variant):
     kept = copy.deepcopy([(layer.weight, layer.grad) for layer in layers.values()])
     masks = start(method, layers, torch.Generator().manual_seed(1))
     before = {name: mask.clone() for name, mask in masks.items()}
-    first, second = (method.update(8, layers, masks, torch.Generator().manual_seed(2)) for _ in range(2))
+    first, second = (updated(method, 8, layers, masks, torch.Generator().manual_seed(2)) for _ in range(2))
     for i, (name, layer) in enumerate(layers.items()):
         assert torch.equal(first[name], second[name])
         assert torch.equal(masks[name], before[name])
@@ -283,6 +297,36 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(variant, optimizer):
     assert same(whole, resumed)
     assert resumed.sparsifier.exploration == whole.sparsifier.exploration
     assert resumed.sparsifier.version == whole.sparsifier.version
+
+
+@pytest.mark.parametrize(
+    ("variant", "part"),
+    [
+        ("rigl accumulate", "gradients"),
+        ("granet momentum", "gradients"),
+        ("snfs", "gradients"),
+        ("dsr", "memory"),
+        ("deep-r", "memory"),
+    ],
+)
+def test_what_is_kept_between_two_updates_is_in_the_state(variant, part):
+    """And it matters: without it the run goes on differently."""
+    whole, resumed, poorer = Run(variant), Run(variant, seed=99), Run(variant, seed=99)
+    for _ in range(10):
+        whole.step()
+    for run in (resumed, poorer):
+        state = whole.state()
+        assert state[2][part]
+        run.model.load_state_dict(state[0])
+        run.optimizer.load_state_dict(state[1])
+        run.sparsifier.load_state_dict(state[2] | {part: {}} if run is poorer else state[2])
+    for _ in range(10, STEPS):
+        for run in (whole, resumed, poorer):
+            run.step()
+    assert same(whole, resumed) and not same(whole, poorer)
+    for kept in ("gradients", "memory"):
+        a, b = (run.sparsifier.state_dict()[kept] for run in (whole, resumed))
+        assert set(a) == set(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @trained
@@ -328,7 +372,7 @@ def test_equal_scores_give_equal_masks_in_half_precision(variant):
     }
     full = {name: Layer(layer.weight.float(), layer.grad.float()) for name, layer in half.items()}
     masks = start(method, full, torch.Generator().manual_seed(1))
-    a, b = (method.update(12, layers, masks, torch.Generator().manual_seed(2)) for layers in (half, full))
+    a, b = (updated(method, 12, layers, masks, torch.Generator().manual_seed(2)) for layers in (half, full))
     assert all(torch.equal(a[name], b[name]) for name in masks)
 
 
@@ -368,8 +412,13 @@ def test_nonsense_is_refused_by_name(variant):
         "regeneration": (-0.1,),
         "distribution": ("erq",),
         "scope": ("local",),
+        "halve": (0, 19),
+        "l1": (-0.1,),
+        "threshold": (0.0,),
+        "tolerance": (1.5,),
+        "gradient_weight": (-1.0, float("nan")),
         "rounds": (0, 2.5),
-        "temperature": (0.0, -1.0, float("nan")),
+        "temperature": (-1.0, float("nan"), *([0.0] if kind is METHODS["grasp"] else [])),
         "s_init": (float("inf"), float("nan")),
         "backward_sparsity": (-0.1, 0.95),
         "decay": (-1.0, float("nan")),
@@ -398,7 +447,8 @@ def test_fields_measured_in_steps_say_so(name):
     steps = {
         field for field in METHODS[name].__dataclass_fields__ if getattr(hints[field], "__metadata__", ()) == ("steps",)
     }
-    assert steps == {"accumulate", "begin", "end", "interval", "total"} & set(METHODS[name].__dataclass_fields__)
+    all_of_them = {"accumulate", "begin", "end", "halve", "interval", "total"}
+    assert steps == all_of_them & set(METHODS[name].__dataclass_fields__)
 
 
 @every
@@ -407,11 +457,11 @@ def test_declared_needs_are_true(variant):
     method = make(variant)
     layers = {"a": Layer(torch.randn(20, 20))}
     masks = start(method, layers, torch.Generator())
-    if method.needs_dense_grad:
+    if method.needs_grad:
         with pytest.raises(ValueError, match="gradient"):
-            method.update(4, layers, masks, torch.Generator())
+            updated(method, 4, layers, masks, torch.Generator())
     else:
-        method.update(4, layers, masks, torch.Generator())
+        updated(method, 4, layers, masks, torch.Generator())
 
 
 def test_a_method_that_replaces_the_step_leaves_weights_and_biases_where_they_were():

@@ -25,6 +25,12 @@ SETTINGS = {
     "granet": {"sparsity": 0.7, "end": 40, "total": STEPS, "interval": 5},
     "rigl": {"sparsity": 0.7, "end": 40, "interval": 5},
     "set": {"sparsity": 0.7, "total": STEPS, "interval": 5},
+    "snfs": {"sparsity": 0.7, "total": STEPS, "interval": 5},
+    "deep-r": {"sparsity": 0.7, "l1": 1e-3, "temperature": 1e-6},
+    "dsr": {"sparsity": 0.7, "total": STEPS, "interval": 5, "threshold": 0.01},
+    "mest": {"sparsity": 0.7, "halve": 25, "end": 45, "interval": 5},
+    "ac-dc": {"sparsity": 0.7, "begin": 5, "interval": 5, "end": 40},
+    "rigl-itop": {"sparsity": 0.7, "total": STEPS, "interval": 5},
     "snip": {"sparsity": 0.7},
     "grasp": {"sparsity": 0.7},
     "synflow": {"sparsity": 0.7, "rounds": 10},
@@ -75,11 +81,12 @@ def topology(name):
     generator = torch.Generator().manual_seed(3)
     layers = {key: Layer(whole(shape), whole(shape)) for key, shape in shapes.items()}
     probe = Probe(Products(layers), [(torch.ones(1), torch.ones(1))], lambda y, _: y.sum())
+    memory = {}
     masks = method.init(layers, generator, *([probe] if method.needs_probe else []))
     digest = hashlib.sha256()
     for step in (5, 10, 20, 40):
         layers = {key: Layer(whole(shape) * masks[key], whole(shape)) for key, shape in shapes.items()}
-        masks = method.update(step, layers, masks, generator)
+        masks = method.update(step, layers, masks, generator, *([memory] if method.remembers else []))
         for mask in masks.values():
             digest.update(np.packbits(mask.numpy()).tobytes())
     return digest.hexdigest()[:16]

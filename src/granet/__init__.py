@@ -14,21 +14,28 @@ if TYPE_CHECKING:
     from granet import distribution as distribution
     from granet import flops as flops
     from granet import models as models
+    from granet import pattern as pattern
     from granet import schedule as schedule
     from granet import topology as topology
     from granet.engine.inference import compile as compile
     from granet.engine.training import accelerate as accelerate
+    from granet.methods import ACDC as ACDC
+    from granet.methods import DSR as DSR
     from granet.methods import GMP as GMP
+    from granet.methods import MEST as MEST
     from granet.methods import METHODS as METHODS
     from granet.methods import SET as SET
+    from granet.methods import SNFS as SNFS
     from granet.methods import SNIP as SNIP
     from granet.methods import STR as STR
+    from granet.methods import DeepR as DeepR
     from granet.methods import Dense as Dense
     from granet.methods import Fixed as Fixed
     from granet.methods import GraNet as GraNet
     from granet.methods import GraSP as GraSP
     from granet.methods import Method as Method
     from granet.methods import RigL as RigL
+    from granet.methods import RigLITOP as RigLITOP
     from granet.methods import Static as Static
     from granet.methods import SynFlow as SynFlow
     from granet.methods import TopKAST as TopKAST
@@ -42,6 +49,12 @@ _HOME = {
     "Dense": "methods",
     "Fixed": "methods",
     "GMP": "methods",
+    "ACDC": "methods",
+    "DSR": "methods",
+    "DeepR": "methods",
+    "MEST": "methods",
+    "RigLITOP": "methods",
+    "SNFS": "methods",
     "GraNet": "methods",
     "GraSP": "methods",
     "METHODS": "methods",
@@ -59,7 +72,7 @@ _HOME = {
     "Probe": "probe",
     "Sparsifier": "sparsifier",
 }
-_MODULES = ("criterion", "distribution", "flops", "models", "schedule", "topology")
+_MODULES = ("criterion", "distribution", "flops", "models", "pattern", "schedule", "topology")
 
 __all__ = [*_HOME, *_MODULES]
 

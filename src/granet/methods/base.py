@@ -206,6 +206,14 @@ def require(
             raise ValueError(f"{kind}: {name}={value!r} is not a positive number of steps")
 
 
+def require_at_least(method: Method, least: float, *names: str) -> None:
+    """Refuse numbers below `least`, infinite ones and NaN."""
+    for name in names:
+        if not least <= getattr(method, name) < float("inf"):
+            kind = type(method).__name__
+            raise ValueError(f"{kind}: {name}={getattr(method, name)}: a number from {least} up is needed")
+
+
 def require_order(method: Method, *names: str) -> None:
     """Refuse steps that do not follow one another: `begin <= end <= total`, say."""
     values = [getattr(method, name) for name in names]

@@ -1,0 +1,63 @@
+"""AC/DC: alternating compressed and decompressed training.
+
+Peste et al., "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks", NeurIPS 2021.
+https://arxiv.org/abs/2106.12379
+"""
+
+from dataclasses import dataclass
+
+from granet import criterion, distribution, topology
+from granet.methods.base import Method, Steps, require, require_order, require_scope
+
+
+@dataclass(frozen=True, kw_only=True)
+class ACDC(Method):
+    """After a dense warm-up, phases of training sparse and dense take turns; from `end` on the network stays sparse.
+
+    A compressed phase begins by keeping the largest weights and has a fixed topology; in a decompressed one all weights
+    train, those that were pruned from zero. A phase is compressed only if one of its length fits in after it before
+    `end`: the last decompressed phase so lasts one to three times `interval`.
+    """
+
+    sparsity: float
+    begin: Steps  # length of the dense warm-up
+    interval: Steps  # length of a phase
+    end: Steps  # the last compression
+    scope: str = "global"
+
+    def __post_init__(self):
+        require(self, sparsity=("sparsity",), steps=("begin", "interval", "end"))
+        require_order(self, "begin", "end")
+        require_scope(self)
+        if self.begin + 2 * self.interval > self.end:
+            raise ValueError(
+                f"ACDC: begin={self.begin} and interval={self.interval} leave no room for a compressed and a "
+                f"decompressed phase before end={self.end}"
+            )
+
+    def compressed(self, step: int) -> bool:
+        """Whether the network is sparse in the steps after `step`."""
+        if step < self.begin or step >= self.end:
+            return step >= self.end
+        since = (step - self.begin) % (2 * self.interval)
+        return since < self.interval and step - since <= self.end - 2 * self.interval
+
+    def final_counts(self, shapes):
+        everything = distribution.uniform(shapes, 1.0)
+        n = distribution.budget(sum(everything.values()), 1 - self.sparsity)
+        return n if self.scope == "global" else distribution.scale(everything, n)
+
+    def is_update(self, step):
+        return step > 0 and self.compressed(step) != self.compressed(step - 1)
+
+    def update(self, step, layers, masks, rng):
+        every = {name: mask | True for name, mask in masks.items()}
+        if not self.compressed(step):
+            return every
+        n = self.final_counts(topology.shapes_of(layers))
+        if self.scope == "global":
+            return topology.prune_to(every, n, layers, criterion.magnitude)
+        return topology.prune_each(every, n, layers, criterion.magnitude)
+
+    def sparsity_at(self, step):
+        return self.sparsity if self.compressed(step) else 0.0

@@ -1,0 +1,79 @@
+"""Deep R, deep rewiring: connections keep their sign, wander, and are rewired where they would change it.
+
+Bellec, Kappel, Maass & Legenstein, "Deep Rewiring: Training very sparse deep networks", ICLR 2018.
+https://arxiv.org/abs/1711.05136
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar
+
+from granet import distribution, topology
+from granet.methods.base import Method, require, require_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepR(Method):
+    """At every step the weights that would cross zero are dropped, and as many are re-activated at random.
+
+    A weight is `w = s * theta` with a sign `s` for life; `theta` is pulled towards zero (`l1`) and shaken
+    (`temperature`) after the optimizer's step, and a connection with `theta < 0` is dormant. What is re-activated
+    starts from zero with a random sign.
+    """
+
+    sparsity: float
+    l1: float = 1e-5  # alpha
+    temperature: float = 2.5e-11  # T: the noise of a step has the deviation sqrt(2 * eta * T)
+    distribution: str = "erk"
+
+    remembers: ClassVar[bool] = True
+    drifts: ClassVar[bool] = True
+
+    def __post_init__(self):
+        require(self, sparsity=("sparsity",))
+        require_at_least(self, 0, "l1", "temperature")
+        distribution.named(self.distribution)
+
+    def initial_counts(self, shapes):
+        return distribution.named(self.distribution)(shapes, 1 - self.sparsity)
+
+    def is_update(self, step):
+        return step > 0
+
+    def drift(self, step, layers, masks, rng, lr, memory):
+        import torch
+
+        changes = {}
+        for name, layer in layers.items():
+            w, eta = layer.weight.detach(), lr[name]
+            s = memory[name] if name in memory else _sign(w)
+            nu = torch.special.ndtri(topology.random_scores(w, rng) + 2**-25)
+            change = sqrt(2 * eta * self.temperature) * nu - eta * self.l1 * s
+            dormant = (w + change) * s < 0  # theta < 0: the sign is forgotten, the weight zero
+            changes[name] = torch.where(dormant, -w, change)
+            memory[name] = s.masked_fill(dormant, 0)
+        return changes
+
+    def update(self, step, layers, masks, rng, memory):
+        import torch
+
+        after = {}
+        for name, layer in layers.items():
+            s = memory[name] if name in memory else _sign(layer.weight)
+            alive = masks[name] & (s != 0)
+            n = topology.count(masks[name]) - topology.count(alive)
+            after[name] = topology.grow_random(alive, n, rng) if n else masks[name]
+            if n:
+                coin = (topology.random_scores(layer.weight, rng) < 0.5).to(s.dtype) * 2 - 1
+                memory[name] = torch.where(alive, s, coin) * after[name]
+        return after
+
+    def sparsity_at(self, step):
+        return self.sparsity
+
+
+def _sign(w):
+    """The signs of `w` as -1, 0 and 1, one byte each."""
+    import torch
+
+    return w.detach().sign().to(torch.int8)

@@ -1,0 +1,91 @@
+"""MEST: sparse training within a memory bound, by a mutation that falls.
+
+Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge", NeurIPS 2021.
+https://arxiv.org/abs/2110.14032
+"""
+
+from dataclasses import dataclass
+
+from granet import criterion, distribution, topology
+from granet.methods.base import Method, Steps, require, require_at_least, require_order
+from granet.schedule import Every
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEST(Method):
+    """Every `interval` steps each layer trades its least important weights, by `|w| + lambda * |g|`, for random ones.
+
+    The share traded is `drop_fraction`, half of it from `halve` on, and nothing from `end` on (elastic mutation, EM).
+    With `soft_bound=True` (EM&S) new weights come on top: a layer trains with that share of weights more than the
+    target, and what is least important among all of them goes at the next update.
+    """
+
+    sparsity: float
+    halve: Steps
+    end: Steps
+    interval: Steps = 1_000
+    drop_fraction: float = 0.2
+    gradient_weight: float = 0.01  # lambda
+    soft_bound: bool = False
+    distribution: str = "uniform"
+
+    def __post_init__(self):
+        require(self, sparsity=("sparsity",), share=("drop_fraction",), steps=("halve", "end", "interval"))
+        require_order(self, "halve", "end")
+        require_at_least(self, 0, "gradient_weight")
+        distribution.named(self.distribution)
+        if self.soft_bound and (1 - self.sparsity) * (1 + self.drop_fraction) > 1:
+            raise ValueError(
+                f"MEST: with soft_bound, drop_fraction={self.drop_fraction} on top of sparsity={self.sparsity} is more "
+                "than all weights"
+            )
+
+    @property
+    def needs_grad(self):
+        return self.gradient_weight > 0
+
+    def initial_counts(self, shapes):
+        return self._counts(shapes, 0)
+
+    def final_counts(self, shapes):
+        return self._counts(shapes, self.end)
+
+    def _counts(self, shapes, step):
+        return distribution.named(self.distribution)(shapes, 1 - self.sparsity_at(step))
+
+    def is_update(self, step):
+        return Every(self.interval, end=self.end, land=self.soft_bound)(step) and (step < self.end or self.soft_bound)
+
+    def update(self, step, layers, masks, rng):
+        known = {name: self._known(layer, masks[name]) for name, layer in layers.items()}
+        if not self.soft_bound:
+            p = self.regeneration_at(step)
+            return {
+                name: topology.rewire(masks[name], layer, p, rng, lose=self._importance)
+                for name, layer in known.items()
+            }
+        shapes = topology.shapes_of(layers)
+        more = self._counts(shapes, step)
+        target = {name: min(n, more[name]) for name, n in self.final_counts(shapes).items()}
+        kept = topology.prune_each(masks, target, known, self._importance)
+        return {name: topology.grow_random(mask, more[name] - topology.count(mask), rng) for name, mask in kept.items()}
+
+    def _known(self, layer, mask):
+        """The layer with the gradient of its active weights alone: no other is looked at."""
+        if not self.needs_grad:
+            return layer
+        return criterion.Layer(layer.weight, criterion.gradient(layer).where(mask, 0))
+
+    def _importance(self, layer):
+        size = criterion.magnitude(layer)
+        return size + self.gradient_weight * criterion.gradient(layer) if self.needs_grad else size
+
+    def sparsity_at(self, step):
+        return (
+            1 - min(1.0, (1 - self.sparsity) * (1 + self.regeneration_at(step))) if self.soft_bound else self.sparsity
+        )
+
+    def regeneration_at(self, step):
+        if step >= self.end:
+            return 0.0
+        return self.drop_fraction / (2 if step >= self.halve else 1)

@@ -1,0 +1,53 @@
+"""RigL-ITOP: RigL that explores more, with rare large updates to the end of training.
+
+Liu et al., "Do We Actually Need Dense Over-Parameterization? In-Time Over-Parameterization in Sparse Training", ICML
+2021. https://arxiv.org/abs/2102.02887
+"""
+
+from dataclasses import dataclass
+
+from granet import distribution
+from granet.methods.base import Grows, Method, Steps, require, require_growth
+from granet.schedule import Cosine, Every
+
+
+@dataclass(frozen=True, kw_only=True)
+class RigLITOP(Grows, Method):
+    """Every `interval` steps to the end, each layer trades its smallest weights for its steepest gradients.
+
+    New weights have time to grow before they are judged, and many have been active in the end: `Sparsifier.exploration`
+    is the paper's R_s. No optimizer step is left out. `growth="random"` is SET-ITOP.
+    """
+
+    sparsity: float
+    total: Steps
+    interval: Steps = 4_000  # Delta-T
+    drop_fraction: float = 0.5
+    distribution: str = "erk"
+    growth: str = "gradient"
+    accumulate: Steps = 1
+
+    def __post_init__(self):
+        require(self, sparsity=("sparsity",), share=("drop_fraction",), steps=("total", "interval"))
+        distribution.named(self.distribution)
+        require_growth(self)
+
+    def initial_counts(self, shapes):
+        return distribution.named(self.distribution)(shapes, 1 - self.sparsity)
+
+    def is_update(self, step):
+        return Every(self.interval, end=self.total - 1)(step)
+
+    @property
+    def last_growth(self):
+        return Every(self.interval, end=self.total - 1).last
+
+    def update(self, step, layers, masks, rng):
+        p = self.regeneration_at(step)
+        return {name: self.exchanged(masks[name], layer, p, rng) for name, layer in layers.items()}
+
+    def sparsity_at(self, step):
+        return self.sparsity
+
+    def regeneration_at(self, step):
+        return Cosine(self.drop_fraction, self.total, final=min(0.005, self.drop_fraction))(step)

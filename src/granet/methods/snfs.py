@@ -1,0 +1,71 @@
+"""SNFS, sparse networks from scratch: sparse momentum says where weights are missing, between layers and within.
+
+Dettmers & Zettlemoyer, "Sparse Networks from Scratch: Faster Training without Losing Performance", 2019.
+https://arxiv.org/abs/1907.04840
+"""
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import ClassVar
+
+from granet import criterion, distribution, topology
+from granet.methods.base import MOMENTUM, Method, Steps, require
+from granet.schedule import Cosine, Every
+
+
+@dataclass(frozen=True, kw_only=True)
+class SNFS(Method):
+    """Every `interval` steps (the paper: every epoch) layers drop small weights, which go where the momentum is large.
+
+    The momentum, an exponential mean of dense gradients, is gathered at every step, which costs a dense gradient each.
+    """
+
+    sparsity: float
+    total: Steps
+    interval: Steps = 1_000
+    drop_fraction: float = 0.5  # p, at first
+    distribution: str = "uniform"
+
+    needs_dense_grad: ClassVar[bool] = True
+
+    def __post_init__(self):
+        require(self, sparsity=("sparsity",), share=("drop_fraction",), steps=("total", "interval"))
+        distribution.named(self.distribution)
+
+    def initial_counts(self, shapes):
+        return distribution.named(self.distribution)(shapes, 1 - self.sparsity)
+
+    def final_counts(self, shapes):
+        return sum(self.initial_counts(shapes).values())
+
+    def gradient_mix(self, step):
+        return MOMENTUM if step <= Every(self.interval, end=self.total - 1).last else None
+
+    def is_update(self, step):
+        return Every(self.interval, end=self.total - 1)(step)
+
+    def update(self, step, layers, masks, rng):
+        p = self.regeneration_at(step)
+        kept, momentum, removed = {}, {}, 0
+        for name, layer in layers.items():
+            active = topology.count(masks[name])
+            m = criterion.gradient(layer)  # |M|
+            momentum[name] = float(m.where(masks[name], 0).double().sum()) / active
+            if not isfinite(momentum[name]):
+                raise criterion.NonFiniteScores(f"the momentum of {name!r} is not finite")
+            n = min(int(p * active), active - 1)
+            kept[name] = topology.drop(masks[name], criterion.magnitude(layer), n)
+            removed += n
+
+        # all that was removed is shared out in proportion to the mean momentum of what was active
+        room = {name: mask.numel() - topology.count(mask) for name, mask in kept.items()}
+        grown = distribution.share(removed, momentum, room)
+        return {
+            name: topology.grow(kept[name], criterion.gradient(layer), grown[name]) for name, layer in layers.items()
+        }
+
+    def sparsity_at(self, step):
+        return self.sparsity
+
+    def regeneration_at(self, step):
+        return Cosine(self.drop_fraction, self.total)(step)
