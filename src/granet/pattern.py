@@ -8,7 +8,8 @@
 Outputs are a weight's first dimension, inputs its second; each position of a convolution's kernel stands for itself.
 
 Blocks and channels are units. A method sees a layer with one entry for each of them, the mean of the absolute weights
-and gradients in it, and the masks that it gives back are spread over the weights: sparsities and budgets are of units.
+and gradients in it with the sign of their sum, and the masks that it gives back are spread over the weights: sparsities
+and budgets are of units.
 N:M keeps single weights and changes the order in which `granet.topology` chooses among them: those that leave their
 group legal come first, by score, then the others.
 """
@@ -259,7 +260,13 @@ class Pooled(Pattern):
         return replace(layer, weight=self._mean(layer.weight), grad=grad)
 
     def _mean(self, values: Tensor) -> Tensor:
-        """The mean of the absolute values of each unit, in float32 at least."""
+        """The mean of the absolute values of each unit, with the sign of their sum, in float32 at least."""
+        members, dims = self._members(values.detach())
+        members = members if members.element_size() == 8 else members.float()
+        return members.abs().mean(dims).copysign(members.sum(dims))
+
+    def _members(self, values: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """A view of the values and its dimensions along which the members of a unit lie."""
         raise NotImplementedError
 
 
@@ -290,9 +297,8 @@ class Block(Pooled):
     def expanded(self, mask, shape):
         return mask.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
 
-    def _mean(self, values):
-        blocks = _absolute(values).unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
-        return blocks.mean((1, 3))
+    def _members(self, values):
+        return values.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows)), (1, 3)
 
 
 @dataclass(frozen=True)
@@ -314,8 +320,8 @@ class Channel(Pooled):
     def expanded(self, mask, shape):
         return mask.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
 
-    def _mean(self, values):
-        return _absolute(values).flatten(1).mean(1)
+    def _members(self, values):
+        return values.flatten(1), (1,)
 
 
 def parse(text: str | Pattern | None) -> Pattern:
@@ -347,11 +353,6 @@ def parse(text: str | Pattern | None) -> Pattern:
 
 
 _PLAIN: dict[str, Pattern] = {"unstructured": Pattern(), "channel": Channel()}
-
-
-def _absolute(values: Tensor) -> Tensor:
-    values = values.detach()
-    return (values if values.element_size() == 8 else values.float()).abs()
 
 
 def _unable(method: Method, pattern: Pattern) -> ValueError:
