@@ -68,6 +68,16 @@ def on_paths(model, masks):
     return sum(int((values > 0).sum()) for values in flow.values())
 
 
+def verdict(rows):
+    """Two sentences on which methods cut the network at which sparsity, from the rows of the table below its head."""
+    cut = {}
+    for title, sparsity, *_, path, _, _ in rows:
+        cut.setdefault(title, []).extend([sparsity] if path == "none" else [])
+    collapsed = "; ".join(f"{title} at {', '.join(at)}" for title, at in cut.items() if at) or "nothing"
+    connected = "; ".join(title for title, at in cut.items() if not at) or "nothing"
+    return f"Cut in two, without a path from input to output: {collapsed}. Connected at every sparsity: {connected}."
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50, help="of SynFlow; the paper's number is 100")
@@ -137,6 +147,8 @@ def main():
             "their weights, or at most one; `path`: whether any path of active weights leads from the input to the",
             "output; `on a path`: the share of the active weights that lie on one; `effective`: compression, if only",
             "those are counted. granet leaves every layer at least one weight: a layer that collapsed has one here.",
+            "",
+            verdict(rows[1:]),
             "",
             "```",
             columns(rows, right=range(1, 9)),
