@@ -65,6 +65,11 @@ PATTERNED = {
         "granet dense-to-sparse": ("1:4",),
         "rigl": ("2:4", "4x1", "channel"),
         "set": ("2:4", "4x1", "channel"),
+        "snfs": ("2:4",),
+        "deep-r": ("2:4",),
+        "dsr": ("channel",),
+        "mest soft": ("1:4",),
+        "ac-dc": ("2:4",),
         "snip iterative": ("2:4",),
         "synflow": ("2:4",),
     }.items()

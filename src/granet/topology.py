@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from granet import distributed, native
+from granet import distributed, distribution, native
 from granet.criterion import Criterion, Layer, NonFiniteScores, given
 
 Masks = Mapping[str, Tensor]
@@ -314,6 +314,11 @@ def shapes_of(layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
     """The shape of every layer's weight."""
     pattern = _PATTERN.get()
     return {name: tuple(x.shape) if pattern is None else pattern.shape(x.shape) for name, x in layers.items()}
+
+
+def room_in(masks: Masks, layers: Mapping[str, Layer]) -> dict[str, int]:
+    """How many more weights may become active in every layer: as many as are inactive, fewer where a pattern limits."""
+    return {n: max(0, distribution.capacity(shape) - count(masks[n])) for n, shape in shapes_of(layers).items()}
 
 
 def total_of(layers: Mapping[str, Layer]) -> int:

@@ -61,8 +61,7 @@ class DSR(Method):
         factor = 2.0 if k < (1 - self.tolerance) * wanted else 0.5 if k > (1 + self.tolerance) * wanted else 1.0
         memory["threshold"] = torch.tensor(h * factor, dtype=torch.float64)
 
-        room = {name: mask.numel() - survivors[name] for name, mask in kept.items()}
-        grown = distribution.share(k, survivors, room)
+        grown = distribution.share(k, survivors, topology.room_in(kept, layers))
         return {name: topology.grow_random(mask, grown[name], rng) for name, mask in kept.items()}
 
     def sparsity_at(self, step):

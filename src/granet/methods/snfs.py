@@ -58,8 +58,7 @@ class SNFS(Method):
             removed += n
 
         # all that was removed is shared out in proportion to the mean momentum of what was active
-        room = {name: mask.numel() - topology.count(mask) for name, mask in kept.items()}
-        grown = distribution.share(removed, momentum, room)
+        grown = distribution.share(removed, momentum, topology.room_in(kept, layers))
         return {
             name: topology.grow(kept[name], criterion.gradient(layer), grown[name]) for name, layer in layers.items()
         }
