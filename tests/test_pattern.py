@@ -438,6 +438,15 @@ def test_methods_that_look_at_single_weights_before_training_are_refused_for_blo
         Sparsifier(network(), granet.METHODS["snip"](sparsity=0.9), pattern="4x1")
 
 
+def test_masks_that_are_found_have_to_obey():
+    fixed = granet.METHODS["fixed"]()
+    with pytest.raises(ValueError, match=r"'0.weight' does not obey pattern 2:4, and Fixed leaves it as it is"):
+        Sparsifier(network(), fixed, pattern="2:4")
+    model = network()
+    masks = Sparsifier(model, granet.Static(sparsity=0.8), pattern="2:4").masks
+    assert all(torch.equal(m, masks[name]) for name, m in Sparsifier(model, fixed, pattern="2:4").masks.items())
+
+
 def test_snip_obeys_n_of_m():
     model = network()
     probe = granet.Probe(model, [(torch.randn(8, 4, 6, 6), torch.randint(0, 8, (8,)))])

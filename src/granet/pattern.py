@@ -96,8 +96,16 @@ class Patterned:
     def init(self, layers: Mapping[str, Layer], rng: torch.Generator, *probe) -> dict[str, Tensor]:
         """The masks of weights to start from."""
         with topology.obeying(self.pattern.order):
-            masks = self.method.init(self._pooled(layers), rng, *probe)
-        return {name: self.pattern.expanded(masks[name], layer.shape) for name, layer in layers.items()}
+            units = self.method.init(self._pooled(layers), rng, *probe)
+        masks = {name: self.pattern.expanded(units[name], layer.shape) for name, layer in layers.items()}
+        found = self.method.sparsity_at(0) is None  # the method takes the masks as it finds them
+        wrong = [name for name, mask in masks.items() if found and not self.pattern.obeyed(mask)]
+        if wrong:
+            raise ValueError(
+                f"{wrong[0]!r} does not obey pattern {self.pattern}, "
+                f"and {type(self.method).__name__} leaves it as it is"
+            )
+        return masks
 
     def update(
         self, step: int, layers: Mapping[str, Layer], masks: Mapping[str, Tensor], rng: torch.Generator, *memory
@@ -151,6 +159,8 @@ class NM(Pattern):
     def refuse(self, method, shapes):
         if method.reparameterizes:
             raise _unable(method, self)
+        if method.sparsity_at(0) is None:
+            return
         final = method.final_counts(shapes)
         most = {name: distribution.capacity(shape) for name, shape in shapes.items()}
         if not isinstance(final, dict):

@@ -171,6 +171,24 @@ def test_plan(say):
     assert "conv" in lines["features.3.weight"]
 
 
+def test_plan_with_a_pattern(say):
+    code, out, _ = say("plan", "digits", "--model.pattern", "4x1")
+    assert code == 0
+    assert "pattern 4x1" in out
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    assert "blocks" in lines["parameter"]
+    assert "<shapes that 4x1 does not fit>" in lines["head.2.weight"]
+
+
+def test_a_pattern_is_for_the_sparse_network_not_for_its_twin(say, tmp_path):
+    tiny = ["--train.epochs", "1", "--train.threads", "1", "--method.interval", "5it", "--model.pattern", "2:4"]
+    code, out, _ = say("train", "digits", *tiny, "--twin")
+    assert code == 0
+    assert "90.00 %, 2:4" in out
+    patterns = {Run.open(run).recipe.method.name: Run.open(run).recipe.model.pattern for run in tmp_path.glob("runs/*")}
+    assert patterns == {"granet": "2:4", "dense": "unstructured"}
+
+
 def test_plan_needs_no_data(say, monkeypatch, tmp_path):
     monkeypatch.setenv("GRANET_DATA", str(tmp_path))
     code, out, _ = say("plan", "cifar100-resnet20")
@@ -189,6 +207,8 @@ def test_plan_needs_no_data(say, monkeypatch, tmp_path):
         (["train", "--method.sparsty", "0.9"], "--method.sparsity"),
         (["train", "--train.epochs", "many"], "many"),
         (["train", "--train.lr", "-1"], "greater than 0"),
+        (["train", "--model.pattern", "2;4"], "did you mean '2:4'"),
+        (["train", "--model.pattern", "2:4", "--method.sparsity", "0.4", "--method.initial-sparsity", "0.1"], "0.5 or"),
         (["train", "--method.interval", "5 epochs"], "no number of steps"),
         (["train", "--train.optimizer", "adamw"], "nesterov belongs to sgd"),
         (["train", "--method.sparsity", "1.5"], "sparsity=1.5 is outside [0, 1)"),
