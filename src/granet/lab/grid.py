@@ -226,7 +226,7 @@ def cells(sweep: Sweep) -> list[Cell]:
     used: set[str] = set()
     for task, entry in itertools.product(sweep.recipe, sweep.methods):
         try:
-            base = recipes.load(task, method=entry.name)
+            base = _base(entry, task)
         except RecipeError as error:
             problems.append(f"{task}, {entry.title}: {error}")
             continue
@@ -270,7 +270,13 @@ def place(task: str, label: str, settings: Mapping[str, Any]) -> str:
 
 
 def _fields(entry: Entry, task: str) -> list[str]:
-    return list(type(recipes.load(task, method=entry.name).method).model_fields)
+    return list(type(_base(entry, task).method).model_fields)
+
+
+def _base(entry: Entry, task: str) -> Recipe:
+    """Returns the recipe with the entry's method, its first settings among it: some methods need those to be whole."""
+    own = {name: value[0] if isinstance(value, list) else value for name, value in entry.method.items()}
+    return recipes.load(task, method=entry.name, settings=own)
 
 
 def _laid_over(base: Recipe, settings: Mapping[str, Any]) -> Recipe:

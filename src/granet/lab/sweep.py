@@ -13,7 +13,7 @@ from granet.lab import grid, pool
 from granet.lab.grid import Cell, SweepError
 from granet.recipe import validate
 from granet.run import Run, execute
-from granet.selection import plan
+from granet.selection import plan, unfit
 
 
 def run_cell(recipe: str, runs: str) -> dict[str, Any] | None:
@@ -84,7 +84,9 @@ def check(cells: list[Cell]) -> None:
             steps = data.steps_per_epoch(sizes[where], recipe.train.batch_size, drop_last=True)
             if not steps:
                 raise ValueError(f"batch_size {recipe.train.batch_size} is larger than the training set")
-            plan(networks[what], recipe.resolve(steps), skip=recipe.model.keep_dense)
+            network, pattern = networks[what], recipe.model.pattern
+            skip = (*recipe.model.keep_dense, *unfit(network, pattern))
+            plan(network, recipe.resolve(steps), skip=skip, pattern=pattern)
         except ValueError as error:
             settings = {key: cell.at(key) for key in ("method.sparsity", "train.epochs", "train.batch_size")}
             problems.append(f"{grid.place(cell.task, cell.label, settings)}: {error}")

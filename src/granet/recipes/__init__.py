@@ -38,10 +38,11 @@ class RecipeFile:
     sections: Mapping[str, Any]
     methods: Mapping[str, Mapping[str, Any]]
 
-    def recipe(self, variant: str | None = None) -> Recipe:
+    def recipe(self, variant: str | None = None, settings: Mapping[str, Any] | None = None) -> Recipe:
         """Returns the recipe, with the method that the file chooses or with ``variant``, which need not be in the file.
 
-        A method without settings in the file takes its own defaults, and the sparsity of the file's choice.
+        A method without settings in the file takes its own defaults, and the sparsity of the file's choice; over all
+        of these are laid ``settings``.
         """
         chosen = variant or self.sections.get("method")
         if isinstance(chosen, str):
@@ -58,7 +59,7 @@ class RecipeFile:
             chosen = method.get("name") if isinstance(method, Mapping) else None
         values = {"name": f"{self.name}-{chosen}"} | dict(self.sections)
         if method is not None:
-            values["method"] = method
+            values["method"] = {**method, **(settings or {})} if isinstance(method, Mapping) else method
         return validate(values, source=self.name)
 
 
@@ -115,12 +116,13 @@ def catalog() -> list[RecipeFile]:
     return [read(path) for name, path in _shipped().items() if not name.startswith("_")]
 
 
-def load(name: str, *, method: str | None = None) -> Recipe:
+def load(name: str, *, method: str | None = None, settings: Mapping[str, Any] | None = None) -> Recipe:
     """Returns a recipe by its name, such as ``digits`` or ``cifar10-vgg19-rigl``, or from a YAML file.
 
     Args:
         name: a shipped recipe, or a path that ends in ``.yaml`` or ``.yml``.
         method: train with this method instead of the one that the recipe chooses.
+        settings: hyper-parameters of the method that are not as the recipe has them.
 
     Raises:
         RecipeError: no such recipe, or it is not valid.
@@ -129,15 +131,15 @@ def load(name: str, *, method: str | None = None) -> Recipe:
     ('granet', 'rigl', 'digits-set')
     """
     if name.endswith((".yaml", ".yml")):
-        return read(Path(name)).recipe(method)
+        return read(Path(name)).recipe(method, settings)
     paths = {stem: path for stem, path in _shipped().items() if not stem.startswith("_")}
     for stem in sorted(paths, key=len, reverse=True):
         if name == stem:
-            return read(paths[stem]).recipe(method)
+            return read(paths[stem]).recipe(method, settings)
         if name.startswith(f"{stem}-"):
             file, variant = read(paths[stem]), name.removeprefix(f"{stem}-")
             if variant in file.methods:
-                return file.recipe(method or variant)
+                return file.recipe(method or variant, settings)
     raise RecipeError(f"there is no recipe {name!r}; {_near_recipe(name)}")
 
 
