@@ -3,7 +3,6 @@
 import csv
 import io
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,15 +82,16 @@ def rows(sweep: Sweep, done: Iterable[Done]) -> list[Row]:
     for one in done:
         settings = tuple((key, one.cell.at(key)) for key in sweep.varied)
         groups.setdefault((one.cell.task, one.cell.label, repr(settings)), []).append(one)
-    common = {
-        place: Counter(one.summary["steps"] for one in done if one.summary and _common(sweep, one) == place)
-        for place in {_common(sweep, one) for one in done}
-    }
+    common: dict[tuple, int] = {}  # the fewest steps of those runs that no setting of their own sets apart
+    for one in sorted(
+        (one for one in done if one.summary), key=lambda one: (one.cell.apart != (), one.summary["steps"])
+    ):
+        common.setdefault(_common(sweep, one), one.summary["steps"])
     table = []
     for (task, label, _), group in groups.items():
         finished = tuple(sorted((one for one in group if one.summary), key=lambda one: one.cell.recipe.seed))
         if finished:
-            steps = common[_common(sweep, finished[0])].most_common(1)[0][0]
+            steps = common[_common(sweep, finished[0])]
             settings = tuple((key, finished[0].cell.at(key)) for key in sweep.varied)
             differs = tuple(_differs(finished, len(group), steps))
             table.append(Row(task, label, settings, finished, len(group), steps, differs))
