@@ -454,6 +454,19 @@ def test_snip_obeys_n_of_m():
     assert all(set(group_counts(mask, 4)) == {2} for mask in sparsifier.masks.values())
 
 
+def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    )
+    try:
+        model = torch.distributed.fsdp.fully_shard(nn.Sequential(nn.Linear(8, 8)))
+        with pytest.raises(ValueError, match=r"'0.weight' is sharded: only pattern 'unstructured'"):
+            Sparsifier(model, granet.Static(sparsity=0.5), pattern="2:4")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_masks_to_start_from_have_to_obey():
     masks = Sparsifier(network(), granet.Static(sparsity=0.9)).masks
     with pytest.raises(ValueError, match=r"masks: '0.weight' does not obey pattern 4x1"):
