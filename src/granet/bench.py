@@ -15,7 +15,7 @@ from granet.distribution import named
 from granet.engine.inference import InferenceReport, compile
 from granet.engine.planner import interleaved
 from granet.engine.training import TrainingReport, accelerate
-from granet.methods import Static
+from granet.methods import Fixed
 from granet.models import build
 from granet.run import Run, load_weights
 from granet.sparsifier import Sparsifier
@@ -57,6 +57,7 @@ def network(source: str, *, sparsity: float, distribution: str = "erk", size: in
         run = Run.open(Path(source))
         trainer = Trainer(run.recipe)
         load_weights(run, trainer, "last")
+        trainer.sparsifier.fold()
         return trainer.model.cpu().float(), tuple(trainer.dataset.shape)
     model = build(source, classes=10, in_channels=3)
     sparse = {n: p for n, p in model.named_parameters() if p.dim() > 1}
@@ -78,17 +79,11 @@ def bench_inference(model: nn.Module, example_inputs: Tensor) -> InferenceReport
 def bench_training(model: nn.Module, example_inputs: Tensor, *, repeats: int = 5) -> StepReport:
     """A training step of the model with its present zeros as a fixed topology, dense and accelerated."""
 
-    class Present(Static):
-        """The topology a model has: its weights that are not zero."""
-
-        def init(self, layers, rng):
-            return {name: layer.weight != 0 for name, layer in layers.items()}
-
     plans = []
 
     def step_of(fast: bool) -> Callable[[], None]:
         twin = copy.deepcopy(model).train()
-        sparsifier = Sparsifier(twin, Present(sparsity=0.5))
+        sparsifier = Sparsifier(twin, Fixed())
         optimizer = torch.optim.SGD(twin.parameters(), lr=1e-3, momentum=0.9)
         sparsifier.attach(optimizer)
         if fast:

@@ -81,10 +81,18 @@ class Flops:
         """Return the FLOPs f_S of a forward pass; without `active` those of the dense network, f_D."""
         return float(sum(layer.flops for layer in self.per_layer(active)))
 
-    def training_step(self, active: Active | None = None, *, dense_gradient: bool = False) -> float:
-        """Return the FLOPs of a training step: 3 f_S, or 2 f_S + f_D if it needs the gradient of inactive weights."""
+    def training_step(
+        self, active: Active | None = None, *, trained: Active | None = None, dense_gradient: bool = False
+    ) -> float:
+        """Return the FLOPs of a training step: 3 f_S, or 2 f_S + f_D if it needs the gradient of inactive weights.
+
+        Args:
+            active: Masks or active counts; parameters that are not in it are dense.
+            trained: The weights whose gradient is needed, where they are not those that are active (Top-KAST).
+            dense_gradient: Whether the gradient of every weight is needed.
+        """
         f_s = self.inference(active)
-        return 2 * f_s + self.inference() if dense_gradient else 3 * f_s
+        return 2 * f_s + (self.inference() if dense_gradient else self.inference(trained) if trained else f_s)
 
 
 def count(model: nn.Module, example_inputs: Tensor | tuple | Mapping[str, Any]) -> Flops:

@@ -1,6 +1,7 @@
 """The optimizer and the learning rate that a recipe asks for."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -26,11 +27,17 @@ def learning_rate(settings: Train, step: int, steps: int) -> float:
     return settings.lr
 
 
-def build(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
-    """Returns the optimizer of the settings; with ``decay: weights`` vectors (biases, norms) are not decayed."""
-    parameters = list(model.parameters())
-    spared = [p for p in parameters if settings.decay == "weights" and p.ndim < 2]
-    decayed = [p for p in parameters if not any(p is other for other in spared)]
+def build(model: nn.Module, settings: Train, *, spared: Iterable[str] = ()) -> torch.optim.Optimizer:
+    """Returns the optimizer of the settings; with ``decay: weights`` vectors (biases, norms) are not decayed.
+
+    Args:
+        model: its parameters are optimized.
+        settings: the section ``train`` of a recipe.
+        spared: names of more parameters that are not decayed.
+    """
+    free = {name for name, p in model.named_parameters() if settings.decay == "weights" and p.ndim < 2} | set(spared)
+    decayed = [p for name, p in model.named_parameters() if name not in free]
+    spared = [p for name, p in model.named_parameters() if name in free]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
     if spared:
         groups.append({"params": spared, "weight_decay": 0.0})

@@ -179,7 +179,9 @@ def execute(
 
             def save() -> None:
                 state = trainer.state_dict() | {"metrics": metrics.sync()}
-                checkpoint.save(run.checkpoints, step=trainer.step, model=trainer.model.state_dict(), state=state)
+                checkpoint.save(
+                    run.checkpoints, step=trainer.step, model=trainer.sparsifier.plain_state_dict(), state=state
+                )
                 best = {trainer.best.step} if trainer.best else set()
                 checkpoint.prune(run.checkpoints, keep=2, also=best | set(trainer.settings.keep))
 

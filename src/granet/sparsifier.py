@@ -50,6 +50,7 @@ class Sparsifier:
         model: the model given.
         pattern: what every mask obeys.
         masks: parameter name to bool tensor, True = active. Not to be changed by hand.
+        trained: where gradients count, the masks for most methods; empty where that is the method's own affair (STR).
         step: optimizer steps taken, those that a gradient scaler skipped not counted.
         version: how often the masks have changed.
         last_update: what the latest update did, or None.
@@ -119,8 +120,8 @@ class Sparsifier:
         if self._effective is not None:
             self._memory = self._effective.renew(self.masks, memory)
         # where training moves weights: all else is kept clear of gradients, and of what optimizers remember
-        self._live = self.masks if self._effective is None else self._effective.trained()
-        self._masked = [name for name, mask in self._live.items() if count(mask) < mask.numel()]
+        self.trained = self.masks if self._effective is None else self._effective.trained()
+        self._masked = [name for name, mask in self.trained.items() if count(mask) < mask.numel()]
 
     @property
     def total(self) -> int:
@@ -304,7 +305,7 @@ class Sparsifier:
         for name in self._masked:
             p = self._parameters[name]
             weights = [p.detach()] if self._effective is None else []
-            yield self._live[name], [*weights, *stepping.buffers(self._optimizers, p)]
+            yield self.trained[name], [*weights, *stepping.buffers(self._optimizers, p)]
 
     def _clear_copy(self, module: nn.Module) -> None:
         if self._effective is not None:
@@ -316,7 +317,7 @@ class Sparsifier:
     def mask_gradients(self) -> None:
         """Set the gradients of inactive weights to zero."""
         masking.clear(
-            (self._live[name], [self._parameters[name].grad])
+            (self.trained[name], [self._parameters[name].grad])
             for name in self._masked
             if self._parameters[name].grad is not None
         )
@@ -330,7 +331,7 @@ class Sparsifier:
         """
         if not self._optimizers:
             raise RuntimeError("attach(optimizer) comes first: it says which gradients to clip")
-        masks = {self._parameters[name]: self._live[name] for name in self._masked}
+        masks = {self._parameters[name]: self.trained[name] for name in self._masked}
         return stepping.clip(stepping.parameters_of(self._optimizers), masks, max_norm)
 
     @torch.no_grad()

@@ -102,15 +102,16 @@ class Trainer:
             planned.sparse_units,
         )  # of the pattern: weights, blocks, channels
         probe = self.probe(self.settings.probe) if method.needs_probe else None
+        self.flops = flops.count(self.model, torch.zeros(1, *dataset.shape, device=self.device))
         self.sparsifier = Sparsifier(self.model, method, skip=skip, seed=recipe.seed, probe=probe, pattern=pattern)
-        self.optimizer = optimizer.build(self.model, self.settings)
+        spared = self.sparsifier.masks if method.decays else ()
+        self.optimizer = optimizer.build(self.model, self.settings, spared=spared)
         self.sparsifier.attach(self.optimizer)
         self.ema = None
         if self.settings.ema:
             self.ema = copy.deepcopy(self.model).requires_grad_(False)
             self.sparsifier.follow(self.ema)
 
-        self.flops = flops.count(self.model, torch.zeros(1, *dataset.shape, device=self.device))
         self.training_flops = 0.0
         self.seconds = 0.0
         self.best: Best | None = None
@@ -224,8 +225,8 @@ class Trainer:
     def _cost(self, *, dense_gradient: bool) -> float:
         """Returns the FLOPs of training on one example, with the current topology."""
         if self._costs[0] != self.sparsifier.version:
-            active = self.sparsifier.counts
-            both = (self.flops.training_step(active, dense_gradient=dense) for dense in (False, True))
+            active, trained = self.sparsifier.counts, self.sparsifier.trained
+            both = (self.flops.training_step(active, trained=trained, dense_gradient=dense) for dense in (False, True))
             self._costs = (self.sparsifier.version, *both)
         return self._costs[1 + dense_gradient]
 
@@ -274,6 +275,7 @@ class Trainer:
     def _validate(self, record: Record) -> bool:
         """Returns whether this evaluation is the best so far at target sparsity."""
         began = time.perf_counter()
+        self.sparsifier.refresh()
         score = self.evaluate("validation")
         record(
             self._record(
@@ -311,14 +313,12 @@ class Trainer:
     @torch.no_grad()
     def realised_sparsity(self) -> float:
         """Returns the share of exact zeros among the sparse parameters: regrown weights start from zero."""
-        parameters = dict(self.model.named_parameters())
-        nonzero = torch.stack([parameters[name].count_nonzero() for name in self.sparsifier.masks]).sum().item()
-        return 1 - nonzero / self.sparsifier.total
+        return 1 - sum(layer.nonzero for layer in self.sparsifier.report().layers) / self.sparsifier.total
 
     def summary(self) -> dict[str, Any]:
         """Returns what the run is and cost, without its accuracies."""
         counts = self.sparsifier.counts
-        total, sparse = sum(parameter.numel() for parameter in self.model.parameters()), self.sparsifier.total
+        total, sparse = sum(map(math.prod, self.flops.shapes.values())), self.sparsifier.total
         return {
             "name": self.recipe.name,
             "method": self.recipe.method.name,
@@ -348,6 +348,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Returns all of the state but the model's: numbers, names and tensors, nested."""
         return {
+            # what is trained, where it is not what the network computes with, which a checkpoint has as the model
+            "model": self.model.state_dict() if self.sparsifier.method.reparameterizes else None,
             "optimizer": self.optimizer.state_dict(),
             "sparsifier": self.sparsifier.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -366,7 +368,7 @@ class Trainer:
             ValueError: they belong to another model or method.
         """
         try:
-            self.model.load_state_dict(dict(model))
+            self.model.load_state_dict(dict(state["model"] or model))
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
             restore_layout(state["optimizer"], self.optimizer)

@@ -22,7 +22,7 @@ class TopKAST(Method):
 
     sparsity: float  # 1 - D, of the forward pass
     backward_sparsity: float | None = None  # 1 - (D + M); None: M = D, twice as many weights as in the forward pass
-    interval: Steps = 100
+    interval: Steps = 10
     decay: float = 1e-4  # of the exploration loss, an L2 penalty
     distribution: str = "uniform"
     scope: str = "layerwise"
