@@ -1,5 +1,6 @@
 import pytest
 
+from granet import charts
 from granet.charts import POINTS, of
 from granet.report import RunData
 
@@ -60,3 +61,28 @@ def test_a_long_run_is_thinned_by_averaging():
     assert len(points) <= POINTS // 2
     assert points[0]["loss"] == pytest.approx(sum(1 / epoch for epoch in range(1, 5)) / 4)
     assert points[0]["epoch"] == pytest.approx(2.5)
+
+
+def test_a_sweep_is_drawn_against_sparsity_and_training_flops():
+    points = [
+        {"task": task, "method": method, "curve": method, "accuracy": 0.9, "deviation": 0.01, "runs": 3,
+         "sparsity": sparsity, "training": 2 * (1 - sparsity), "inference": 1 - sparsity, "dense": not sparsity}
+        for task in ("a", "b") for method, sparsity in (("dense", 0.0), ("rigl", 0.9), ("rigl", 0.98))
+    ]  # fmt: skip
+    drawn = list(charts.of_sweep(points, {"dense": "#888888", "rigl": "#ff0000"}, select="best"))
+    assert [title[0] for title, *_ in drawn] == ["a", "a", "b", "b"]
+    assert drawn[0][0] == "a: test accuracy, best weights"
+    sparsity, training = (chart.to_dict() for *_, chart in drawn[:2])
+    shown = (
+        next(iter(sparsity["datasets"].values())) if "datasets" in sparsity else sparsity["layer"][0]["data"]["values"]
+    )
+    assert [(point["low"], point["high"]) for point in shown] == [(0.89, 0.91)] * 2  # dense is a level, not a point
+    assert len(sparsity["layer"]) == len(training["layer"]) + 1
+    low, high = training["layer"][0]["encoding"]["x"]["scale"]["domain"]
+    assert low < 2 * 0.02 < 2 < high
+
+
+def test_methods_have_colours_of_their_own_however_many():
+    assert charts.colours(3) == list(charts.COLOURS[:3])
+    for count in (8, 9, 22, 40):
+        assert len(set(charts.colours(count))) == count

@@ -1,6 +1,6 @@
 """The charts of a report, as Altair charts that leave colours of text and ground to the page."""
 
-import itertools
+import colorsys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -199,12 +199,11 @@ def _heat_map(run: "RunData") -> "altair.Chart":
 
 
 def colours(count: int) -> list[str]:
-    """Return so many colours; beyond those of the reports, hues that Vega's scheme of twenty has."""
-    more = [
-        "#4c78a8", "#9ecae9", "#f58518", "#ffbf79", "#54a24b", "#88d27a", "#b79a20", "#f2cf5b", "#439894", "#83bcb6",
-        "#e45756", "#ff9d98", "#79706e", "#bab0ac", "#d67195", "#fcbfd2", "#b279a2", "#d6a5c9", "#9e765f", "#d8b5a5",
-    ]  # fmt: skip
-    return list(itertools.islice(itertools.cycle(COLOURS if count <= len(COLOURS) else more), count))
+    """Return so many colours: those of the reports, or as many hues as it takes, neighbours light and dark in turn."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    shades = (colorsys.hls_to_rgb(i / count, (0.4, 0.6)[i % 2], 0.65) for i in range(count))
+    return ["#" + "".join(f"{round(255 * part):02x}" for part in shade) for shade in shades]
 
 
 def of_sweep(
@@ -238,8 +237,9 @@ def _against(x: str, points: list[dict[str, Any]], colours: Mapping[str, str]) -
     y = alt.Y("accuracy:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(format="~%", tickCount=5))
     shown = points if x == "training" else [point for point in points if not point["dense"]]
     if x == "training":
-        least = min(point["training"] for point in points)
-        axis, scale = alt.Axis(format="~g", grid=False), alt.Scale(type="log", domain=[0.9 * least, 1.1], clamp=False)
+        ratios = [point["training"] for point in points]
+        axis = alt.Axis(format="~g", grid=False)
+        scale = alt.Scale(type="log", domain=[0.9 * min(ratios), 1.1 * max(ratios)])
         place = alt.X("training:Q", title="training FLOPs / dense", scale=scale, axis=axis)
     else:
         place = alt.X(

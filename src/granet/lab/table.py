@@ -216,8 +216,8 @@ def about(sweep: Sweep) -> str:
     return (
         f"Recipe {', '.join(sweep.recipe)}; mean and standard deviation over the seeds {seeds}. The runs of a recipe "
         "have the same number of steps, the same data in the same order for a seed, and the same rule of selection; "
-        "the column “differs” names what had not. FLOPs are relative to dense training of as many steps. R_s is the "
-        "share of sparse weights that were ever active."
+        "the column “differs” names what was not equal. FLOPs are relative to dense training of as many steps. R_s is "
+        "the share of sparse weights that were ever active."
     )
 
 
