@@ -173,16 +173,55 @@ def test_only_evaluations_at_target_sparsity_count_and_the_test_set_is_left_alon
     assert trainer.sparsifier.active == trainer.target
 
 
-@pytest.mark.parametrize("method", ["dense", "static", "rigl"])
-def test_training_flops_are_counted_by_the_formulas(method):
-    settings = {"dense": {}, "static": {"sparsity": 0.8}, "rigl": {"sparsity": 0.8, "end": 15, "interval": 5}}[method]
+EVERY_FIVE = {"sparsity": 0.8, "interval": 5, "distribution": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "gradients"),  # how many of the 20 steps need the gradient of inactive weights
+    [
+        ("dense", {}, 0),
+        ("static", {"sparsity": 0.8}, 0),
+        ("rigl", {"sparsity": 0.8, "end": 15, "interval": 5}, 2),
+        ("rigl", {**EVERY_FIVE, "end": 15, "accumulate": 3}, 6),
+        ("rigl", {**EVERY_FIVE, "end": 15, "growth": "momentum"}, 10),
+        ("rigl", {**EVERY_FIVE, "end": 15, "growth": "random"}, 0),
+        ("rigl-itop", EVERY_FIVE, 3),
+        ("set", EVERY_FIVE, 0),
+        ("mest", {**EVERY_FIVE, "halve": 5, "end": 15, "gradient_weight": 0.1}, 0),  # that of active weights alone
+        ("deep-r", {"sparsity": 0.8}, 0),
+    ],
+)
+def test_training_flops_are_counted_by_the_formulas(method, settings, gradients):
     trainer = Trainer(recipe(method={"name": method, **settings}))
     sparse, dense = trainer.flops.inference(trainer.sparsifier.counts), trainer.flops.inference()
     fit(trainer)
-    updates = 2 if method == "rigl" else 0
-    expected = 64 * ((20 - updates) * 3 * sparse + updates * (2 * sparse + dense))
+    expected = 64 * ((20 - gradients) * 3 * sparse + gradients * (2 * sparse + dense))
     assert trainer.training_flops == pytest.approx(expected)
     assert trainer.summary()["flops"]["training_dense"] == pytest.approx(64 * 20 * 3 * dense)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "gathered", "different"),
+    [
+        ("ac-dc", {"sparsity": 0.8, "begin": 4, "interval": 3, "end": 14}, 0, 2),
+        ("snfs", EVERY_FIVE, 15, 4),
+        ("mest", {**EVERY_FIVE, "halve": 5, "end": 15, "drop_fraction": 0.5, "soft_bound": True}, 0, 3),
+    ],
+)
+def test_training_flops_follow_what_the_network_holds(method, settings, gathered, different):
+    """AC/DC: dense phases cost 3 f_D. SNFS: 2 f_S + f_D in every step to the last update, whatever layers then hold."""
+    trainer = Trainer(recipe("digits-cnn", {"name": method, **settings}))
+    held = [trainer.flops.inference(trainer.sparsifier.counts)]  # by the network in each step
+
+    def watch():
+        held.append(trainer.flops.inference(trainer.sparsifier.counts))
+        return False
+
+    fit(trainer, stop=watch)
+    dense = trainer.flops.inference()
+    expected = sum(2 * f + dense if step <= gathered else 3 * f for step, f in enumerate(held[:20], 1))
+    assert trainer.training_flops == pytest.approx(64 * expected)
+    assert len({round(f) for f in held[:20]}) == different
 
 
 def test_the_summary_adds_up():

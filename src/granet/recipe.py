@@ -240,7 +240,7 @@ _MEANING = {
     "backward_sparsity": "Share of weights without a gradient; null: twice as many have one as are active.",
     "decay": "L2 penalty of the sparse weights, in place of train.weight_decay.",
     "rounds": "Times that the network is scored and pruned before training.",
-    "temperature": "What the output is divided by before the loss, while the network is scored.",
+    "temperature": "What scores divide the network's output by (grasp); how hard weights are shaken (deep-r).",
 }
 
 

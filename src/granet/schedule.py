@@ -92,7 +92,7 @@ class Sigmoid:
     the bare logistic of k = 6 would begin 5 % late and stop 5 % short.
 
     >>> [round(Sigmoid(0.5, 0.9, begin=0, end=100)(step), 4) for step in (0, 25, 50, 75, 100, 200)]
-    [0.5, 0.5596, 0.7, 0.8404, 0.9, 0.9]
+    [0.5, 0.5597, 0.7, 0.8403, 0.9, 0.9]
     """
 
     initial: float
