@@ -19,6 +19,7 @@ LAYERS = [  # a module may import what stands before it
     "pattern",
     "methods",
     "selection",
+    "importers",
     "records",
     "masking",
     "reparameterize",

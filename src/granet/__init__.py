@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from granet import topology as topology
     from granet.engine.inference import compile as compile
     from granet.engine.training import accelerate as accelerate
+    from granet.importers import import_masks as import_masks
     from granet.methods import ACDC as ACDC
     from granet.methods import DSR as DSR
     from granet.methods import GMP as GMP
@@ -68,6 +69,7 @@ _HOME = {
     "TopKAST": "methods",
     "accelerate": "engine.training",
     "compile": "engine.inference",
+    "import_masks": "importers",
     "plan": "selection",
     "Probe": "probe",
     "Sparsifier": "sparsifier",
