@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from granet import checkpoint
 from granet.lab import grid
 
 HERE = Path(__file__).parent
@@ -34,13 +35,17 @@ print(json.dumps({done.run.path.name: [done.error, done.summary and done.summary
 """
 
 
-def sweep_by(executor, tmp_path, **options):
+def run_program(text, executor, tmp_path, options):
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    program.write_text(text)
     command = [sys.executable, str(program), executor, str(tmp_path / "runs"), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def sweep_by(executor, tmp_path, **options):
+    return run_program(PROGRAM, executor, tmp_path, options)
 
 
 def check(ended, runs):
@@ -63,6 +68,34 @@ def test_a_sweep_by_submitits_local_executor(tmp_path):
     ended = sweep_by("slurm", tmp_path, cluster="local", folder=str(tmp_path / "logs"), timeout_min=10)
     check(ended, tmp_path / "runs")
     assert list((tmp_path / "logs").glob("*_result.pkl"))
+
+
+CALLED_OFF = """
+import json, sys
+from pathlib import Path
+from granet.lab import grid, sweep
+
+values = {
+    "name": "long", "recipe": "digits", "methods": ["static"],
+    "grid": {"model.name": "mlp", "train.epochs": 2000, "train.warmup": 0},
+}
+todo = sweep.planned(grid.cells(grid.parse(values, source=Path("long.toml"))), Path(sys.argv[2]))
+begun = (todo[0].run.path / "checkpoints" / "00000040").exists
+(done,) = sweep.run(todo, executor=sys.argv[1], jobs=1, options=json.loads(sys.argv[3]), stop=begun)
+print(json.dumps([done.summary, done.error, (done.run.path / "error.txt").exists()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "executor", [pytest.param("ray", marks=needs_ray), pytest.param("slurm", marks=needs_submitit)]
+)
+def test_a_run_that_is_called_off_has_not_failed(tmp_path, executor):
+    options = {"slurm": {"cluster": "local", "folder": str(tmp_path / "logs"), "timeout_min": 10}, "ray": {}}[executor]
+    assert run_program(CALLED_OFF, executor, tmp_path, options) == [None, None, False]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert checkpoint.load_latest(run / "checkpoints").step >= 40
+    assert not (run / "summary.json").exists()
 
 
 @needs_submitit
