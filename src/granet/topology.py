@@ -147,10 +147,17 @@ def prune_to(masks: Masks, n: int, layers: Mapping[str, Layer], criterion: Crite
 
 
 def prune_each(masks: Masks, counts: Mapping[str, int], layers: Mapping[str, Layer], criterion: Criterion) -> dict:
-    """Each layer's best active entries, `counts[name]` of them (all, where fewer are active): layer-wise pruning."""
-    return {
-        name: top([layers[name]], criterion, min(counts[name], count(mask)), [mask])[0] for name, mask in masks.items()
-    }
+    """Each layer's best active entries, `counts[name]` of them: layer-wise pruning.
+
+    Where fewer are active all are kept, and the other layers keep so many more: as a total shrinks, the rounded part of
+    a layer can grow by one.
+    """
+    active = {name: count(mask) for name, mask in masks.items()}
+    n = {name: min(counts[name], active[name]) for name in masks}
+    room = {name: active[name] - n[name] for name in masks}
+    short = min(sum(counts[name] - n[name] for name in masks), sum(room.values()))
+    more = distribution.share(short, room, room) if short else dict.fromkeys(n, 0)
+    return {name: top([layers[name]], criterion, n[name] + more[name], [mask])[0] for name, mask in masks.items()}
 
 
 def random_masks(

@@ -5,6 +5,7 @@ import torch
 
 from granet import GMP, GraNet
 from granet.criterion import Layer
+from granet.distribution import budget
 from granet.topology import count
 
 SHAPES = {"conv": (8, 3, 3, 3), "wide": (60, 40), "middle": (40, 40), "head": (10, 60)}
@@ -28,6 +29,19 @@ def test_first_layer_dense_last_layer_at_most_80_percent_and_the_budget_exact():
     # what is left is shared alike
     assert counts["wide"] / 2400 == pytest.approx(counts["middle"] / 1600, abs=2e-3)
     assert counts["wide"] / 2400 < 0.1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_layerwise_pruning_meets_every_budget_though_rounded_parts_may_grow(seed):
+    rng = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(3, 60, (7,), generator=rng).tolist()
+    layers = {str(i): Layer(torch.randn(n, 7, generator=rng)) for i, n in enumerate(sizes)}
+    masks = {name: torch.ones(layer.shape, dtype=torch.bool) for name, layer in layers.items()}
+    total = sum(mask.numel() for mask in masks.values())
+    method = GMP(sparsity=0.95, end=100, interval=1, scope="layerwise", schedule="linear")
+    for step in range(1, 101):
+        masks = method.update(step, layers, masks, rng)
+        assert sum(map(count, masks.values())) == budget(total, 1 - method.sparsity_at(step))
 
 
 def test_the_last_layer_is_pruned_like_the_others_until_its_cap():

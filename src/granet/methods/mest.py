@@ -65,8 +65,8 @@ class MEST(Method):
                 for name, layer in known.items()
             }
         shapes = topology.shapes_of(layers)
-        more = self._counts(shapes, step)
-        target = {name: min(n, more[name]) for name, n in self.final_counts(shapes).items()}
+        final, more = self.final_counts(shapes), self._counts(shapes, step)
+        target = {name: min(final[name], more[name]) for name in shapes}
         kept = topology.prune_each(masks, target, known, self._importance)
         return {name: topology.grow_random(mask, more[name] - topology.count(mask), rng) for name, mask in kept.items()}
 
