@@ -332,6 +332,36 @@ def test_weights_of_a_checkpoint_load_into_the_plain_model(tmp_path):
     assert zeros >= 0.9 * 72_608 - 1
 
 
+@pytest.mark.parametrize("ema", [None, 0.8])
+@pytest.mark.parametrize("method", [{"name": "str", "s_init": -4.0}, {"name": "top-kast", "sparsity": 0.9}])
+def test_a_reparameterized_run_goes_on_to_the_bit_and_leaves_a_plain_network(tmp_path, method, ema):
+    from granet import models
+    from granet.bench import network
+
+    settings = recipe("digits-cnn", method, batch_size=128, epochs=2, log=3, ema=ema, lr=0.02)
+    whole, broken = (Run.of(settings, tmp_path / name) for name in ("whole", "broken"))
+    execute(whole)
+    stops = iter([False] * 6 + [True])
+    assert execute(broken, stop=lambda: next(stops)) is None
+    summary = execute(broken)
+    assert records(broken) == records(whole)
+    ends = [checkpoint.load_latest(run.checkpoints) for run in (whole, broken)]
+    assert equal(ends[0].model, ends[1].model) and equal(ends[0].state, ends[1].state)
+
+    trainer = Trainer(settings)
+    load_weights(broken, trainer, "last")
+    plain = models.build("digits-cnn", classes=10, in_channels=1)
+    plain.load_state_dict(load_file(checkpoint.paths(broken.checkpoints)[0] / "model.safetensors"))
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(plain.eval()(x), trainer.model.eval()(x))
+    zeros = sum(int((p == 0).sum()) for name, p in plain.named_parameters() if name in trainer.sparsifier.masks)
+    assert 0 < zeros == trainer.sparsifier.total - trainer.sparsifier.active
+    assert trainer.evaluate("test").accuracy == summary["last"]["test_accuracy"]
+    benched, _ = network(str(broken.path), sparsity=0.0)
+    assert set(benched.state_dict()) == set(plain.state_dict())
+    assert summary["parameters"]["total"] == sum(p.numel() for p in plain.parameters())
+
+
 def test_signals_are_left_alone(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     execute(Run.of(recipe(), tmp_path), stop=lambda: True)
