@@ -9,7 +9,6 @@ from math import prod
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
 import granet
 from granet import METHODS, Probe, Sparsifier
@@ -142,9 +141,9 @@ class Run:
         options = {"probe": probe, "pattern": pattern, "skip": unfit(self.model, pattern)}
         method = make(variant)
         if method.sparsity_at(0) is None and not method.reparameterizes:  # it takes over the topology it finds
-            prune.global_unstructured(self._weights(), prune.L1Unstructured, amount=0.7)
-            for module, name in self._weights():
-                prune.remove(module, name)
+            for p in self.model.parameters():
+                if p.ndim > 1:
+                    p.data[p.abs() < p.abs().quantile(0.7)] = 0
         self.sparsifier = Sparsifier(self.model, method, seed=seed, **options)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self.sparsifier.attach(self.optimizer)
@@ -165,9 +164,6 @@ class Run:
         torch.save([self.model.state_dict(), self.optimizer.state_dict(), self.sparsifier.state_dict()], file)
         file.seek(0)
         return torch.load(file, weights_only=True)
-
-    def _weights(self):
-        return [(module, "weight") for module in self.model if isinstance(module, nn.Conv2d | nn.Linear)]
 
     def weight(self, name):
         """What the network computes with."""
