@@ -17,7 +17,7 @@ DESCRIPTION = """Train a grid of recipes, methods, settings and seeds, and set t
 The same command again goes on where it stopped: finished runs are not trained again.
 
 examples:
-  granet sweep digits                          a sweep of the package, in about a minute
+  granet sweep digits                          a sweep of the package, in two minutes
   granet sweep mine.toml --jobs 4              a file of your own, four runs at a time
   granet sweep mine.toml --dry-run             what it would train
   granet sweep mine.toml --executor ray        on a Ray cluster, or here; pip install "granet[ray]"
