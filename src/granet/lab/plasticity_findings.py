@@ -1,8 +1,8 @@
 """The findings of the paper on pruning plasticity, each with a criterion that is computed and a verdict.
 
 A finding is put to the vote of curves (or of moments): each votes for it or against it where its difference is larger
-than the noise, and abstains otherwise. The noise is two standard errors: over seeds where there are several, pooled over
-the voters, else that of a difference of two accuracies on the test images.
+than the noise, and abstains otherwise. The noise is two standard errors: over seeds where there are several, pooled
+over the voters, else that of a difference of two accuracies on the test images.
 """
 
 import math
@@ -115,8 +115,8 @@ def _falls(table: Table) -> Finding:
     return _judge(
         table,
         "Plasticity falls at every drop of the learning rate",
-        "mean plasticity of the moments before a drop minus that of the moments after it, without regeneration; one vote "
-        "for each pretrained sparsity, pruning rate and drop.",
+        "mean plasticity of the moments before a drop minus that of the moments after it, without regeneration; one "
+        "vote for each pretrained sparsity, pruning rate and drop.",
         falls,
         "falls",
         note,
@@ -160,8 +160,8 @@ def _mildest_is_free(table: Table) -> Finding:
 
 def _regeneration_helps_most(table: Table, arm: str, claim: str) -> Finding:
     criterion = (
-        f"gain in plasticity of `{arm}` over `none`, at the higher half of the pruning rates minus at the lower half; one "
-        "vote for each pretrained sparsity and moment."
+        f"gain in plasticity of `{arm}` over `none`, at the higher half of the pruning rates minus at the lower half; "
+        "one vote for each pretrained sparsity and moment."
     )
     half = len(table.rates) // 2
     if arm not in table.arms or "none" not in table.arms or not half:
@@ -181,10 +181,8 @@ def _regeneration_helps_most(table: Table, arm: str, claim: str) -> Finding:
 
     above, below = gain(high), gain(low)
     votes = {key: d for key in sorted(above.keys() & below.keys()) if (d := _minus(above[key], below[key]))}
-    gains = "; ".join(
-        f"{rate:g}: {points(table.mean('plasticity', arm=arm, rate=rate) - table.mean('plasticity', arm='none', rate=rate))}"
-        for rate in table.rates
-    )
+    means = {rate: [table.mean("plasticity", arm=one, rate=rate) for one in (arm, "none")] for rate in table.rates}
+    gains = "; ".join(f"{rate:g}: {points(a - b)}" for rate, (a, b) in means.items() if None not in (a, b))
     return _judge(table, claim, criterion, votes, "moments", f" Mean gain by rate: {gains}.")
 
 

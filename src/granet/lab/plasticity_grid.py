@@ -63,7 +63,7 @@ class Plan:
         settings = self.recipe.train.resolved(steps_per_epoch=self.steps_per_epoch, epochs=self.recipe.train.epochs)
         drops = settings["milestones"] if settings["schedule"] == "multistep" else ()
         return table(
-            self.recipe.name,
+            studies.title(self.recipe) if self.run is None else self.run.path.name,
             [result for result in results if result is not None],
             epochs=self.recipe.train.epochs,
             drops=tuple(step / self.steps_per_epoch for step in drops),
@@ -102,10 +102,7 @@ def plan(what: str | Path | Recipe, study: Study | None = None, *, out: Path | N
     per_epoch = data.steps_per_epoch(len(dataset.train), recipe.train.batch_size, drop_last=True)
     if not per_epoch:
         raise StudyError(f"batch_size {recipe.train.batch_size} is larger than the training set")
-    if run is None:
-        steps = studies.moments(study, recipe, per_epoch)
-    else:
-        steps = _moments_of(run, study, per_epoch)
+    steps = _moments_of(run, study, per_epoch) if run else studies.moments(study, recipe, per_epoch)
     place = out or (run.path / "plasticity" if run else Path("plasticity") / name)
     retrain = studies.retraining(study, recipe, per_epoch)
     return Plan(study, recipe, run, place, steps, retrain, per_epoch, len(dataset.test))
@@ -130,8 +127,9 @@ def _moments_of(run: Run, study: Study, steps_per_epoch: int) -> tuple[int, ...]
     missing = [step for step in wanted if step not in there]
     if missing:
         raise StudyError(
-            f"{run.path} has no checkpoint at step {', '.join(map(str, missing))}; it has {', '.join(map(str, there))}. "
-            "Leave out --at to take these, or train with --train.keep, such as --train.keep 10ep 20ep"
+            f"{run.path} has no checkpoint at step {', '.join(map(str, missing))}; it has "
+            f"{', '.join(map(str, there))}. Leave out --at to take these, or "
+            "train with --train.keep, such as --train.keep 10ep 20ep"
         )
     return wanted
 

@@ -1,7 +1,7 @@
 """The study of pruning plasticity: what is pruned, when, by how much, and what is regenerated (GraNet, section 3.1).
 
-One run for each pretrained sparsity and seed leaves checkpoints at the moments of the study; from every checkpoint start
-the cells, one for each pruning rate and arm. Nothing here needs torch.
+One run for each pretrained sparsity and seed leaves checkpoints at the moments of the study; from every checkpoint
+start the cells, one for each pruning rate and arm. Nothing here needs torch.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class StudyError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A grid of one-shot prunings; moments and lengths in epochs (``10``, ``"10ep"``), steps (``"1000it"``) or ``"50%"``.
+    """A grid of one-shot prunings; moments and lengths are epochs (``10``), ``"1000it"``, or ``"50%"`` of the training.
 
     Attributes:
         at: the moments of pruning, after so many epochs.
@@ -191,12 +191,17 @@ def pretraining(study: Study, recipe: Recipe, keep: Iterable[int]) -> list[Recip
     found = []
     for seed in study.seeds:
         for sparsity in study.pretrained_sparsity:
-            values: dict[str, Any] = recipe.model_dump() | {"seed": seed, "name": f"{recipe.name}-{sparsity:g}"}
+            values: dict[str, Any] = recipe.model_dump() | {"seed": seed, "name": f"{title(recipe)}-{sparsity:g}"}
             sparse = {"name": "static", "sparsity": sparsity, "distribution": "uniform"}
             values["method"] = sparse if sparsity else {"name": "dense"}
             values["train"] |= {"keep": tuple(keep)}
             found.append(validate(values, source=recipe.name))
     return found
+
+
+def title(recipe: Recipe) -> str:
+    """Returns the recipe's name without its method's, which has no part in the study."""
+    return recipe.name.removesuffix(f"-{recipe.method.name}")
 
 
 def cells(study: Study, run: Path, steps: Iterable[int], retrain: int) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""The outcome of a study: one row a cell, as CSV, as a table of means, and as the numbers that findings are judged by."""
+"""The outcome of a study: one row a cell, as CSV, as a table of means, and as numbers that findings are judged by."""
 
 import csv
 import io

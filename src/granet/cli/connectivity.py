@@ -1,0 +1,38 @@
+"""`granet connectivity`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+DESCRIPTION = """Overlap of masks between runs and through the checkpoints of a run, units cut off, exploration R_s.
+
+examples:
+  granet connectivity runs/digits-granet-3f9a1c
+  granet connectivity runs/digits-granet-* --out overlap
+  granet train --train.keep 10ep 20ep 30ep             keeps the checkpoints of these moments to look at"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which runs, and where the figure goes."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories."""
+    out: Path = Path("connectivity")
+    """Folder of numbers, figure and page."""
+
+
+def main(args: list[str]) -> int:
+    """Prints the tables, writes numbers and figure; returns the exit code."""
+    arguments = tyro.cli(Arguments, args=args, prog="granet connectivity", description=DESCRIPTION)
+
+    from granet.lab.connectivity import connectivity_of
+
+    found = connectivity_of(arguments.runs)
+    print(found)
+    if found.overlaps:
+        print()
+        for what, path in found.write(arguments.out).items():
+            print(f"{what}: {path}")
+    return 0

@@ -1,0 +1,51 @@
+"""`granet sensitivity`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+DESCRIPTION = """Layer sensitivity: accuracy of a run's network with one layer at a time pruned, nothing retrained.
+
+examples:
+  granet sensitivity runs/digits-dense-9da6c8
+  granet sensitivity runs/digits-dense-9da6c8 --sparsities 0.9 0.99 --batch-norm 8"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which run, pruned how far, measured on what."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+    """Sparsities of the layer that is pruned."""
+    checkpoint: Literal["best", "last"] = "last"
+    """Best by validation at target sparsity, or the last."""
+    batch_norm: int = 0
+    """Training batches on which batch-norm statistics are recomputed after each pruning; 0 keeps those of training."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Images to measure on."""
+    out: Path | None = None
+    """Folder of numbers, figure and page; the folder sensitivity in the run if not given."""
+
+
+def main(args: list[str]) -> int:
+    """Prints the table, writes numbers and figure; returns the exit code."""
+    arguments = tyro.cli(Arguments, args=args, prog="granet sensitivity", description=DESCRIPTION)
+
+    from granet.lab.sensitivity import layer_sensitivity
+
+    found = layer_sensitivity(
+        arguments.run,
+        sparsities=arguments.sparsities,
+        which=arguments.checkpoint,
+        batch_norm=arguments.batch_norm,
+        split=arguments.split,
+    )
+    print(found)
+    print()
+    for what, path in found.write(arguments.out or arguments.run / "sensitivity").items():
+        print(f"{what}: {path}")
+    return 0
