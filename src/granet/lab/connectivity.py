@@ -119,7 +119,10 @@ class Connectivity:
         return (
             alt.layer(bars, ticks, data=alt.Data(values=points))
             .properties(width=300, height=alt.Step(16))
-            .facet(facet=alt.Facet("pair:N", title=None, sort=None), columns=2)
+            .facet(
+                facet=alt.Facet("pair:N", title=None, sort=list(dict.fromkeys(point["pair"] for point in points))),
+                columns=2,
+            )
         )
 
     def write(self, out: str | Path) -> dict[str, Path]:

@@ -64,7 +64,7 @@ def _judge(table: Table, claim: str, criterion: str, votes: Votes, unit: str, no
     elif yes >= MAJORITY * cast:
         verdict = "holds"
     else:
-        verdict = "does not hold" if no >= (1 - MAJORITY) * cast and no * 2 >= cast else "undecided"
+        verdict = "does not hold" if 2 * no >= cast else "undecided"
     figures = (
         f"{yes} of {len(means)} {unit} for, {no} against, {len(means) - cast} within the noise of {noise:.2f} points; "
         f"mean {points(statistics.fmean(means))}, from {points(min(means))} to {points(max(means))}.{note}"
