@@ -48,6 +48,8 @@ struct Kernels {
   void (*add)(const float* a, const float* b, float* out, int64_t n, int32_t activation);
   // out[i] = max(out[i], a[i]).
   void (*maximum)(const float* a, float* out, int64_t n);
+  // to[x] = from[2 * x] for x < count; reads and writes whole vectors, so both need `width` floats to spare.
+  void (*take_even)(const float* from, float* to, int64_t count);
   // to[c * to_stride + r] = from[r * from_stride + c] for a rows x columns block.
   void (*transpose)(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
                     int64_t columns);

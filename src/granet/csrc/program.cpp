@@ -5,9 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <limits>
+#include <memory>
 
 #include "planes.h"
 
@@ -108,25 +110,65 @@ Tensor run_unpack(const Machine& m, const int64_t* s, const Tensor& like) {
   return y;
 }
 
-// step: op, in, out, residual, ptr, id, offset, value, bias, keep, chunks, column blocks, activation, kind, tile
-void run_conv(const Machine& m, const int64_t* s) {
-  const Slot& in = m.slot(s[1]);
-  const Slot& out = m.slot(s[2]);
-  const Slot* residual = s[3] >= 0 ? &m.slot(s[3]) : nullptr;
-  const Rows matrix{m.ints(s[4]), m.ints(s[5]), m.ints(s[6]), m.floats(s[7])};
-  const float* bias = m.floats(s[8]);
-  const int32_t* keep = m.ints(s[9]);
-  const int64_t chunks = s[10], column_blocks = s[11], kind = s[13];
-  const int32_t activation = static_cast<int32_t>(s[12]);
-  const Kernels& k = kernels();
-  const int64_t rows = m.constant(s[5]).numel() / (chunks * column_blocks);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t out_stride = out.layout.stride;
+// Calls body(i) for every i below `count`, once. A thread takes its own share in order, which it finds in its cache from
+// layer to layer, then what others have left: processors of a shared machine are seldom equally fast.
+template <typename Body>
+void for_each(int64_t count, const Body& body) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const std::unique_ptr<Share[]> shares(new Share[threads]);
+  for (int64_t t = 0; t < threads; ++t) {
+    shares[t].next = count * t / threads;
+    shares[t].end = count * (t + 1) / threads;
+  }
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t other = 0; other < threads; ++other) {
+        Share& share = shares[(t + other) % threads];
+        for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) body(i);
+      }
+    }
+  });
+}
 
-  if (kind == kVector) {
-    // One position per plane: the planes are gathered into a plain vector first.
+// step: op, in, out, residual, ptr, id, offset, value, bias, keep, chunks, column blocks, activation, kind, tile
+struct Convolution {
+  const Slot& in;
+  const Slot& out;
+  const Slot* residual;
+  Rows matrix;
+  const float* bias;
+  const int32_t* keep;
+  int64_t chunks, column_blocks, kind, rows, longest;
+  int32_t activation;
+
+  Convolution(const Machine& m, const int64_t* s)
+      : in(m.slot(s[1])),
+        out(m.slot(s[2])),
+        residual(s[3] >= 0 ? &m.slot(s[3]) : nullptr),
+        matrix{m.ints(s[4]), m.ints(s[5]), m.ints(s[6]), m.floats(s[7])},
+        bias(m.floats(s[8])),
+        keep(m.ints(s[9])),
+        chunks(s[10]),
+        column_blocks(s[11]),
+        kind(s[13]),
+        rows(m.constant(s[5]).numel() / (chunks * column_blocks)),
+        longest(std::clamp<int64_t>(s[14] / kernels().width, 1,
+                                    kind == kBlock ? kernels().max_block_vectors : kernels().max_vectors)),
+        activation(static_cast<int32_t>(s[12])) {}
+
+  // One position per plane: the planes are gathered into a plain vector first.
+  void run_vector() const {
     float* const x = scratch(0, in.planes);
     float* const y = scratch(1, 2 * out.planes);
+    const int64_t share = std::max<int64_t>(1, rows / (4 * torch::stable::get_num_threads()));
     for (int64_t b = 0; b < out.blocks; ++b) {
       for (int64_t p = 0; p < in.planes; ++p) x[p] = in.block(b)[p * in.layout.stride + in.layout.front];
       Epilogue e{};
@@ -135,62 +177,87 @@ void run_conv(const Machine& m, const int64_t* s) {
       e.last = true;
       if (residual) {
         float* const r = y + out.planes;
-        for (int64_t p = 0; p < out.planes; ++p) r[p] = residual->block(b)[p * out_stride + out.layout.front];
+        for (int64_t p = 0; p < out.planes; ++p) r[p] = residual->block(b)[p * out.layout.stride + out.layout.front];
         e.residual = r;
         e.residual_stride = 1;
       }
-      parallel_for(0, rows, std::max<int64_t>(1, rows / threads), [&](int64_t begin, int64_t end) {
-        k.spmv(matrix, static_cast<int32_t>(begin), static_cast<int32_t>(end), x, y, e);
+      for_each((rows + share - 1) / share, [&](int64_t i) {
+        const int64_t last = std::min(rows, (i + 1) * share);
+        kernels().spmv(matrix, static_cast<int32_t>(i * share), static_cast<int32_t>(last), x, y, e);
       });
       for (int64_t p = 0; p < out.planes; ++p) {
         out.clear_front(b, p);
-        out.block(b)[p * out_stride + out.layout.front] = y[p];
+        out.block(b)[p * out.layout.stride + out.layout.front] = y[p];
         out.clear_back(b, p, 1);
       }
     }
-    return;
   }
 
-  const int32_t longest =
-      static_cast<int32_t>(std::clamp<int64_t>(s[14] / k.width, 1, kind == kBlock ? k.max_block_vectors : k.max_vectors));
-  // Tiles for every thread, unless that leaves them too short to keep the arithmetic units busy.
-  const bool enough = out.blocks < threads && out.layout.positions() >= threads * 6 * k.width;
-  const std::vector<Tile> cut = tiles(out.layout.positions(), longest, enough ? threads : 1);
-  const int64_t tile_count = static_cast<int64_t>(cut.size());
-  const int64_t written = cut.back().start + int64_t{cut.back().vectors} * k.width;
-  // Threads take tiles; chunks of rows only where there are too few tiles.
-  const bool by_row = out.blocks * tile_count < 2 * threads && (out.blocks * tile_count) % threads != 0;
-  const int64_t parts = by_row ? chunks : 1;
-  // A stretch of tiles (or one row chunk of one tile) is one item.
-  parallel_for(0, out.blocks * tile_count * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t block = item / (tile_count * parts), t = item / parts % tile_count, part = item % parts;
-      const Tile& tile = cut[t];
-      const float* x = in.block(block) + in.layout.front + tile.start;
-      float* y = out.block(block) + out.layout.front + tile.start;
-      Epilogue e{};
-      e.bias = bias;
-      e.residual = residual ? residual->block(block) + residual->layout.front + tile.start : nullptr;
-      e.residual_stride = residual ? residual->layout.stride : 0;
-      e.keep = keep ? keep + tile.start : nullptr;
-      e.activation = activation;
-      for (int64_t chunk = part * chunks / parts; chunk < (part + 1) * chunks / parts; ++chunk) {
-        for (int64_t b = 0; b < column_blocks; ++b) {
-          const int32_t first = static_cast<int32_t>((chunk * column_blocks + b) * rows);
-          const int32_t last = first + static_cast<int32_t>(rows);
-          e.accumulate = b > 0;
-          e.last = b + 1 == column_blocks;
-          (kind == kBlock ? k.spmm_block : k.spmm)(matrix, first, last, x, y, out_stride, tile.vectors, e);
-        }
-        if (t > 0 && t + 1 < tile_count) continue;
-        const int64_t first = chunk * column_blocks * rows;
-        for (int64_t r = first; r < first + rows; ++r) {
-          for (int64_t p = matrix.id[r]; p < matrix.id[r] + (kind == kBlock ? 4 : 1); ++p) {
-            if (t == 0) out.clear_front(block, p);
-            if (t + 1 == tile_count) out.clear_back(block, p, written);
-          }
+  // The tiles of one block of images.
+  std::vector<Tile> cut() const {
+    const int64_t threads = torch::stable::get_num_threads(), width = kernels().width;
+    // Tiles for every thread, unless that leaves them too short to keep the arithmetic units busy.
+    const int64_t vectors = (out.layout.positions() + width - 1) / width;
+    int64_t count = (vectors + longest - 1) / longest;
+    if (out.blocks < threads && vectors >= 6 * threads) count = (count + threads - 1) / threads * threads;
+    return tiles(out.layout.positions(), static_cast<int32_t>(longest), count);
+  }
+
+  // Row chunks first..last of tile t of a block of images.
+  void run_tile(int64_t block, const std::vector<Tile>& cut, int64_t t, int64_t first_chunk, int64_t last_chunk) const {
+    const Kernels& k = kernels();
+    const Tile& tile = cut[t];
+    const int64_t tile_count = cut.size();
+    const float* x = in.block(block) + in.layout.front + tile.start;
+    float* y = out.block(block) + out.layout.front + tile.start;
+    Epilogue e{};
+    e.bias = bias;
+    e.residual = residual ? residual->block(block) + residual->layout.front + tile.start : nullptr;
+    e.residual_stride = residual ? residual->layout.stride : 0;
+    e.keep = keep ? keep + tile.start : nullptr;
+    e.activation = activation;
+    const float* const addend = e.residual;
+    for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+      for (int64_t b = 0; b < column_blocks; ++b) {
+        const int32_t first = static_cast<int32_t>((chunk * column_blocks + b) * rows);
+        e.accumulate = b > 0;
+        e.last = b + 1 == column_blocks;
+        e.residual = b == 0 ? addend : nullptr;  // before anything is written: the output may lie in its place
+        (kind == kBlock ? k.spmm_block : k.spmm)(matrix, first, first + static_cast<int32_t>(rows), x, y,
+                                                 out.layout.stride, tile.vectors, e);
+      }
+      if (t > 0 && t + 1 < tile_count) continue;
+      const int64_t first = chunk * column_blocks * rows, written = cut.back().start + cut.back().vectors * k.width;
+      for (int64_t r = first; r < first + rows; ++r) {
+        for (int64_t p = matrix.id[r]; p < matrix.id[r] + (kind == kBlock ? 4 : 1); ++p) {
+          if (t == 0) out.clear_front(block, p);
+          if (t + 1 == tile_count) out.clear_back(block, p, written);
         }
       }
+    }
+  }
+};
+
+// `count` convolutions of which each but the first reads, at every position, only that position of the one before: a
+// tile goes through all of them while it is in the cache.
+void run_convolutions(const Machine& m, const int64_t* s, int64_t count) {
+  std::vector<Convolution> chain;
+  for (int64_t i = 0; i < count; ++i) chain.emplace_back(m, s + i * kRow);
+  const Convolution& first = chain.front();
+  if (first.kind == kVector) return first.run_vector();
+  const std::vector<Tile> cut = first.cut();
+  const int64_t tile_count = cut.size(), threads = torch::stable::get_num_threads();
+  if (count > 1 && first.out.blocks * tile_count < threads) {
+    for (int64_t i = 0; i < count; ++i) run_convolutions(m, s + i * kRow, 1);
+    return;
+  }
+  // Threads take tiles; chunks of rows only where there are too few tiles.
+  const bool by_row = count == 1 && first.out.blocks * tile_count < 2 * threads && first.out.blocks * tile_count % threads != 0;
+  const int64_t parts = by_row ? first.chunks : 1;
+  for_each(first.out.blocks * tile_count * parts, [&](int64_t item) {
+    const int64_t block = item / (tile_count * parts), t = item / parts % tile_count, part = item % parts;
+    for (const Convolution& c : chain) {
+      c.run_tile(block, cut, t, part * c.chunks / parts, (part + 1) * c.chunks / parts);
     }
   });
 }
@@ -209,13 +276,22 @@ void run_split(const Machine& m, const int64_t* s) {
         float* plane = out.block(block) + (c * count + f) * out.layout.stride;
         const int64_t rows = (in.layout.height - phases[f].y + sy - 1) / sy;
         const int64_t columns = (in.layout.width - phases[f].x + sx - 1) / sx;
+        if (nb == 1 && sx == 2) {
+          // A row's surplus is overwritten by the gap's zeros and the next row, the last one's by the zeros at the end.
+          float* to = plane + out.layout.front;
+          std::fill(plane, to, 0.0f);
+          for (int64_t y = phases[f].y; y < in.layout.height; y += sy, to += out.layout.pitch) {
+            kernels().take_even(from + y * in.layout.pitch + phases[f].x, to, columns);
+            for (int64_t x = columns; x < out.layout.pitch; ++x) to[x] = 0.0f;
+          }
+          std::fill(to, plane + out.layout.stride, 0.0f);
+          continue;
+        }
         clear_around(plane, out.layout, std::max<int64_t>(rows, 0), std::max<int64_t>(columns, 0));
         for (int64_t y = phases[f].y, row = 0; y < in.layout.height; y += sy, ++row) {
           const float* source = from + y * in.layout.pitch * nb;
           float* to = plane + out.layout.front + row * out.layout.pitch * nb;
-          if (nb == 1 && sx == 2) {
-            take_every_second(source + phases[f].x, to, columns);
-          } else if (nb == 1) {
+          if (nb == 1) {
             for (int64_t x = phases[f].x; x < in.layout.width; x += sx) *to++ = source[x];
           } else {
             for (int64_t x = phases[f].x; x < in.layout.width; x += sx, to += nb) {
@@ -329,13 +405,16 @@ std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<Tensor> constant
     spent = torch::stable::new_empty(program, {step_count});
     nanoseconds = spent.mutable_data_ptr<int64_t>();
   }
-  for (int64_t i = 0; i < step_count; ++i) {
+  int64_t taken = 1;  // the steps done in one go
+  for (int64_t i = 0; i < step_count; i += taken) {
     const int64_t* s = numbers + 2 + kRow * (slot_count + i);
+    taken = 1 + s[kRow - 1];
+    STD_TORCH_CHECK(taken >= 1 && i + taken <= step_count, "granet: malformed program");
     const auto start = std::chrono::steady_clock::now();
     switch (s[0]) {
       case kPack: run_pack(machine, s, inputs); break;
       case kUnpack: outputs.push_back(run_unpack(machine, s, inputs[0])); break;
-      case kConv: run_conv(machine, s); break;
+      case kConv: run_convolutions(machine, s, taken); break;
       case kSplit: run_split(machine, s); break;
       case kMaxPool: run_max_pool(machine, s); break;
       case kAvgPool: run_avg_pool(machine, s); break;
@@ -343,6 +422,7 @@ std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<Tensor> constant
       default: STD_TORCH_CHECK(false, "granet: no operation ", s[0]);
     }
     if (time) {
+      std::fill_n(nanoseconds + i, taken, 0);
       nanoseconds[i] =
           std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
     }

@@ -109,7 +109,7 @@ def choices(layer: Layer, batch: int) -> list[Choice]:
     positions = layer.out.size[0] * layer.out.size[1]
     if positions == 1 and batch == 1:
         return [Choice("vector")]
-    found = [Choice("sparse", 12), Choice("sparse", 8), Choice("sparse", 16)]
+    found = [Choice("sparse", 8), Choice("sparse", 12)]
     grouped = layer.spec.out_channels // layer.spec.groups % GROUP == 0
     if grouped and layer.density > 0.15:
         found.append(Choice("block"))
@@ -119,13 +119,14 @@ def choices(layer: Layer, batch: int) -> list[Choice]:
 class Program:
     """A segment encoded for the kernels, with its packed weights. Call `run` with the segment's input tensors."""
 
-    def __init__(self, segment: Segment, choose: Callable[[Layer], Choice], batch: int):
+    def __init__(self, segment: Segment, choose: Callable[[Layer], Choice], batch: int, *, chain: bool = True):
         self.segment = segment
         self.batch = batch
         self.constants: list[Tensor] = []
         self.layer_steps: dict[Layer, list[int]] = {}
         self._shared: dict[tuple[int, ...], int] = {}
         self._choose = choose
+        self._chain = chain
         self._lanes: dict[Value, Lanes] = {}
         self._split: dict[Layer, Value] = {}
         self._assign_lanes()
@@ -196,13 +197,14 @@ class Program:
         for value in self.segment.outputs:
             dims = 2 if value.size == (1, 1) else 4
             emit([UNPACK, slot(value), value.channels, *value.size, dims], value)
-        places, self.arena_floats = self._allocate(steps)
+        links = self._links(steps)
+        places, self.arena_floats = self._allocate(steps, links)
         rows = []
         for value in slots:
             lanes, blocks = self._lanes[value], -(-value.images // self.batch)
             place = (lanes.pitch, self.batch, lanes.front, lanes.plane)
             rows.append([places[value], value.channels, blocks, value.images, *value.size, *place])
-        rows += [numbers for numbers, _ in steps]
+        rows += [[*numbers, *[0] * (ROW - 1 - len(numbers)), links[i]] for i, (numbers, _) in enumerate(steps)]
         flat = [len(slots), len(steps)] + [n for row in rows for n in row + [0] * (ROW - len(row))]
         self.program = torch.tensor(flat, dtype=torch.int64)
 
@@ -259,25 +261,65 @@ class Program:
             self._shared[key] = len(self.constants) - 1
         return len(self.constants) - 1
 
-    def _allocate(self, steps: list[tuple[list[int], list[Value]]]) -> tuple[dict[Value, int], int]:
-        """Each value's place in the arena, reusing the memory of values that are no longer read."""
+    def _links(self, steps: list[tuple[list[int], list[Value]]]) -> list[int]:
+        """For each step, how many after it are computed with it, tile by tile, while a tile is in the cache.
+
+        Those are 1x1 convolutions: at every position they need nothing but that position of the one before.
+        """
+        links = [0] * len(steps)
+        if not self._chain:
+            return links
+        pointwise = {
+            first: layer.spec.kernel == layer.spec.stride == (1, 1) and layer.spec.padding == (0, 0)
+            for layer, (first, *_) in self.layer_steps.items()
+        }
+        begin = 0
+        for i in range(1, len(steps)):
+            (numbers, values), (before, _) = steps[i], steps[i - 1]
+            joined = pointwise.get(i) and pointwise.get(i - 1)
+            joined = joined and KINDS["vector"] not in (numbers[13], before[13]) and numbers[14] == before[14]
+            if joined and len({(v.images, self._lanes[v], v.size) for v in (*values, *steps[i - 1][1])}) == 1:
+                links[begin] += 1
+            else:
+                begin = i
+        return links
+
+    def _allocate(self, steps: list[tuple[list[int], list[Value]]], links: list[int]) -> tuple[dict[Value, int], int]:
+        """Each value's place in the arena, reusing the memory of values that are no longer read.
+
+        A sum with a residual that nothing reads afterwards takes the residual's place.
+        """
         born: dict[Value, int] = {}
         last: dict[Value, int] = {}
-        for i, (_, values) in enumerate(steps):
+        fed: set[tuple[int, Value]] = set()  # what convolutions read as their data, and when
+        inherits: dict[Value, Value] = {}
+        now = end = 0
+        for i, (numbers, values) in enumerate(steps):
+            if i > end or i == 0:
+                now, end = i, i + links[i]
             for value in values:
-                born.setdefault(value, i)
-                last[value] = i
+                born.setdefault(value, now)
+                last[value] = now
+            if numbers[0] == CONV:
+                fed.add((now, values[1]))
+                if len(values) > 2 and numbers[13] != KINDS["vector"]:
+                    inherits[values[0]] = values[2]
         places: dict[Value, int] = {}
         live: list[tuple[int, int, Value]] = []
         total = 0
         for value in sorted(born, key=born.get):
+            heir = inherits.get(value)
+            if heir is not None and last[heir] == born[value] and (born[value], heir) not in fed:
+                places[value] = places[heir]
+                live = [(start, stop, value if v is heir else v) for start, stop, v in live]
+                continue
             live = [entry for entry in live if last[entry[2]] >= born[value]]
             need = -(-value.images // self.batch) * value.channels * self._lanes[value].plane + 16 * LINE
             at = 0
-            for start, end, _ in sorted(live, key=lambda e: e[0]):
+            for start, stop, _ in sorted(live, key=lambda e: e[0]):
                 if start - at >= need:
                     break
-                at = max(at, end)
+                at = max(at, stop)
             places[value] = at
             live.append((at, at + need, value))
             total = max(total, at + need)
