@@ -10,7 +10,7 @@ from torch import nn
 
 from granet.engine import ops
 from granet.engine.graph import lower
-from granet.engine.inference import execute
+from granet.engine.plan import execute
 from granet.engine.program import Choice, Program, choices
 
 
@@ -84,14 +84,15 @@ def check_every_choice(model: nn.Module, x: torch.Tensor) -> None:
                 def choose(layer, pick=pick, batch=batch):
                     return pick if pick in choices(layer, batch) or pick.kind == "sparse" else Choice("sparse", 8)
 
-                programs = {s: Program(s, choose, batch) for s in stages.segments}
-                arenas = {}
-                for _ in range(2):  # the second run finds the first one's numbers in the arena
-                    found = execute(stages, programs, (x,), arenas)
-                    for a, b in zip(found, expected, strict=True):
-                        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-                    for pool in arenas.values():
-                        pool[0].fill_(float("nan"))
+                for chain in (False, True):
+                    programs = {s: Program(s, choose, batch, chain=chain) for s in stages.segments}
+                    arenas = {}
+                    for _ in range(2):  # the second run finds the first one's numbers in the arena
+                        found = execute(stages, programs, (x,), arenas)
+                        for a, b in zip(found, expected, strict=True):
+                            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+                        for pool in arenas.values():
+                            pool[0].fill_(float("nan"))
 
 
 if __name__ == "__main__":

@@ -46,12 +46,22 @@ def test_a_sparse_model_gets_faster_and_says_so():
     torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
 
 
-def test_other_shapes_run_dense(caplog):
+def test_other_shapes_are_compiled_when_they_come_up_to_a_number(caplog):
     model = wide()
-    fast = inference.compile(model, torch.randn(1, 192, 28, 28))
-    x = torch.randn(2, 192, 10, 10)
-    torch.testing.assert_close(fast(x), model(x).detach())
-    assert "runs the dense model" in caplog.text
+    first, second, third = torch.randn(1, 192, 28, 28), torch.randn(2, 192, 20, 20), torch.randn(1, 192, 16, 16)
+    fast = inference.compile(model, first, shapes=2)
+    with pytest.raises(ValueError, match="not compiled for 2x192x20x20; it is for 1x192x28x28"):
+        fast.report(second)
+    for x in (second, first, second):
+        torch.testing.assert_close(fast(x), model(x).detach(), atol=1e-4, rtol=1e-4)
+    assert fast.report(second).chosen == "sparse"
+    assert fast.report(second) is not fast.report()
+    assert not caplog.records
+    for _ in range(2):
+        assert torch.equal(fast(third), model(third).detach())
+    assert caplog.text.count("such inputs run the dense model") == 1
+    with pytest.raises(ValueError, match="shapes"):
+        inference.compile(model, first, shapes=0)
 
 
 def test_a_dense_model_stays_dense():
@@ -94,14 +104,36 @@ class Unusual(nn.Module):
 
 
 class Untraceable(nn.Module):
-    """What torch.fx cannot follow."""
+    """What torch.fx cannot follow: a branch on the data. A weight is read from outside its layer, too."""
 
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(4, 4)
+        self.features, self.head, self.unused = wide(), nn.Linear(192, 10), nn.Linear(3, 3)
 
     def forward(self, x):
-        return self.linear(x) if x.sum() > 0 else x
+        y = self.features(x) if x.sum() > 0 else x
+        return self.head(y.mean([2, 3])) * self.head.weight.abs().max()
+
+
+def test_layers_of_an_untraceable_model_run_sparse_one_by_one():
+    torch.manual_seed(0)
+    model, x = Untraceable().eval(), torch.rand(1, 192, 28, 28)
+    fast = inference.compile(model, x)
+    report = fast.report()
+    assert report.chosen == "sparse"
+    assert report.fast_ms < report.dense_ms
+    assert "cannot trace" in report.why
+    chosen = {row.name: row.chosen for row in report.layers}
+    assert chosen.keys() == {"features.0", "features.3", "head", "unused"}
+    assert chosen["features.0"] == chosen["features.3"] == "sparse"
+    assert "not called" in next(row.why for row in report.layers if row.name == "unused")
+    for other in (x, -x, torch.rand(2, 192, 12, 12)):
+        torch.testing.assert_close(fast(other), model(other).detach(), atol=1e-4, rtol=1e-4)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
+    torch.testing.assert_close(copied(x), model(x).detach(), atol=1e-4, rtol=1e-4)
+    assert "forward" not in model.features[0].__dict__
+    assert fast.state_dict().keys() == {f"model.{name}" for name in model.state_dict()}
+    assert {id(p) for p in fast.parameters()} == {id(p) for p in model.parameters()}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +142,7 @@ class Untraceable(nn.Module):
     ids=["linear", "conv1d"],
 )
 def test_models_with_unsupported_parts(model, x, monkeypatch):
-    monkeypatch.setattr("granet.engine.planner.NOISE", -1e9)  # take the compiled model whether it wins or not
+    monkeypatch.setattr("granet.engine.search.NOISE", -1e9)  # take the compiled model whether it wins or not
     model.eval()
     fast = inference.compile(model, x)
     assert fast.report().chosen == "sparse"
@@ -125,7 +157,6 @@ def test_models_with_unsupported_parts(model, x, monkeypatch):
         (nn.Linear(4, 4).double(), torch.randn(2, 4).double(), "float64"),
         (nn.Linear(4, 4).half(), torch.randn(2, 4).half(), "float16"),
         (nn.Linear(4, 4, device="meta"), torch.randn(2, 4, device="meta"), "not on meta"),
-        (Untraceable(), torch.ones(2, 4), "cannot trace"),
     ],
 )
 def test_unsupported_models_run_dense_and_say_why(model, x, reason):

@@ -4,190 +4,206 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from granet import native
-from granet.engine.graph import Stages, lower, tensors_of
-from granet.engine.planner import Plan, plan_inference
-from granet.engine.program import Program, Segment
+from granet.engine.graph import tensors_of
+from granet.engine.plan import Arenas, Plan, execute
+from granet.engine.planner import interleaved, milliseconds
+from granet.engine.report import InferenceReport, LayerReport
+from granet.engine.search import check, difference, search, verdict
 from granet.reparameterize import fold, is_reparameterized
 
 log = logging.getLogger(__name__)
 
+SHAPES = 8  # input shapes a compiled model keeps a plan for
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What was measured for one layer, in milliseconds, and what was chosen."""
-
-    name: str
-    shape: tuple[int, ...]
-    density: float
-    dense_ms: float | None
-    sparse_ms: float | None
-    chosen: str
-    why: str
-
-
-@dataclass(frozen=True)
-class InferenceReport:
-    """What `compile` measured and chose; str() is a table.
-
-    Attributes:
-        layers: one row per convolution or linear layer.
-        dense_ms: the whole model on torch's kernels.
-        fast_ms: the whole model as compiled.
-        chosen: "sparse" or "dense": what the compiled model runs.
-        why: the reason in words.
-        error: largest difference to the dense output, relative to that output's largest value.
-        nbytes: bytes of packed weights and their index structures.
-        arena_nbytes: bytes of working memory for one call.
-    """
-
-    layers: tuple[LayerReport, ...]
-    dense_ms: float
-    fast_ms: float
-    chosen: str
-    why: str
-    error: float
-    nbytes: int = 0
-    arena_nbytes: int = 0
-
-    def __str__(self) -> str:
-        lines = [f"{'layer':<32} {'weight':<18} {'density':>7} {'dense ms':>9} {'sparse ms':>9}  chosen"]
-        for row in self.layers:
-            times = [f"{t:>9.3f}" if t is not None else f"{'-':>9}" for t in (row.dense_ms, row.sparse_ms)]
-            shape = "x".join(map(str, row.shape))
-            lines.append(f"{row.name:<32} {shape:<18} {row.density:>7.1%} {' '.join(times)}  {row.chosen}: {row.why}")
-        lines.append(
-            f"whole model: dense {self.dense_ms:.2f} ms, compiled {self.fast_ms:.2f} ms "
-            f"({self.dense_ms / max(self.fast_ms, 1e-9):.2f}x), runs {self.chosen}: {self.why}; "
-            f"largest relative difference {self.error:.1e}"
-        )
-        return "\n".join(lines)
+Signature = tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
 
 
 class CompiledModel(nn.Module):
-    """A model compiled for inference on one input shape. Other shapes run the dense model it was made from."""
+    """A model compiled for inference. See `compile`.
 
-    def __init__(self, model: nn.Module, plan: Plan | None, signature: tuple, report: InferenceReport):
+    The first call with inputs of a new shape measures and packs for that shape, which takes as long as `compile` did.
+    """
+
+    def __init__(self, model: nn.Module, traced: fx.GraphModule | None, *, tolerance: float, shapes: int):
         super().__init__()
         self.model = model
-        self._plan = plan
-        self._signature = signature
-        self._report = report
-        self._arenas: dict[Segment, list[Tensor]] = {}
+        # beside the registered modules: they share the model's parameters, which a state_dict shall hold once
+        self.__dict__.update(_traced=traced, _swapped=None)
+        self._tolerance = tolerance
+        self._shapes = shapes
+        self._plans: dict[Signature, tuple[Plan | None, InferenceReport]] = {}
+        self._arenas: dict[Signature, Arenas] = {}
         self._warned = False
+        self._lock = threading.Lock()
 
-    def report(self) -> InferenceReport:
-        """What was measured and chosen, layer by layer."""
-        return self._report
+    def report(self, *inputs: Tensor) -> InferenceReport:
+        """What was measured and chosen for inputs of these shapes; without any, for the example inputs.
+
+        Raises:
+            ValueError: if the model was not compiled for such inputs.
+        """
+        if not inputs:
+            return next(iter(self._plans.values()))[1]
+        signature = signature_of(inputs)
+        if signature not in self._plans:
+            raise ValueError(f"not compiled for {_words(signature)}; it is for {self._known()}")
+        return self._plans[signature][1]
 
     @torch.compiler.disable
     def forward(self, *inputs: Tensor) -> object:
-        """The model's output for inputs of the shapes it was compiled for."""
-        if self._plan is None:
-            return self._dense(*inputs)
-        if signature_of(inputs) != self._signature:
-            if not self._warned:
-                log.warning(
-                    "compiled for %s, called with %s: runs the dense model", self._signature, signature_of(inputs)
-                )
-                self._warned = True
-            return self._dense(*inputs)
+        """The model's output."""
+        if self._traced is None:
+            with torch.no_grad():
+                return (self.model if self._swapped is None else self._swapped)(*inputs)
+        signature = signature_of(inputs)
+        if signature not in self._plans and not self._prepare(signature, inputs):
+            plan = None
+        else:
+            plan = self._plans[signature][0]
         with torch.no_grad():
-            return execute(self._plan.stages, self._plan.programs, inputs, self._arenas)
+            if plan is None:
+                return self.model(*inputs)
+            return execute(plan.stages, plan.programs, inputs, self._arenas.setdefault(signature, {}))
 
-    def _dense(self, *inputs: Tensor) -> object:
-        with torch.no_grad():
-            return self.model(*inputs)
+    def _prepare(self, signature: Signature, inputs: Sequence[Tensor]) -> bool:
+        """Compiles for inputs of a new shape; False if there are as many shapes already as are allowed."""
+        with self._lock:
+            if signature in self._plans:
+                return True
+            if len(self._plans) >= self._shapes:
+                if not self._warned:
+                    log.warning(
+                        "compiled for %d shapes, called with yet another, %s: such inputs run the dense model; "
+                        "compile(..., shapes=%d) allows more",
+                        len(self._plans), _words(signature), 2 * self._shapes,
+                    )  # fmt: skip
+                    self._warned = True
+                return False
+            reason = _unsupported(self.model, inputs)
+            if reason is not None:
+                self._plans[signature] = None, _dense_report(self.model, inputs, reason)
+                return True
+            traced = fx.GraphModule(self._traced, copy.deepcopy(self._traced.graph))
+            with torch.no_grad():
+                ShapeProp(traced).propagate(*inputs)
+                self._plans[signature] = search(self.model, traced, inputs, self._tolerance)
+            return True
+
+    def _known(self) -> str:
+        return "; ".join(map(_words, self._plans))
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_arenas": {}}
+        return {**self.__dict__, "_arenas": {}, "_lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__({**state, "_lock": threading.Lock()})
 
 
-def signature_of(inputs: Sequence[object]) -> tuple:
+def signature_of(inputs: Sequence[object]) -> Signature:
     """Shapes, types and devices of a model's inputs."""
     return tuple((tuple(t.shape), t.dtype, t.device.type) for t in tensors_of(list(inputs)))
 
 
-def execute(
-    stages: Stages, programs: dict[Segment, Program], inputs: Sequence[object], arenas: dict[Segment, list[Tensor]]
-) -> object:
-    """The model's output: torch nodes one by one, segments in one native call each.
-
-    `arenas` keeps working memory between calls; two threads never hold the same.
-    """
-    values: dict[fx.Node, object] = {}
-    interpreter = fx.Interpreter(stages.graph, garbage_collect_values=False)
-    arguments = iter(inputs)
-
-    def lookup(node: fx.Node) -> object:
-        return values[node]
-
-    for item in stages.order:
-        if not isinstance(item, fx.Node):
-            program = programs[item]
-            pool = arenas.setdefault(item, [])
-            try:
-                arena = pool.pop()
-            except IndexError:
-                arena = program.arena()
-            found = program.run([values[s.key] for s in program.inputs], arena)
-            pool.append(arena)
-            for tensor, nodes in zip(found, stages.results.get(item, []), strict=True):
-                for node in nodes:
-                    shape = node.meta["tensor_meta"].shape
-                    values[node] = tensor.view(shape)
-        elif item.op == "placeholder":
-            values[item] = next(arguments, item.args[0] if item.args else None)
-        elif item.op == "output":
-            return fx.map_arg(item.args[0], lookup)
-        else:
-            args, kwargs = fx.map_arg(item.args, lookup), fx.map_arg(item.kwargs, lookup)
-            values[item] = getattr(interpreter, item.op)(item.target, args, kwargs)
-    raise AssertionError("a traced model ends with an output")
+def _words(signature: Signature) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape, _, _ in signature)
 
 
-def compile(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, tolerance: float = 1e-3) -> CompiledModel:
+def compile(
+    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, tolerance: float = 1e-3, shapes: int = SHAPES
+) -> CompiledModel:
     """A module that computes what `model` does, faster where the model's zeros allow it.
 
     Every layer is measured on the example inputs with torch's dense kernels and with the sparse ones; where the whole
-    does not come out faster than the dense model, the dense model is what runs, and the report says so.
+    does not come out faster than the dense model, the dense model is what runs, and the report says so. Inputs of
+    another shape are measured when they first come. A model that torch.fx cannot trace runs as it is, with those of
+    its layers on sparse kernels that are faster so.
 
     Args:
         model: a model in eval mode with float32 parameters on the CPU.
         example_inputs: a tensor or a tuple of tensors of the shapes that will be run.
         tolerance: largest difference to the dense output allowed, relative to that output's largest value.
+        shapes: how many input shapes to compile for; any further ones run the dense model.
 
     Raises:
-        ValueError: if the model is in training mode.
+        ValueError: if the model is in training mode, or `shapes` is less than 1.
         RuntimeError: if the compiled model's output differs from the dense model's by more than `tolerance`.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first, so that batch-norm can be folded")
+    if shapes < 1:
+        raise ValueError(f"shapes is the number of input shapes to compile for, at least 1, not {shapes}")
     if is_reparameterized(model):
         model = copy.deepcopy(model)
         fold(model)
     reason = _unsupported(model, inputs)
+    traced = None
     if reason is None:
         try:
             traced = fx.symbolic_trace(model)
         # tracing runs the model's own Python on stand-ins, which fails in as many ways as there are models
         except (fx.proxy.TraceError, TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError) as error:
             said = str(error).partition("\n")[0][:120]
-            reason = f"torch.fx cannot trace the model ({type(error).__name__}: {said})"
-    if reason is not None:
-        return CompiledModel(model, None, signature_of(inputs), _dense_report(model, inputs, reason))
+            untraceable = f"torch.fx cannot trace the model ({type(error).__name__}: {said})"
+    fast = CompiledModel(model, traced, tolerance=tolerance, shapes=shapes)
+    if traced is not None:
+        fast._prepare(signature_of(inputs), inputs)
+    elif reason is not None:
+        fast._plans[signature_of(inputs)] = None, _dense_report(model, inputs, reason)
+    else:
+        fast.__dict__["_swapped"], report = _swap(model, inputs, untraceable, tolerance=tolerance, shapes=shapes)
+        fast._plans[signature_of(inputs)] = None, report
+    return fast
+
+
+def _swap(
+    model: nn.Module, inputs: Sequence[Tensor], untraceable: str, *, tolerance: float, shapes: int
+) -> tuple[nn.Module | None, InferenceReport]:
+    """A twin of the model that shares its tensors and runs single layers compiled, or None where that does not pay."""
+    seen: dict[str, Tensor] = {}
+    layers = {name: module for name, module in model.named_modules() if type(module) in LAYERS}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, args[0].detach().clone()))
+        for name, module in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            expected = model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    rows, packed = [], [0, 0]
+    for name, module in layers.items():
+        shape, density = tuple(module.weight.shape), module.weight.count_nonzero().item() / module.weight.numel()
+        if name not in seen:
+            why = "not called with the example inputs"
+            rows.append(LayerReport(name, shape, density, None, None, "dense", why))
+            continue
+        fast = compile(nn.Sequential(module).eval(), seen[name], tolerance=tolerance, shapes=shapes)
+        found = fast.report()
+        sparse = found.chosen == "sparse"
+        if sparse:
+            twin.get_submodule(name).forward = fast.forward
+            packed = [packed[0] + found.nbytes, packed[1] + found.arena_nbytes]
+        sparse_ms = found.fast_ms if sparse else None
+        rows.append(LayerReport(name, shape, density, found.dense_ms, sparse_ms, found.chosen, found.why))
     with torch.no_grad():
-        ShapeProp(traced).propagate(*inputs)
-        plan, report = plan_inference(model, traced, inputs, tolerance, lower, execute)
-    return CompiledModel(model, plan, signature_of(inputs), report)
+        error = difference(expected, twin(*inputs))
+        check(error, tolerance)
+        times = interleaved([lambda: model(*inputs), lambda: twin(*inputs)], repeats=3, enough=0.5)
+    report = verdict(rows, *times, error, tuple(packed), note=f", layer by layer: {untraceable}")
+    return (twin if report.chosen == "sparse" else None), report
 
 
 def _unsupported(model: nn.Module, inputs: Sequence[object]) -> str | None:
@@ -202,8 +218,6 @@ def _unsupported(model: nn.Module, inputs: Sequence[object]) -> str | None:
 
 
 def _dense_report(model: nn.Module, inputs: Sequence[Tensor], reason: str) -> InferenceReport:
-    from granet.engine.planner import milliseconds
-
     with torch.no_grad():
-        spent = milliseconds(lambda: model(*copy.copy(inputs)), repeats=3)
+        spent = milliseconds(lambda: model(*inputs), repeats=3)
     return InferenceReport((), spent, spent, "dense", reason, 0.0)

@@ -69,20 +69,34 @@ def forward_pattern(
     `index` holds `group` numbers per non-zero. `chunks` and `blocks` override the
     geometry's.
     """
-    index = mask.reshape(-1).nonzero().squeeze(1)
-    row, plane, shift = coordinates(index, spec, geometry)
-    rows, columns = geometry.out_channels // group, geometry.planes
-    offset = plane * geometry.plane + shift
     _check_reach(geometry)
-    if group == 1:
-        return _compress(row, plane, offset, index, rows, columns, geometry, chunks, blocks)
-    per_row = mask[0].numel()
-    place = torch.unique(row // group * per_row + index % per_row)
-    first = place // per_row * group * per_row + place % per_row
-    row, plane, shift = coordinates(first, spec, geometry)
-    found = _compress(row // group, plane, plane * geometry.plane + shift, first, rows, columns, geometry, chunks, 1)
-    wide = found.index.unsqueeze(1) + torch.arange(group, dtype=torch.int32) * per_row
-    return Pattern(found.ptr, found.id * group, found.offset, wide.reshape(-1).contiguous(), found.blocks)
+    taps, per_group = spec.kernel[0] * spec.kernel[1], spec.in_channels // spec.groups
+    rows, phases = geometry.out_channels // group, len(geometry.phases)
+    active = mask.reshape(rows, group, per_group, taps)
+    row, channel, tap = (active.any(dim=1) if group > 1 else active[:, 0]).nonzero(as_tuple=True)
+    index = (row * group * per_group + channel) * taps + tap
+    if spec.groups > 1:
+        channel = channel + row * group // (spec.out_channels // spec.groups) * per_group
+    phase, shift = (torch.tensor(numbers)[tap] for numbers in zip(*geometry.taps, strict=True))
+    offset = (channel * phases + phase) * geometry.plane + shift
+
+    chunks = chunks or geometry.chunks
+    blocks = 1 if group > 1 else blocks or geometry.blocks(geometry.planes, rows, index.numel())
+    per_block = -(-spec.in_channels // blocks)  # channels: their phases stay together
+    blocks, per_chunk = -(-spec.in_channels // per_block), rows // chunks
+    # The weights of a row in a block come together in `index`: one run, in which nothing has to be sorted.
+    length = torch.bincount(row * blocks + channel // per_block, minlength=rows * blocks)
+    begin = length.cumsum(0) - length
+    run = torch.arange(rows * blocks).view(per_chunk, chunks, blocks).permute(1, 2, 0)
+    order = length[run].argsort(dim=2, stable=True)
+    run = run.gather(2, order).reshape(-1)
+    ptr = torch.zeros(rows * blocks + 1, dtype=torch.int64)
+    torch.cumsum(length[run], 0, out=ptr[1:])
+    source = torch.repeat_interleave(begin[run] - ptr[:-1], length[run]) + torch.arange(index.numel())
+    index = index[source]
+    if group > 1:
+        index = (index.unsqueeze(1) + torch.arange(group) * per_group * taps).reshape(-1)
+    return Pattern(ptr.int(), (run // blocks * group).int(), offset[source].int(), index.int(), blocks)
 
 
 def backward_pattern(mask: Tensor, spec: Spec, geometry: Geometry) -> Pattern:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from granet.engine import ops
 from granet.engine.geometry import LINE, Lanes, geometry, least_lanes, taps_of
-from granet.engine.pattern import forward_pattern
+from granet.engine.pattern import Pattern, forward_pattern
 from granet.engine.spec import Spec
 
 ROW = 24  # integers per slot and per step
@@ -117,20 +117,34 @@ def choices(layer: Layer, batch: int) -> list[Choice]:
 
 
 class Program:
-    """A segment encoded for the kernels, with its packed weights. Call `run` with the segment's input tensors."""
+    """A segment encoded for the kernels, with its packed weights. Call `run` with the segment's input tensors.
 
-    def __init__(self, segment: Segment, choose: Callable[[Layer], Choice], batch: int, *, chain: bool = True):
+    Args:
+        segment: the steps.
+        choose: how to compute each layer.
+        batch: images that lie innermost in a plane: 1, or a multiple of the kernels' vector.
+        chain: compute consecutive 1x1 convolutions tile by tile.
+        kept: packed weights by layer and choice, for further programs of the same segment and batch.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        choose: Callable[[Layer], Choice],
+        batch: int,
+        *,
+        chain: bool = True,
+        kept: dict[tuple[Layer, Choice], tuple[Pattern, Tensor]] | None = None,
+    ):
         self.segment = segment
         self.batch = batch
         self.constants: list[Tensor] = []
         self.layer_steps: dict[Layer, list[int]] = {}
         self._shared: dict[tuple[int, ...], int] = {}
-        self._choose = choose
-        self._chain = chain
         self._lanes: dict[Value, Lanes] = {}
         self._split: dict[Layer, Value] = {}
         self._assign_lanes()
-        self._encode()
+        self._encode(choose, chain, {} if kept is None else kept)
 
     def _assign_lanes(self) -> None:
         """Gives every value its lanes: layers of stride 1 and sums need the same lanes on both sides."""
@@ -164,7 +178,9 @@ class Program:
         lanes = {r: least_lanes(layers, self.batch, tuple(sizes)) for r, (layers, sizes) in classes.items()}
         self._lanes = {value: lanes[root(value)] for value in parent}
 
-    def _encode(self) -> None:
+    def _encode(
+        self, choose: Callable[[Layer], Choice], chain: bool, kept: dict[tuple[Layer, Choice], tuple[Pattern, Tensor]]
+    ) -> None:
         steps: list[tuple[list[int], list[Value]]] = []
         slots: dict[Value, int] = {}
 
@@ -185,7 +201,7 @@ class Program:
                 emit(numbers, step.out)
             elif isinstance(step, Layer):
                 first = len(steps)
-                self._encode_layer(step, slot, emit)
+                self._encode_layer(step, choose(step), slot, emit, kept)
                 self.layer_steps[step] = list(range(first, len(steps)))
             elif isinstance(step, MaxPool):
                 emit([MAX_POOL, sources[0], out, *step.kernel, *step.stride, *step.padding], *values)
@@ -197,7 +213,7 @@ class Program:
         for value in self.segment.outputs:
             dims = 2 if value.size == (1, 1) else 4
             emit([UNPACK, slot(value), value.channels, *value.size, dims], value)
-        links = self._links(steps)
+        links = self._links(steps) if chain else [0] * len(steps)
         places, self.arena_floats = self._allocate(steps, links)
         rows = []
         for value in slots:
@@ -208,9 +224,15 @@ class Program:
         flat = [len(slots), len(steps)] + [n for row in rows for n in row + [0] * (ROW - len(row))]
         self.program = torch.tensor(flat, dtype=torch.int64)
 
-    def _encode_layer(self, step: Layer, slot: Callable[[Value], int], emit: Callable[..., None]) -> None:
+    def _encode_layer(
+        self,
+        step: Layer,
+        choice: Choice,
+        slot: Callable[[Value], int],
+        emit: Callable[..., None],
+        kept: dict[tuple[Layer, Choice], tuple[Pattern, Tensor]],
+    ) -> None:
         spec, source = step.spec, step.inputs[0]
-        choice = self._choose(step)
         width, longest, longest_block = ops.cpu()
         kind = choice.kind
         group = GROUP if kind == "block" else 1
@@ -227,7 +249,10 @@ class Program:
             # Vectors are gathered from the planes first, so a plane is one float long.
             place = geometry(spec, source.images, source.size, vector=width, lanes=Lanes(1, 0, 1), tile=width)
         blocks = 1 if kind == "vector" else None
-        pattern = forward_pattern(step.weight != 0, spec, place, group=group, chunks=chunks, blocks=blocks)
+        if (step, choice) not in kept:
+            pattern = forward_pattern(step.weight != 0, spec, place, group=group, chunks=chunks, blocks=blocks)
+            kept[step, choice] = pattern, step.weight.reshape(-1)[pattern.index.long()].float().contiguous()
+        pattern, value = kept[step, choice]
         if step in self._split:
             split = self._split[step]
             phases = torch.tensor(place.phases, dtype=torch.int32).reshape(-1)
@@ -238,7 +263,6 @@ class Program:
             )
             source = split
         numbers = [CONV, slot(source), slot(step.out), slot(step.inputs[1]) if len(step.inputs) > 1 else -1]
-        value = step.weight.reshape(-1)[pattern.index.long()].float().contiguous()
         numbers += [self._constant(t) for t in (pattern.ptr, pattern.id, pattern.offset, value)]
         numbers.append(-1 if step.bias is None else self._constant(step.bias.float().contiguous()))
         numbers.append(self._keep(step.out) if lanes.front and kind != "vector" else -1)
@@ -267,8 +291,6 @@ class Program:
         Those are 1x1 convolutions: at every position they need nothing but that position of the one before.
         """
         links = [0] * len(steps)
-        if not self._chain:
-            return links
         pointwise = {
             first: layer.spec.kernel == layer.spec.stride == (1, 1) and layer.spec.padding == (0, 0)
             for layer, (first, *_) in self.layer_steps.items()

@@ -1,0 +1,165 @@
+"""Measuring, then choosing: the kernel and layout of every layer, and whether the whole is worth running at all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from granet.engine import ops
+from granet.engine.graph import Stages, lower, tensors_of
+from granet.engine.plan import Arenas, Plan, execute
+from granet.engine.planner import NOISE, interleaved, milliseconds
+from granet.engine.program import Choice, Layer, Program, Segment, choices
+from granet.engine.report import InferenceReport, LayerReport
+
+log = logging.getLogger(__name__)
+
+ROUNDS = 4  # timings of each step under each kernel; the shortest counts
+
+
+def search(
+    model: nn.Module, traced: fx.GraphModule, inputs: Sequence[Tensor], tolerance: float
+) -> tuple[Plan | None, InferenceReport]:
+    """The fastest plan found for `model` on `inputs` (None where dense wins) and its report.
+
+    Raises:
+        RuntimeError: if the output differs from the dense model's by more than `tolerance`.
+    """
+    stages = lower(traced)
+    programs: dict[Segment, Program] = {}
+    spent: dict[Layer, tuple[float, str]] = {}
+    for i, segment in enumerate(stages.segments):
+        log.info("measuring the kernels of %d layers (part %d)", len(segment.layers), i + 1)
+        programs[segment], costs = fastest_program(segment)
+        spent.update(costs)
+    arenas: Arenas = {}
+    error = difference(model(*inputs), execute(stages, programs, inputs, arenas))
+    check(error, tolerance)
+    log.info("measuring the dense layers and the whole")
+    known: dict[tuple, float] = {}
+    dense_ms = {layer: _dense_ms(layer, known) for segment in stages.segments for layer in segment.layers}
+    whole = [lambda: model(*inputs), lambda: execute(stages, programs, inputs, arenas)]
+    dense_total, fast_total = interleaved(whole, repeats=3, enough=0.5)
+    packed = sum(p.nbytes for p in programs.values()), sum(4 * p.arena_floats for p in programs.values())
+    report = verdict(_rows(stages, dense_ms, spent), dense_total, fast_total, error, packed)
+    return (Plan(stages, programs) if report.chosen == "sparse" else None), report
+
+
+def verdict(
+    rows: Sequence[LayerReport], dense_ms: float, fast_ms: float, error: float, packed: tuple[int, int], note: str = ""
+) -> InferenceReport:
+    """The report of a whole model: sparse where it is faster by more than the scatter of timings, else dense."""
+    wins = fast_ms < dense_ms * (1 - NOISE)
+    why = "faster as a whole" if wins else f"the compiled model took {fast_ms:.2f} ms, no less than dense"
+    return InferenceReport(
+        layers=tuple(rows),
+        dense_ms=dense_ms,
+        fast_ms=fast_ms if wins else dense_ms,
+        chosen="sparse" if wins else "dense",
+        why=why + note,
+        error=error,
+        nbytes=packed[0] if wins else 0,
+        arena_nbytes=packed[1] if wins else 0,
+    )
+
+
+def check(error: float, tolerance: float) -> None:
+    """Raises RuntimeError for outputs that differ too much (or are not numbers)."""
+    if not error <= tolerance:
+        raise RuntimeError(
+            f"the compiled model's output differs from the dense model's by {error:.2e} of its largest value, "
+            f"more than the tolerance of {tolerance:.0e}"
+        )
+
+
+def difference(expected: object, found: object) -> float:
+    """The largest difference between two nests of tensors, relative to the largest expected value."""
+    worst = 0.0
+    for a, b in zip(tensors_of([expected]), tensors_of([found]), strict=True):
+        if a.numel():
+            worst = max(worst, ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item())
+    return worst
+
+
+def _batches(segment: Segment) -> list[int]:
+    """How many images to lay innermost, the candidates worth measuring."""
+    width = ops.cpu()[0]
+    if segment.images == 1:
+        return [1]
+    if all(step.out.size == (1, 1) for step in segment.steps):
+        share = -(-segment.images // torch.get_num_threads())
+        return [min(-(-share // width), 8) * width]
+    return [1, width] if 2 * segment.images >= width else [1]
+
+
+def fastest_program(
+    segment: Segment, chains: tuple[bool, ...] = (True, False)
+) -> tuple[Program, dict[Layer, tuple[float, str]]]:
+    """The fastest program found for a segment, and milliseconds and kernel of each of its layers."""
+    # a layer's speed does not depend on what its inputs hold
+    inputs = [torch.randn(s.out.shape) for s in segment.steps if not s.inputs]
+    best: tuple[float, Program, dict] | None = None
+    for batch in _batches(segment):
+        options = {layer: choices(layer, batch) for layer in segment.layers}
+        spent: dict[Layer, dict[Choice, float]] = {layer: {} for layer in options}
+        kept: dict = {}
+        for i in range(max((len(o) for o in options.values()), default=1)):
+            picked = {layer: o[min(i, len(o) - 1)] for layer, o in options.items()}
+            program = Program(segment, picked.__getitem__, batch, chain=False, kept=kept)
+            steps = step_times(program, inputs)
+            for layer, choice in picked.items():
+                cost = sum(steps[s] for s in program.layer_steps[layer])
+                spent[layer][choice] = min(cost, spent[layer].get(choice, float("inf")))
+        picked = {layer: min(costs, key=costs.get) for layer, costs in spent.items()}
+        found = [Program(segment, picked.__getitem__, batch, chain=chain, kept=kept) for chain in chains]
+        arenas = [program.arena() for program in found]
+        calls = [lambda p=p, a=a: p.run(inputs, a) for p, a in zip(found, arenas, strict=True)]
+        totals = interleaved(calls, repeats=2, enough=0.2)
+        costs = {layer: (spent[layer][choice], choice.kind) for layer, choice in picked.items()}
+        for total, program in zip(totals, found, strict=True):
+            if best is None or total < best[0]:
+                best = (total, program, costs)
+    return best[1], best[2]
+
+
+def step_times(program: Program, inputs: list[Tensor]) -> list[float]:
+    """The shortest time of each step of a program, in milliseconds, measured in place, as the whole runs."""
+    arena = program.arena()
+    runs = [program.run(inputs, arena, time=True)[-1] for _ in range(ROUNDS + 1)]
+    return (torch.stack(runs[1:]).min(dim=0).values.double() * 1e-6).tolist()
+
+
+def _dense_ms(layer: Layer, known: dict[tuple, float]) -> float:
+    """Milliseconds torch's dense kernel takes for a layer, with bias and nothing else fused; `known` by shape."""
+    source, spec = layer.inputs[0], layer.spec
+    key = (spec, source.images, source.size)
+    if key not in known:
+        if source.size == (1, 1) and spec.kernel == (1, 1) and spec.groups == 1:
+            x, weight = torch.randn(source.images, source.channels), layer.weight.flatten(1)
+            known[key] = milliseconds(lambda: F.linear(x, weight, layer.bias), repeats=3)
+        else:
+            x = torch.randn(source.images, source.channels, *source.size)
+            arguments = (layer.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+            known[key] = milliseconds(lambda: F.conv2d(x, layer.weight, *arguments), repeats=2)
+    return known[key]
+
+
+def _rows(stages: Stages, dense_ms: dict[Layer, float], spent: dict[Layer, tuple[float, str]]) -> list[LayerReport]:
+    rows = []
+    for layer, (sparse_ms, kind) in spent.items():
+        why = "faster" if sparse_ms < dense_ms[layer] else "kept in the kernels' layout, where leaving it costs more"
+        shape = tuple(layer.weight.shape)
+        rows.append(LayerReport(layer.name, shape, layer.density, dense_ms[layer], sparse_ms, kind, why))
+    modules = dict(stages.graph.named_modules())
+    for item in stages.order:
+        if isinstance(item, fx.Node) and item.op == "call_module":
+            module = modules[item.target]
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+                density = module.weight.count_nonzero().item() / module.weight.numel()
+                shape = tuple(module.weight.shape)
+                rows.append(LayerReport(str(item.target), shape, density, None, None, "dense", "not supported"))
+    return rows
