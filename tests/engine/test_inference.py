@@ -85,7 +85,18 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
         x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v))
-        return x + self.down(nn.functional.gelu(self.up(x)))
+        return x + self.down(nn.functional.relu(self.up(x)))
+
+
+class TokenNorm(nn.Module):
+    """Batch-norm over the tokens of as many tokens as features: not the axis that the linear layer's channels are."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(24, 24), nn.BatchNorm1d(24)
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
 
 
 class Unusual(nn.Module):
@@ -138,12 +149,19 @@ def test_layers_of_an_untraceable_model_run_sparse_one_by_one():
 
 @pytest.mark.parametrize(
     ("model", "x"),
-    [(Attention(), torch.randn(2, 10, 64)), (Unusual(), torch.randn(3, 6, 21))],
-    ids=["linear", "conv1d"],
+    [
+        (Attention(), torch.randn(2, 10, 64)),
+        (Unusual(), torch.randn(3, 6, 21)),
+        (TokenNorm(), torch.randn(3, 24, 24)),
+    ],
+    ids=["linear", "conv1d", "tokens"],
 )
 def test_models_with_unsupported_parts(model, x, monkeypatch):
     monkeypatch.setattr("granet.engine.search.NOISE", -1e9)  # take the compiled model whether it wins or not
-    model.eval()
+    for module in model.eval().modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
     fast = inference.compile(model, x)
     assert fast.report().chosen == "sparse"
     expected, found = inference.tensors_of([model(x)]), inference.tensors_of([fast(x)])

@@ -67,6 +67,20 @@ std::vector<Phase> phases_of(const Machine& m, int64_t index) {
   return result;
 }
 
+// Calls body(block, first channel, last channel) for all channels of all blocks, several at a time: a thread that
+// transposes needs neighbouring channels, or it would touch a cache line for every number.
+template <typename Body>
+void each_channels(const Slot& slot, int64_t channels, int64_t positions, const Body& body) {
+  const int64_t grain = std::max<int64_t>(16, 16384 / (positions * slot.layout.batch) / 16 * 16);
+  const int64_t groups = (channels + grain - 1) / grain;
+  parallel_for(0, slot.blocks * groups, 1, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t first = i % groups * grain;
+      body(i / groups, first, std::min(channels, first + grain));
+    }
+  });
+}
+
 // step: op, input, slot, channels, height, width, phases, sy, sx
 void run_pack(const Machine& m, const int64_t* s, const std::vector<Tensor>& inputs) {
   STD_TORCH_CHECK(s[1] >= 0 && s[1] < static_cast<int64_t>(inputs.size()), "granet: no input ", s[1]);
@@ -79,13 +93,10 @@ void run_pack(const Machine& m, const int64_t* s, const std::vector<Tensor>& inp
   STD_TORCH_CHECK(x.numel() == out.images * channels * height * width, "granet: the input has the wrong shape");
   const int64_t image = channels * height * width;
   const float* from = x.const_data_ptr<float>();
-  parallel_for(0, out.blocks * channels, std::max<int64_t>(1, 16384 / (height * width)), [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; ++i) {
-      const int64_t block = i / channels, c = i % channels;
-      const int64_t first = block * out.layout.batch;
-      pack(from + first * image, {channels, height, width, std::min(out.layout.batch, out.images - first), image},
-           out.block(block), out.layout, phases.data(), phases.size(), s[7], s[8], c, c + 1);
-    }
+  each_channels(out, channels, height * width, [&](int64_t block, int64_t begin, int64_t end) {
+    const int64_t first = block * out.layout.batch;
+    pack(from + first * image, {channels, height, width, std::min(out.layout.batch, out.images - first), image},
+         out.block(block), out.layout, phases.data(), phases.size(), s[7], s[8], begin, end);
   });
 }
 
@@ -99,13 +110,10 @@ Tensor run_unpack(const Machine& m, const int64_t* s, const Tensor& like) {
   const Phase whole[1] = {{0, 0}};
   const int64_t image = channels * height * width;
   float* to = y.mutable_data_ptr<float>();
-  parallel_for(0, in.blocks * channels, std::max<int64_t>(1, 16384 / (height * width)), [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; ++i) {
-      const int64_t block = i / channels, c = i % channels;
-      const int64_t first = block * in.layout.batch;
-      unpack(in.block(block), in.layout, to + first * image,
-             {channels, height, width, std::min(in.layout.batch, in.images - first), image}, whole, 1, 1, 1, c, c + 1);
-    }
+  each_channels(in, channels, height * width, [&](int64_t block, int64_t begin, int64_t end) {
+    const int64_t first = block * in.layout.batch;
+    unpack(in.block(block), in.layout, to + first * image,
+           {channels, height, width, std::min(in.layout.batch, in.images - first), image}, whole, 1, 1, 1, begin, end);
   });
   return y;
 }

@@ -181,8 +181,9 @@ class _Lowering:
             return False
         if (isinstance(module, nn.Conv2d) and len(shape) != 4) or (isinstance(module, nn.Conv1d) and len(shape) != 3):
             return False
-        images = _extent(shape, linear=isinstance(module, nn.Linear))[0]
-        if isinstance(module, nn.Linear) and (len(shape) != 2 and first in self.values):
+        extent = _extent(shape, linear=isinstance(module, nn.Linear))
+        images, value = extent[0], self.values.get(first)
+        if value is not None and (value.images, value.channels, value.size) != extent:
             self._close()
         self._open(images)
         if isinstance(module, nn.Linear) and first not in self.values:
@@ -242,7 +243,8 @@ class _Lowering:
         return True
 
     def _batch_norm(self, node: fx.Node, first: fx.Node, module: nn.Module) -> bool:
-        if module.running_mean is None or _shape(first)[1] != self.values[first].channels:
+        value = self.values[first]
+        if module.running_mean is None or _extent(_shape(first)) != (value.images, value.channels, value.size):
             return False
         scale = torch.rsqrt(module.running_var.detach() + module.eps)
         if module.weight is not None:
@@ -251,7 +253,6 @@ class _Lowering:
         if module.bias is not None:
             shift = shift + module.bias.detach()
         step = self._fusible(first)
-        value = self.values[first]
         if isinstance(step, Layer) and len(step.inputs) == 1:
             step.weight = step.weight * scale[:, None, None, None]
             step.bias = shift if step.bias is None else step.bias * scale + shift
