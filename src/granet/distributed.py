@@ -120,38 +120,78 @@ def top(layers: Sequence[Layer], criterion: Criterion, n: int, among: Sequence[T
 def verify(masks: Mapping[str, Tensor], counters: Mapping[str, int], device: torch.device) -> None:
     """Compare this rank's masks and counters with those of all other ranks, by a checksum of each mask.
 
-    Every rank of the default process group calls it together; what is sent are eight bytes for each parameter. Sharded
-    masks differ by their nature and are left out. Does nothing without a process group, or with one rank.
+    Every rank of the default process group calls it together; what is sent are sixteen bytes for each parameter. Ranks
+    that hold the same part of a sharded mask are compared with one another. Does nothing without a process group, or
+    with one rank.
 
     Raises:
-        RuntimeError: on all ranks; names the first counter or parameter that differs and the ranks that differ.
+        RuntimeError: on all ranks; names the first parameter or counter that differs and the ranks that differ.
     """
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
-    mine = dict(counters)
-    for name, mask in masks.items():
-        if not is_sharded(mask):
-            mine[name] = zlib.crc32(mask.contiguous().cpu().numpy())
-    size = torch.tensor([len(mine)], device=device)  # ranks with another number of parameters would wait for ever
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    if len({int(n) for n in sizes}) > 1:
-        raise RuntimeError(f"the ranks have different numbers of sparse parameters: {[int(n) for n in sizes]}")
-    values = torch.tensor(list(mine.values()), device=device)
-    gathered = [torch.empty_like(values) for _ in sizes]
-    dist.all_gather(gathered, values)
-    table = torch.stack(gathered)
-    differs = (table != table[0]).any(0).nonzero()
-    if differs.numel():
-        at = int(differs[0])
-        ranks = (table[:, at] != table[0, at]).nonzero().flatten().tolist()
+    mine = {name: (zlib.crc32(repr(_part(mask)).encode()), checksum(mask)) for name, mask in masks.items()}
+    mine |= {name: (0, value) for name, value in counters.items()}
+    names = [len(masks), zlib.crc32(repr(list(mine)).encode())]
+    sizes = _gathered(torch.tensor(names, device=device))  # ranks with other parameters would wait for ever
+    if len(set(map(tuple, sizes))) > 1:
         raise RuntimeError(
-            f"the topology differs between ranks: {list(mine)[at]!r} on rank {', '.join(map(str, ranks))} is not that "
-            "of rank 0. Give the sparsifier the same seed and the same weights on all ranks (make it after the model "
-            "was broadcast or loaded), and step it on the same, reduced gradients"
+            f"the ranks have different sparse parameters, {[n for n, _ in sizes]} of them; where ranks hold "
+            "different parts of a network (a pipeline), Sparsifier(..., verify_every=0) leaves them alone"
         )
+    table = _gathered(torch.tensor(list(mine.values()), device=device))
+    for at, name in enumerate(mine):
+        seen: dict[int, tuple[int, int]] = {}  # part -> the first rank that has it, and its checksum
+        for rank, row in enumerate(table):
+            part, value = row[at]
+            first, expected = seen.setdefault(part, (rank, value))
+            if value != expected:
+                others = [r for r, row in enumerate(table) if row[at][0] == part and row[at][1] != expected]
+                raise RuntimeError(
+                    f"the topology differs between ranks: {name!r} on rank {', '.join(map(str, others))} is not that "
+                    f"of rank {first}. Give the sparsifier the same seed and the same weights on all ranks (make it "
+                    "after the model was broadcast or loaded), and step it on the same, reduced gradients"
+                )
+
+
+def checksum(tensor: Tensor) -> int:
+    """The CRC-32 of this rank's part of `tensor`, in the order of its flat index."""
+    return zlib.crc32(local(tensor).contiguous().cpu().numpy())
+
+
+def total(values: Tensor) -> float:
+    """The sum of all entries, on all ranks, in float64."""
+    if not is_sharded(values):
+        return float(values.double().sum())
+    mine = local(values).double().sum()
+    return float(_summed(mine if _is_owner(values) else torch.zeros_like(mine), values.device_mesh))
+
+
+def placed(values: Tensor, tensor: Tensor) -> Tensor:
+    """`values`, whole or in shards, in the placement and on the device of `tensor`.
+
+    Shards of another placement are gathered, which all ranks of their mesh do together.
+    """
+    if is_sharded(values):
+        if is_sharded(tensor) and (values.device_mesh, values.placements) == (tensor.device_mesh, tensor.placements):
+            return values
+        values = values.full_tensor()
+    return shard(values, tensor) if is_sharded(tensor) else values.to(tensor.device)
+
+
+def _gathered(values: Tensor) -> list:
+    """The numbers of every rank of the default process group, by rank."""
+    import torch.distributed as dist
+
+    found = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, values)
+    return torch.stack(found).tolist()
+
+
+def _part(tensor: Tensor) -> tuple:
+    """What tells the parts of a tensor apart: shape and offset; the same for a whole tensor anywhere."""
+    return _place(tensor) if is_sharded(tensor) else ()
 
 
 def _nth(keys: Tensor, bits: int, n: int, mesh: DeviceMesh) -> tuple[int, int]:

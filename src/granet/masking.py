@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from granet import distributed
+from granet import distributed, quantised
 
 _PIECE = 1 << 18
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,7 +33,7 @@ def clear(work: Work) -> None:
             for piece in pieces:
                 piece.bitwise_and_(active)
         for tensor in slow:
-            tensor.masked_fill_(mask.logical_not(), 0)
+            _fill(tensor, mask.logical_not())
 
 
 @torch.no_grad()
@@ -62,15 +62,23 @@ def _leaks_here(work: Work) -> bool:
             inactive = words.copy_(flags).sub_(1).bitwise_and_(torch.iinfo(bits).max)
             if any(torch.bitwise_and(piece, inactive, out=left).max() > 0 for piece in pieces):
                 return True
-        if any((tensor != 0).logical_and_(mask.logical_not()).any() for tensor in slow):
+        if any(_nonzero(tensor).logical_and_(mask.logical_not()).any() for tensor in slow):
             return True
     return False
 
 
+def _fill(tensor: Tensor, inactive: Tensor) -> None:
+    quantised.clear(tensor, inactive) if quantised.is_quantised(tensor) else tensor.masked_fill_(inactive, 0)
+
+
+def _nonzero(tensor: Tensor) -> Tensor:
+    return quantised.nonzero(tensor) if quantised.is_quantised(tensor) else tensor != 0
+
+
 def like(mask: Tensor, parameter: Tensor) -> Tensor:
     """`mask` on the parameter's device, in its memory layout (channels-last, say) and in shards where it is."""
-    if distributed.is_sharded(parameter):
-        return distributed.shard(mask, parameter)
+    if distributed.is_sharded(parameter) or distributed.is_sharded(mask):
+        return distributed.placed(mask, parameter)
     if mask.device == parameter.device and mask.stride() == parameter.stride():
         return mask
     return torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
@@ -79,7 +87,8 @@ def like(mask: Tensor, parameter: Tensor) -> Tensor:
 def _same_layout(tensor: Tensor, mask: Tensor) -> bool:
     """Whether the bits of `tensor` can be walked along with `mask`: on the CPU, dense, real, in the same order."""
     return (
-        tensor.device.type == "cpu"
+        not quantised.is_quantised(tensor)
+        and tensor.device.type == "cpu"
         and all(a == b for a, b, n in zip(tensor.stride(), mask.stride(), mask.shape, strict=True) if n > 1)
         and tensor.is_floating_point()
         and torch.ops.aten.is_non_overlapping_and_dense(tensor)

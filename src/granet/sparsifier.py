@@ -12,22 +12,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from granet import masking, state, stepping
+from granet import distributed, masking, state, stepping
 from granet.methods.base import Method
 from granet.pattern import Pattern, parse
+from granet.probe import Probe
 from granet.records import LayerReport, SparsityReport, Update
 from granet.reparameterize import Reparameterization, fold
 from granet.selection import layers_of, select, units_of
 from granet.topology import NonFiniteScores, count
-
-if TYPE_CHECKING:
-    from granet.probe import Probe
 
 
 class Sparsifier:
@@ -45,6 +42,7 @@ class Sparsifier:
         probe: a `granet.Probe`, for methods that look at gradients before training.
         masks: masks to start from, by parameter name, instead of those the method would choose.
         pattern: what every mask obeys, `"2:4"`, `"4x1"` or `"channel"`, say; see `granet.pattern`.
+        verify_every: updates between two comparisons of the masks of all ranks; see `verify`. 0 for none.
 
     Attributes:
         model: the model given.
@@ -83,6 +81,7 @@ class Sparsifier:
         probe: Probe | None = None,
         masks: Mapping[str, Tensor] | None = None,
         pattern: Pattern | str | None = None,
+        verify_every: int = 10,
     ):
         self.model = model
         self.pattern = parse(pattern)
@@ -102,12 +101,12 @@ class Sparsifier:
         self._memory: dict[str, Tensor] = {}  # what the method remembers from update to update
         self._effective: Reparameterization | None = None  # of a method that reparameterizes, until it is folded
         self._folded = False
+        self._verify_every, self._updates = verify_every, 0  # updates tried, by this object
         self._overdue = False  # an update could not be made and is tried again at the next step
         self._overflow = False  # the gradient scaler skips the step under way
         self._keeps_zeros: bool | None = None  # whether the optimizers do, with masked gradients; None: to be checked
         given = None if masks is None else state.checked_masks(masks, self._parameters, self.pattern)
-        probes = state.needed(probe, method)
-        self._set_masks(given or self._policy.init(layers_of(self._choices), self._rng, *probes))
+        self._set_masks(given or self._policy.init(layers_of(self._choices), self._rng, *state.needed(probe, method)))
         if method.reparameterizes:
             self._effective = Reparameterization(model, self._choices, method, self.masks)
             self._set_masks(self.masks)
@@ -180,13 +179,15 @@ class Sparsifier:
 
         Raises:
             ValueError: a sparse parameter is in none of the optimizers, or it was attached before.
+            RuntimeError: the masks differ between ranks; see `verify`.
         """
         if self._optimizers:
             raise ValueError("this sparsifier is attached already: call detach() first")
         learned = {} if self._effective is None else self._effective.learned()
         self._optimizers = stepping.holders(optimizers, self._parameters | learned)
-        self._keeps_zeros = None
-        self._clear_all()
+        self.load_state_dict(self.state_dict())  # the model may have moved to another device since
+        if self._verify_every:
+            self.verify()
         if hooks:
             self._hooks = [
                 self._optimizers[0].register_step_pre_hook(partial(stepping.before, self.before_step)),
@@ -198,6 +199,19 @@ class Sparsifier:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._optimizers = [], ()
+
+    def verify(self) -> None:
+        """Compare masks, step and random generator with those of all other ranks, which call this at the same time.
+
+        Raises:
+            RuntimeError: on all ranks; names the first parameter that differs, and where.
+        """
+        counters = {
+            "step": self.step,
+            "version": self.version,
+            "generator": distributed.checksum(self._rng.get_state()),
+        }
+        distributed.verify(self.masks, counters, next(iter(self.masks.values())).device)
 
     def follow(self, module: nn.Module) -> None:
         """Keep the same-named parameters of `module`, an average of the model's weights say, sparse as well.
@@ -224,9 +238,7 @@ class Sparsifier:
         if self._mix is not None:
             stepping.keep(self._gradients, self._parameters, *self._mix, stepping.grad_scale(self._optimizers[0]))
         if self.update_due and self.method.replaces_step:
-            for p in stepping.parameters_of(self._optimizers):
-                p.grad = None
-            return
+            return stepping.forget_gradients(self._optimizers)
         self.mask_gradients()
         if self.method.decays and self._effective is not None:
             self._effective.penalise(stepping.grad_scale(self._optimizers[0]))
@@ -245,6 +257,9 @@ class Sparsifier:
             self._drift()
         if due:
             self._update()
+            self._updates += 1
+            if self._verify_every and self._updates % self._verify_every == 0:
+                self.verify()
         following = self.method.gradient_mix(self.step + 1)
         if following is None or following[0] == 0:
             self._gradients = {}
@@ -316,11 +331,8 @@ class Sparsifier:
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Set the gradients of inactive weights to zero."""
-        masking.clear(
-            (self.trained[name], [self._parameters[name].grad])
-            for name in self._masked
-            if self._parameters[name].grad is not None
-        )
+        held = ((self.trained[name], self._parameters[name].grad) for name in self._masked)
+        masking.clear((mask, [grad]) for mask, grad in held if grad is not None)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -367,19 +379,10 @@ class Sparsifier:
 
     def state_dict(self) -> dict:
         """All that a resumed run needs: tensors, numbers and strings, to be saved beside model and optimizer."""
-        return {
-            "method": repr(self.method),
-            "pattern": str(self.pattern),
-            "step": self.step,
-            "version": self.version,
-            "overdue": self._overdue,
-            "folded": self._folded,
-            "rng": self._rng.get_state(),
-            "masks": {name: mask.clone() for name, mask in self.masks.items()},
-            "ever": {name: mask.clone() for name, mask in self._ever.items()},
-            "gradients": {name: kept.clone() for name, kept in self._gradients.items()},
-            "memory": {name: value.clone() for name, value in self._memory.items()},
-        }
+        parts = {"masks": self.masks, "ever": self._ever, "gradients": self._gradients, "memory": self._memory}
+        counters = {"step": self.step, "version": self.version, "overdue": self._overdue, "folded": self._folded}
+        names = {"method": repr(self.method), "pattern": str(self.pattern)}
+        return state.packed(parts, **names, **counters, rng=self._rng.get_state())
 
     @torch.no_grad()
     def load_state_dict(self, given: Mapping) -> None:
@@ -390,11 +393,8 @@ class Sparsifier:
         """
         state.refuse_foreign(given, self.method, self.masks, self.pattern, folded=self._folded)
         self._rng.set_state(given["rng"].cpu())
-        self._memory = {name: value.clone() for name, value in given["memory"].items()}
-        self._set_masks({name: mask.clone() for name, mask in given["masks"].items()}, self._memory)
-        self._ever = {name: masking.like(given["ever"][name], p).clone() for name, p in self._parameters.items()}
-        mine = self._parameters
-        self._gradients = {name: kept.to(mine[name].device).clone() for name, kept in given["gradients"].items()}
+        masks, self._ever, self._gradients, self._memory = state.unpacked(given, self._parameters)
+        self._set_masks(masks, self._memory)
         self.step, self.version = int(given["step"]), int(given["version"])
         self._overdue, self._overflow, self._keeps_zeros = bool(given["overdue"]), False, None
         self._clear_all()

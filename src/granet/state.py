@@ -1,4 +1,4 @@
-"""Checks of what comes from outside into a sparsifier: masks from elsewhere, and the state of an earlier one."""
+"""What goes out of a sparsifier and comes back in: its state, and masks from elsewhere, checked."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from granet import distributed, masking
 from granet.methods.base import Method
 from granet.pattern import Pattern
 from granet.probe import Probe
@@ -79,3 +80,24 @@ def refuse_foreign(
     if shapes != mine:
         name, shape = sorted(set(shapes.items()) ^ set(mine.items()))[0]
         raise ValueError(f"the state is of another model: {name!r} of shape {shape} is only in one of them")
+
+
+def packed(parts: Mapping[str, Mapping[str, Tensor]], **rest: Any) -> dict[str, Any]:
+    """A sparsifier's state: copies of the tensors in `parts`, and the rest."""
+    return rest | {key: {name: tensor.clone() for name, tensor in part.items()} for key, part in parts.items()}
+
+
+def unpacked(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Copies of the masks, what was ever active, kept gradients and memory in `state`, placed as `parameters` are.
+
+    Whole tensors go into shards and shards into whole ones; for the latter all ranks must call this together.
+    """
+
+    def mine(name: str, value: Tensor) -> Tensor:
+        p = parameters.get(name)
+        if p is None or value.shape != p.shape:
+            return value.clone()
+        return (masking.like if value.dtype == torch.bool else distributed.placed)(value, p).clone()
+
+    parts = (state[key] for key in ("masks", "ever", "gradients", "memory"))
+    return [{name: mine(name, value) for name, value in part.items()} for part in parts]

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from granet import distributed, quantised
+from granet.quantised import Codes
+
 
 def before(act: Callable, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple | None:
     """What a hook before `optimizer.step(*args, **kwargs)` returns, so that `act` is called when gradients are final.
@@ -59,20 +62,30 @@ def parameters_of(optimizers) -> list[nn.Parameter]:
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
+def forget_gradients(optimizers) -> None:
+    """Leave the optimizers without a gradient, so that their step does nothing."""
+    for p in parameters_of(optimizers):
+        p.grad = None
+
+
 def learning_rates(optimizers, parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """The learning rate of each named parameter, 0 for one that no optimizer holds."""
     rates = {id(p): float(group["lr"]) for o in optimizers for group in o.param_groups for p in group["params"]}
     return {name: rates.get(id(p), 0.0) for name, p in parameters.items()}
 
 
-def buffers(optimizers, parameter: Tensor) -> list[Tensor]:
-    """What the optimizers remember of each weight of `parameter`: every floating-point buffer of its shape."""
+def buffers(optimizers, parameter: Tensor) -> list[Tensor | Codes]:
+    """What the optimizers remember of each weight of `parameter`: every buffer of its shape that holds numbers.
+
+    Raises:
+        ValueError: one holds codes of numbers, and the optimizer has no table that says which of them is zero.
+    """
     states = [optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state]
     return [
-        value
+        quantised.found(key, value, state)
         for state in states
-        for value in state.values()
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype != torch.bool
     ]
 
 
@@ -97,8 +110,17 @@ def keep(
 def clip(parameters: Iterable[nn.Parameter], masks: Mapping[nn.Parameter, Tensor], max_norm: float) -> Tensor:
     """The norm of the gradients, those that `masks` leaves out not counted; all are scaled down if it is too large."""
     held = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad * masks[p] if p in masks else p.grad for p in held])
-    torch.nn.utils.clip_grads_with_norm_(held, max_norm, norm)
+    live = [p.grad * masks[p] if p in masks else p.grad for p in held]
+    if not any(map(distributed.is_sharded, live)):
+        norm = torch.nn.utils.get_total_norm(live)
+        torch.nn.utils.clip_grads_with_norm_(held, max_norm, norm)
+        return norm
+    # torch sums up within one mesh only, and with tensor parallelism parameters lie in several
+    squares = torch.tensor(sum(distributed.total(grad.detach().double().square()) for grad in live))
+    norm = squares.sqrt().to(live[0].device, live[0].dtype)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for p in held:
+        distributed.local(p.grad).mul_(scale)
     return norm
 
 
