@@ -11,7 +11,7 @@ import torch
 
 from granet import checkpoint, lab, recipes
 from granet.cli import main
-from granet.lab import plasticity_cell, plasticity_findings, plasticity_grid, plasticity_study
+from granet.lab import plasticity_cell, plasticity_grid, plasticity_study
 from granet.lab.plasticity_cell import Bench, exchanged, measure, prune, regenerate
 from granet.lab.plasticity_findings import findings, paragraph
 from granet.lab.plasticity_study import PRESETS, Cell, Study, StudyError, moments
@@ -245,7 +245,7 @@ def test_a_grid_that_is_interrupted_keeps_what_it_has(tmp_path):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=250)
     if process.returncode == 0:
         pytest.skip("it was done before it could be interrupted")
     assert process.returncode == 130
@@ -421,4 +421,16 @@ def test_the_paragraph_says_the_numbers():
     assert "plasticity is highest at epoch 1 of 12 (+3.00 points)" in said
     assert "drop at epoch 4 to those after it, plasticity changes by -1.00 at rate 0.2, -1.60 at rate 0.5" in said
     assert "the arm `restore` changes plasticity by +0.00 at rate 0.2, +0.00 at rate 0.5, +3.00 at rate 0.9" in said
-    assert plasticity_findings.FREE == 0.5
+
+
+def test_arms_are_compared_where_both_are_made():
+    """A cell that is missing takes its counterpart out, rather than shift a mean."""
+    whole = made_up(like_the_paper, noise=0.0)
+    rows = tuple(row for row in whole.rows if row.arm == "none" or row.epoch < 4)
+    part = dataclasses.replace(whole, rows=rows, missing=len(whole.rows) - len(rows))
+    said = paragraph(part)
+    assert said.startswith(f"{part.missing} cells of the study are missing")
+    assert "the arm `restore` changes plasticity by +0.00 at rate 0.2, +0.00 at rate 0.5, +3.00 at rate 0.9" in said
+    assert set(part.gain("plasticity", "restore", "none")) == {
+        (row.pretrained_sparsity, row.rate, row.step, row.seed) for row in rows if row.arm == "restore"
+    }

@@ -86,7 +86,7 @@ def _minus(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, float]:
     return {seed: a[seed] - b[seed] for seed in a if seed in b}
 
 
-def _by_phase(table: Table, arm: str = "none") -> dict[tuple, dict[int, dict[int, float]]]:
+def _by_phase(table: Table, arm: str) -> dict[tuple, dict[int, dict[int, float]]]:
     """Returns the mean plasticity of each curve of an arm, by phase of the learning rate and seed."""
     found = table.per_seed("plasticity", lambda row: (row.curve, table.phase(row)), lambda row: row.arm == arm)
     curves: dict[tuple, dict[int, dict[int, float]]] = {}
@@ -95,10 +95,10 @@ def _by_phase(table: Table, arm: str = "none") -> dict[tuple, dict[int, dict[int
     return curves
 
 
-def _falls_of(table: Table) -> dict[tuple, dict[int, float]]:
+def _falls_of(table: Table, arm: str = "none") -> dict[tuple, dict[int, float]]:
     """Returns by how many points plasticity falls from phase to phase, by curve and drop, by seed."""
     falls = {}
-    for curve, phases in _by_phase(table).items():
+    for curve, phases in _by_phase(table, arm).items():
         for drop in range(1, len(table.drops) + 1):
             if drop in phases and drop - 1 in phases:
                 falls[curve, drop] = _minus(phases[drop - 1], phases[drop])
@@ -166,24 +166,19 @@ def _regeneration_helps_most(table: Table, arm: str, claim: str) -> Finding:
     half = len(table.rates) // 2
     if arm not in table.arms or "none" not in table.arms or not half:
         return _judge(table, claim, criterion, {}, "moments")
-    low, high = table.rates[:half], table.rates[-half:]
+    gains = table.gain("plasticity", arm, "none")
+    votes: dict[tuple, dict[int, float]] = {}
+    for sparsity, step, seed in {(sparsity, step, seed) for sparsity, _, step, seed in gains}:
+        at = [gains.get((sparsity, rate, step, seed)) for rate in table.rates]
+        if None not in at:
+            votes.setdefault((sparsity, step), {})[seed] = statistics.fmean(at[-half:]) - statistics.fmean(at[:half])
+    return _judge(table, claim, criterion, votes, "moments", f" Mean gain by rate: {_by_rate(table, gains)}.")
 
-    def gain(rates: list[float]) -> dict:
-        def of(which: str) -> dict:
-            return table.per_seed(
-                "plasticity",
-                lambda row: (row.pretrained_sparsity, row.step),
-                lambda row: row.arm == which and row.rate in rates,
-            )
 
-        there, without = of(arm), of("none")
-        return {key: _minus(there[key], without[key]) for key in there.keys() & without.keys()}
-
-    above, below = gain(high), gain(low)
-    votes = {key: d for key in sorted(above.keys() & below.keys()) if (d := _minus(above[key], below[key]))}
-    means = {rate: [table.mean("plasticity", arm=one, rate=rate) for one in (arm, "none")] for rate in table.rates}
-    gains = "; ".join(f"{rate:g}: {points(a - b)}" for rate, (a, b) in means.items() if None not in (a, b))
-    return _judge(table, claim, criterion, votes, "moments", f" Mean gain by rate: {gains}.")
+def _by_rate(table: Table, values: Mapping[tuple, float]) -> str:
+    """Returns means by pruning rate, which is second in the keys, as text."""
+    found = {rate: [x for key, x in values.items() if key[1] == rate] for rate in table.rates}
+    return ", ".join(f"{points(statistics.fmean(of))} at rate {rate:g}" for rate, of in found.items() if of)
 
 
 def _positive_at_high_rate(table: Table) -> Finding:
@@ -230,31 +225,26 @@ def paragraph(table: Table) -> str:
     by_moment = {at: mean for at, mean in by_moment.items() if mean is not None}
     top = max(by_moment, key=by_moment.get)
     best = max((row for row in table.rows), key=lambda row: row.plasticity)
-    said = [
+    said = [f"{table.missing} cells of the study are missing; this is what the others say."] if table.missing else []
+    said.append(
         f"In the arm `{arm}`, averaged over pretrained sparsities and pruning rates, plasticity is highest at epoch "
         f"{top:g} of {table.epochs} ({points(by_moment[top])} points); the highest single value is "
         f"{points(100 * best.plasticity)} points (epoch {best.epoch:g}, pretrained sparsity "
         f"{best.pretrained_sparsity:g}, rate {best.rate:g}, arm `{best.arm}`)."
-    ]
+    )
+    falls = {
+        (drop, curve[1], curve, seed): -fall
+        for (curve, drop), by_seed in _falls_of(table, arm).items()
+        for seed, fall in by_seed.items()
+    }
     for drop, epoch in enumerate(table.drops, 1):
-        parts = []
-        for rate in table.rates:
-            above, below = (table.mean("plasticity", phase=p, rate=rate, arm=arm) for p in (drop - 1, drop))
-            if above is not None and below is not None:
-                parts.append(f"{points(below - above)} at rate {rate:g}")
-        if parts:
-            said.append(f"From the moments before the drop at epoch {epoch:g} to those after it, plasticity changes by "
-                        f"{', '.join(parts)}.")  # fmt: skip
+        if here := {key: x for key, x in falls.items() if key[0] == drop}:
+            said.append(
+                f"From the moments before the drop at epoch {epoch:g} to those after it, plasticity changes by "
+                f"{_by_rate(table, here)}."
+            )
     for other in table.arms:
-        if other == arm:
-            continue
         for measure, name in (("plasticity", "plasticity"), ("final_gap", "the final gap")):
-            gains = []
-            for rate in table.rates:
-                there, without = (table.mean(measure, rate=rate, arm=a) for a in (other, arm))
-                if there is not None and without is not None:
-                    gains.append(f"{points(there - without)} at rate {rate:g}")
-            said.append(f"Against `{arm}`, the arm `{other}` changes {name} by {', '.join(gains)} points.")
-    if table.missing:
-        said.append(f"{table.missing} cells of the study are missing.")
+            if other != arm and (gains := table.gain(measure, other, arm)):
+                said.append(f"Against `{arm}`, the arm `{other}` changes {name} by {_by_rate(table, gains)}.")
     return " ".join(said)

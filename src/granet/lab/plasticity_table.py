@@ -106,6 +106,21 @@ class Table:
         values = [100 * getattr(row, measure) for row in self.rows if self._is(row, wanted)]
         return statistics.fmean(values) if values else None
 
+    def gain(self, measure: Measure, arm: str, over: str) -> dict[tuple[float, float, int, int], float]:
+        """Returns by how many points one arm is above another, of cells that differ in nothing else.
+
+        The keys are pretrained sparsity, pruning rate, step and seed.
+        """
+        values = {
+            (row.arm, row.pretrained_sparsity, row.rate, row.step, row.seed): 100 * getattr(row, measure)
+            for row in self.rows
+        }
+        return {
+            key[1:]: x - values[over, *key[1:]]
+            for key, x in values.items()
+            if key[0] == arm and (over, *key[1:]) in values
+        }
+
     def _is(self, row: Row, wanted: Mapping[str, Any]) -> bool:
         return all((self.phase(row) if key == "phase" else getattr(row, key)) == value for key, value in wanted.items())
 
