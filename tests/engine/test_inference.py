@@ -21,6 +21,17 @@ def test_every_kernel_and_layout_computes_the_model(activation, images, size):
     check_every_choice(network(activation, 0.3), torch.randn(images, 3, size, size))
 
 
+def test_any_number_of_threads_computes_the_same():
+    torch.manual_seed(0)
+    model, x, threads = network(nn.ReLU(), 0.3), torch.randn(2, 3, 64, 64), torch.get_num_threads()
+    try:
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            check_every_choice(model, x)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def wide(density=0.02):
     """A model whose zeros pay on any machine."""
     torch.manual_seed(0)
