@@ -21,12 +21,15 @@ LAYERS = [  # a module may import what stands before it
     "selection",
     "importers",
     "records",
+    "quantised",
     "masking",
     "reparameterize",
     "probe",
     "state",
     "stepping",
     "sparsifier",
+    "sharded",
+    "integrations",
     "engine",
     "flops",
     "batches",
@@ -36,6 +39,7 @@ LAYERS = [  # a module may import what stands before it
     "recipes",
     "checkpoint",
     "optimizer",
+    "ranks",
     "trainer",
     "charts",
     "report",
@@ -115,7 +119,7 @@ assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 def test_every_module_has_a_test():
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").rglob("test_*.py")}
     covered = {"methods": "every_method", "recipes": "recipe", "records": "sparsifier", "optimizer": "trainer"}
-    folders = ("cli", "engine", "lab")
+    folders = ("cli", "engine", "integrations", "lab")
     missing = {name for name, _ in modules() if covered.get(name, name) not in tests and name not in folders}
     assert not missing
     assert all(list((ROOT / "tests" / folder).glob("test_*.py")) for folder in folders)

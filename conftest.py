@@ -1,0 +1,31 @@
+"""Before tests are collected: torchvision is made importable, and examples of stacks that are not installed set aside.
+
+`make test` installs what the integrations need; `tests/integrations` says which extra is missing where it does not.
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "tests" / "shim"))
+import torchvision_shim  # noqa: F401  imported for its effect
+
+_NEEDS = {
+    "src/granet/integrations/lightning.py": ["lightning"],
+    "src/granet/integrations/huggingface.py": ["transformers", "accelerate"],
+    "src/granet/integrations/peft.py": ["peft"],
+    "docs/integrations.md": ["lightning", "transformers", "accelerate", "timm", "peft"],
+}
+collect_ignore = [path for path, stacks in _NEEDS.items() if not all(map(find_spec, stacks))]
+
+_THEIRS = ("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning")
+
+
+def pytest_collection_modifyitems(items):
+    """What the stacks warn of is theirs; granet's own are RuntimeWarnings and fail a test here as everywhere."""
+    for item in items:
+        if "integrations" in item.path.as_posix().removeprefix(Path(__file__).parent.as_posix()):
+            for rule in _THEIRS:
+                item.add_marker(pytest.mark.filterwarnings(rule))

@@ -1,0 +1,32 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for processes that tests start as well
+from problem import Problem
+
+
+@pytest.fixture(scope="session")
+def problem():
+    pytest.importorskip("sklearn", reason='needs pip install "granet[train]"')
+    return Problem()
+
+
+@pytest.fixture
+def same():
+    """Asserts that two models and their sparsifiers are the same to the bit, and that something was trained."""
+
+    def check(model, sparsifier, other, others, *, updates=3):
+        assert others.version >= updates and sparsifier.version == others.version
+        assert sparsifier.step == others.step
+        theirs = dict(other.named_parameters())
+        for name, p in model.named_parameters():
+            assert torch.equal(p, theirs[name]), name
+        for name, mask in others.masks.items():
+            assert torch.equal(sparsifier.masks[name], mask), name
+            assert not dict(model.named_parameters())[name][~mask].any()
+        assert sparsifier.exploration == others.exploration
+
+    return check

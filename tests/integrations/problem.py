@@ -1,0 +1,90 @@
+"""One problem for every stack, and the plain loop that each is compared with."""
+
+import torch
+from torch import nn
+
+import granet
+
+BATCH = 32
+STEPS = 24
+
+
+class Network(nn.Module):
+    """A classifier of 8x8 digits in the shape that each stack likes: `forward(x, labels)` has loss and logits."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 10))
+
+    def forward(self, x, labels=None):
+        logits = self.net(x)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Problem:
+    """Digits in a fixed order, and the plain loop over them."""
+
+    network, batch, steps = Network, BATCH, STEPS
+
+    def __init__(self, dtype=torch.float32):
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        self.x = torch.tensor(images, dtype=dtype)[: BATCH * STEPS] / 16
+        self.y = torch.tensor(labels)[: BATCH * STEPS]
+
+    @property
+    def pairs(self):
+        return torch.utils.data.TensorDataset(self.x, self.y)
+
+    @property
+    def dicts(self):
+        return [{"x": x, "labels": y} for x, y in zip(self.x, self.y, strict=True)]
+
+    def loader(self, batch=BATCH):
+        return torch.utils.data.DataLoader(self.pairs, batch)
+
+    def method(self, name="granet"):
+        if name == "rigl":
+            return granet.RigL(sparsity=0.8, end=20, interval=3)
+        return granet.GraNet(sparsity=0.8, initial_sparsity=0.3, end=9, total=24, interval=3)
+
+    def optimizer(self, model, name="sgd"):
+        if name == "adamw":
+            return torch.optim.AdamW(model.parameters(), lr=0.01)
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def plain(
+        self, method="granet", optimizer="sgd", *, accumulate=1, clip=None, autocast=None, steps=STEPS, make=None
+    ):
+        """Model, sparsifier and optimizer after the loop that everybody writes.
+
+        Args:
+            method: the method's name.
+            optimizer: the optimizer's name.
+            accumulate: batches to a step.
+            clip: called with the sparsifier and the model when gradients are final, before the step.
+            autocast: the dtype of `torch.autocast`.
+            steps: the number of batches.
+            make: makes the model.
+        """
+        model = (make or Network)()
+        sparsifier = granet.Sparsifier(model, self.method(method), seed=7)
+        optimizer = self.optimizer(model, optimizer)
+        sparsifier.attach(optimizer)
+        for i, (x, y) in enumerate(self.loader()):
+            if i == steps:
+                break
+            with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+                loss = model(x, y)["loss"] / accumulate
+            loss.backward()
+            if (i + 1) % accumulate == 0:
+                if clip is not None:
+                    clip(sparsifier, model)
+                optimizer.step()
+                optimizer.zero_grad()
+        return model, sparsifier, optimizer

@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+import granet
+
+accelerate = pytest.importorskip("accelerate", reason='needs pip install "granet[accelerate]"')
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """accelerate keeps its state in the class."""
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def train(problem):
+    def run(method="granet", optimizer="sgd", *, accumulate=1, clip=None, save=None, load=None, precision="no"):
+        accelerator = accelerate.Accelerator(
+            cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision
+        )
+        model = problem.network(seed=1 if load else 0)
+        sparsifier = granet.Sparsifier(model, problem.method(method), seed=1 if load else 7)
+        optimizer = problem.optimizer(model, optimizer)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, problem.loader())
+        sparsifier.attach(optimizer)  # what prepare() returned is unwrapped
+        accelerator.register_for_checkpointing(sparsifier)
+        done = 0
+        if load:
+            accelerator.load_state(load)
+            done = sparsifier.step
+            loader = accelerator.skip_first_batches(loader, done)
+        for step, (x, y) in enumerate(loader, done + 1):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(x, y)["loss"])
+                if clip and accelerator.sync_gradients:
+                    clip(accelerator, sparsifier, model)
+                optimizer.step()
+                optimizer.zero_grad()
+            if save and step == 10:
+                accelerator.save_state(save)
+        return model, sparsifier
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["granet", "rigl"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_equals_the_plain_loop(method, optimizer, problem, train, same):
+    same(*train(method, optimizer), *problem.plain(method, optimizer)[:2])
+
+
+def test_accumulation_equals_the_plain_loop(problem, train, same):
+    model, sparsifier = train(accumulate=2)  # hooks are called once for a step, not for each of its batches
+    same(model, sparsifier, *problem.plain(accumulate=2)[:2])
+    assert sparsifier.step == problem.steps // 2
+
+
+def test_autocast_equals_the_plain_loop(problem, train, same):
+    same(*train(precision="bf16"), *problem.plain(autocast=torch.bfloat16)[:2])
+
+
+def test_accelerate_clips_by_dense_gradients_and_the_sparsifier_by_live_ones(problem, train, same):
+    theirs = train(clip=lambda accelerator, sparsifier, model: accelerator.clip_grad_norm_(model.parameters(), 0.03))
+    dense = problem.plain(clip=lambda sparsifier, model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.03))
+    same(*theirs, *dense[:2])
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    ours = train(clip=lambda accelerator, sparsifier, model: sparsifier.clip_grad_norm_(0.03))
+    same(*ours, *problem.plain(clip=lambda sparsifier, model: sparsifier.clip_grad_norm_(0.03))[:2])
+    assert not torch.equal(theirs[0].net[0].weight, ours[0].net[0].weight)
+
+
+@pytest.mark.parametrize(("method", "optimizer"), [("granet", "sgd"), ("rigl", "adamw")])
+def test_resume_is_bitwise(method, optimizer, train, same, tmp_path):
+    whole = train(method, optimizer, save=str(tmp_path / "saved"))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    same(*train(method, optimizer, load=str(tmp_path / "saved")), *whole)
