@@ -265,7 +265,7 @@ def test_in_a_notebook(tmp_path):
     assert found.to_csv(tmp_path / "x.csv") == (tmp_path / "x.csv").read_text()
     assert "pretrained" in str(found)
     spec = found.figure("final_gap").to_dict()
-    values = spec["data"]["values"]
+    values = spec["data"]["values"]  # of the only panel
     assert [value["seeds"] for value in values] == [2]
     assert values[0]["low"] <= values[0]["mean"] <= values[0]["high"]
     with pytest.raises(ValueError, match="no measure 'gap'"):
@@ -421,6 +421,17 @@ def test_the_paragraph_says_the_numbers():
     assert "plasticity is highest at epoch 1 of 12 (+3.00 points)" in said
     assert "drop at epoch 4 to those after it, plasticity changes by -1.00 at rate 0.2, -1.60 at rate 0.5" in said
     assert "the arm `restore` changes plasticity by +0.00 at rate 0.2, +0.00 at rate 0.5, +3.00 at rate 0.9" in said
+
+
+def test_every_panel_shows_its_own_cells_where_others_are_missing():
+    whole = made_up(like_the_paper, noise=0.0)
+    part = dataclasses.replace(
+        whole, rows=tuple(row for row in whole.rows if (row.arm, row.pretrained_sparsity) != ("none", 0))
+    )
+    panels = part.figure().to_dict()["vconcat"]
+    shown = [[panel["data"]["values"] for panel in row["hconcat"]] for row in panels]
+    assert [[len(values) for values in row] for row in shown] == [[0, 24], [24, 24], [24, 24]]
+    assert {(value["arm"], value["sparsity"]) for value in shown[1][0]} == {("restore", "0.0")}
 
 
 def test_arms_are_compared_where_both_are_made():

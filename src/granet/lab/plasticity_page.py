@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TITLES = {"plasticity": "Pruning plasticity", "final_gap": "Final performance gap"}
 
 
-def figure(table: Table, measure: Measure = "plasticity") -> "altair.FacetChart":
+def figure(table: Table, measure: Measure = "plasticity") -> "altair.VConcatChart":
     """Returns a figure: points of accuracy against the epoch of pruning, a curve a pruning rate; drops are dashed.
 
     Raises:
@@ -32,39 +32,44 @@ def figure(table: Table, measure: Measure = "plasticity") -> "altair.FacetChart"
         import altair as alt
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('a figure needs altair: pip install "granet[train]"') from error
+    points = _points(table, measure)
+    values = [point[key] for point in points for key in ("low", "high")]
+    at = {(sparsity, arm): [] for arm in table.arms for sparsity in table.sparsities}
+    for point in points:
+        at[float(point["sparsity"]), point["arm"]].append(point)
+    panels = [[_panel(table, at[s, arm], arm, s, values) for s in table.sparsities] for arm in table.arms]
+    # a facet by row and column would shift the panels where a combination has no cell yet
+    return alt.vconcat(*(alt.hconcat(*row) for row in panels)).resolve_scale(color="shared")
+
+
+def _panel(table: Table, points: list[dict], arm: str, sparsity: float, values: list[float]) -> "altair.LayerChart":
+    import altair as alt
+
     rates = [f"{rate:g}" for rate in table.rates]
-    x = alt.X("epoch:Q", title="epoch of pruning", scale=alt.Scale(domain=[0, table.epochs], nice=False))
+    x = alt.X(
+        "epoch:Q", title="epoch of pruning" if arm == table.arms[-1] else None,
+        scale=alt.Scale(domain=[0, table.epochs], nice=False), axis=alt.Axis(grid=False, tickCount=5),
+    )  # fmt: skip
     # differences of half a point and of fifty are both to be seen
-    scale = alt.Scale(type="symlog", constant=1, nice=False)
-    axis = alt.Axis(values=[-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50], format="+~g")
-    y = alt.Y("mean:Q", title="points of accuracy", scale=scale, axis=axis)
-    colour = alt.Color(
-        "rate:N",
-        title="pruning rate",
-        sort=rates,
-        scale=alt.Scale(domain=rates, range=list(charts.COLOURS[: len(rates)])),
-    )
+    scale = alt.Scale(type="symlog", constant=1, domain=[min(0, *values), max(0, *values)], nice=False)
+    axis = alt.Axis(values=[-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50], format="+d", labelOverlap=False)
+    title = f"{arm}: points of accuracy" if sparsity == table.sparsities[0] else None
+    colours = alt.Scale(domain=rates, range=list(charts.COLOURS[: len(rates)]))
     tooltip = [
         alt.Tooltip("sparsity:N", title="pretrained sparsity"), alt.Tooltip("arm:N"), alt.Tooltip("rate:N"),
         alt.Tooltip("epoch:Q"), alt.Tooltip("lr:N"), alt.Tooltip("mean:Q", format="+.2f"),
         alt.Tooltip("low:Q", format="+.2f"), alt.Tooltip("high:Q", format="+.2f"), alt.Tooltip("seeds:Q"),
     ]  # fmt: skip
-    base = alt.Chart().encode(x=x, color=colour)
-    zero = alt.Chart().mark_rule(opacity=0.5).encode(y=alt.datum(0))
-    drops = [alt.Chart().mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x=alt.datum(drop)) for drop in table.drops]
-    layers = [zero, *drops]
+    base = alt.Chart().encode(x=x, color=alt.Color("rate:N", title="pruning rate", sort=rates, scale=colours))
+    y = alt.Y("mean:Q", title=title, scale=scale, axis=axis)
+    layers = [alt.Chart().mark_rule(opacity=0.5).encode(y=alt.datum(0, type="quantitative"))]
+    layers += [alt.Chart().mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x=alt.datum(at)) for at in table.drops]
     if len(table.seeds) > 1:
-        layers.append(base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", scale=scale, axis=axis), y2="high:Q"))
+        layers.append(base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"))
     layers += [base.mark_line().encode(y=y), base.mark_point(filled=True, size=28).encode(y=y, tooltip=tooltip)]
-    arms = table.arms
-    return (
-        alt.layer(*layers, data=alt.Data(values=_points(table, measure)))
-        .properties(width=max(110, min(230, 900 // len(table.sparsities))), height=150)
-        .facet(
-            column=alt.Column("sparsity:N", title="pretrained sparsity", sort=[f"{s:g}" for s in table.sparsities]),
-            row=alt.Row("arm:N", title=None, sort=arms),
-        )
-    )
+    head = f"pretrained sparsity {sparsity:g}" if arm == table.arms[0] else ""
+    width = max(110, min(230, 900 // len(table.sparsities)))
+    return alt.layer(*layers, data=alt.Data(values=points)).properties(width=width, height=150, title=head)
 
 
 def _points(table: Table, measure: Measure) -> list[dict[str, Any]]:
@@ -74,7 +79,7 @@ def _points(table: Table, measure: Measure) -> list[dict[str, Any]]:
         groups[*row.curve, row.epoch, row.lr].append(100 * getattr(row, measure))
     return [
         {
-            "sparsity": f"{sparsity:g}", "rate": f"{rate:g}", "arm": arm, "epoch": epoch, "lr": f"{lr:g}",
+            "sparsity": str(sparsity), "rate": f"{rate:g}", "arm": arm, "epoch": epoch, "lr": f"{lr:g}",
             "mean": statistics.fmean(values), "low": min(values), "high": max(values), "seeds": len(values),
         }
         for (sparsity, rate, arm, epoch, lr), values in groups.items()
