@@ -144,7 +144,8 @@ def execute(
 ) -> dict[str, Any] | None:
     """Trains ``run`` to the end from where it stands; returns its summary, or None if ``stop`` ended it early.
 
-    A finished run is not trained again: its summary comes back at once.
+    A finished run is not trained again: its summary comes back at once. Of several ranks (`granet.ranks`) all call
+    this, and only the first writes and watches; the others read its checkpoints, so they must see the same folder.
 
     Args:
         run: the run.
@@ -158,6 +159,8 @@ def execute(
     if run.summary is not None:
         return run.summary
     trainer = Trainer(run.recipe)  # first of all: what cannot be built leaves no directory behind
+    if not trainer.ranks.first:
+        return _accompany(run, trainer, stop)
     run.path.mkdir(parents=True, exist_ok=True)
     with run.locked():
         checkpoint.replace(run.path / "recipe.yaml", run.recipe.to_yaml())
@@ -167,6 +170,7 @@ def execute(
             trainer.load_state_dict(found.model, found.state)
             offset = found.state["metrics"]
             logger.info("going on from step %d of %d", trainer.step, trainer.steps)
+        trainer.ranks.told(trainer.step)
         checkpoint.replace(run.path / "environment.json", json.dumps(environment(trainer), indent=1))
         metrics = Metrics(run.path / "metrics.jsonl", offset)
         events = _events(run.path / "tensorboard", trainer.step)
@@ -192,6 +196,16 @@ def execute(
         summary = _summarise(run, trainer)
         checkpoint.replace(run.path / "summary.json", json.dumps(summary, indent=1))
     return summary
+
+
+def _accompany(run: Run, trainer: Trainer, stop: Callable[[], bool]) -> dict[str, Any] | None:
+    """What `execute` does on all ranks but the first: train from where that one stands, and write nothing."""
+    if step := trainer.ranks.told(0):
+        found = checkpoint.load(run.checkpoints / f"{step:08d}")
+        trainer.load_state_dict(found.model, found.state)
+    if not trainer.fit(record=lambda values: None, save=lambda: None, stop=stop):
+        return None
+    return _summarise(run, trainer)
 
 
 def _summarise(run: Run, trainer: Trainer) -> dict[str, Any]:
@@ -248,6 +262,7 @@ def environment(trainer: Trainer) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
+        "ranks": trainer.ranks.world,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 

@@ -106,7 +106,8 @@ class Sparsifier:
         self._overflow = False  # the gradient scaler skips the step under way
         self._keeps_zeros: bool | None = None  # whether the optimizers do, with masked gradients; None: to be checked
         given = None if masks is None else state.checked_masks(masks, self._parameters, self.pattern)
-        self._set_masks(given or self._policy.init(layers_of(self._choices), self._rng, *state.needed(probe, method)))
+        probes = () if given else state.needed(probe, method, self._parameters)
+        self._set_masks(given or self._policy.init(layers_of(self._choices), self._rng, *probes))
         if method.reparameterizes:
             self._effective = Reparameterization(model, self._choices, method, self.masks)
             self._set_masks(self.masks)
@@ -206,11 +207,8 @@ class Sparsifier:
         Raises:
             RuntimeError: on all ranks; names the first parameter that differs, and where.
         """
-        counters = {
-            "step": self.step,
-            "version": self.version,
-            "generator": distributed.checksum(self._rng.get_state()),
-        }
+        generator = distributed.checksum(self._rng.get_state())
+        counters = {"step": self.step, "version": self.version, "generator": generator}
         distributed.verify(self.masks, counters, next(iter(self.masks.values())).device)
 
     def follow(self, module: nn.Module) -> None:

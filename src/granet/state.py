@@ -10,6 +10,7 @@ from granet import distributed, masking
 from granet.methods.base import Method
 from granet.pattern import Pattern
 from granet.probe import Probe
+from granet.topology import count
 
 _KEYS = {"method", "pattern", "step", "version", "overdue", "folded", "rng", "masks", "ever", "gradients", "memory"}
 
@@ -33,25 +34,32 @@ def checked_masks(
                 f"masks: {name!r} is {mask.dtype} of shape {tuple(mask.shape)}; "
                 f"torch.bool of shape {tuple(p.shape)} is needed"
             )
-        if not mask.any():
+        if not count(mask):
             raise ValueError(f"masks: {name!r} has no active weight; a layer needs at least one")
         if pattern and not pattern.obeyed(mask):
             raise ValueError(f"masks: {name!r} does not obey pattern {pattern}")
     return {name: masks[name].clone() for name in parameters}
 
 
-def needed(probe: Probe | None, method: Method) -> tuple[Probe, ...]:
+def needed(probe: Probe | None, method: Method, parameters: Mapping[str, Tensor]) -> tuple[Probe, ...]:
     """What the method's `init` is given beside layers and generator: the probe, or nothing.
 
     Raises:
-        ValueError: the method needs one, and there is none.
+        ValueError: the method needs one, and there is none, or it would look at shards.
     """
-    if method.needs_probe and probe is None:
+    if not method.needs_probe:
+        return ()
+    kind = type(method).__name__
+    if any(map(distributed.is_sharded, parameters.values())):
         raise ValueError(
-            f"{type(method).__name__} looks at gradients before training: give Sparsifier(...) a "
-            "probe=granet.Probe(model, batches)"
+            f"{kind} looks at gradients before training, through a whole network, and this one is sharded: choose the "
+            "masks before, in the same way on all ranks, and take them over: Sparsifier(..., masks=masks)"
         )
-    return (probe,) if method.needs_probe else ()
+    if probe is None:
+        raise ValueError(
+            f"{kind} looks at gradients before training: give Sparsifier(...) a probe=granet.Probe(model, batches)"
+        )
+    return (probe,)
 
 
 def refuse_foreign(

@@ -1,6 +1,8 @@
 """What optimizers are asked for around their step: closures, wrappers, and what a gradient scaler left with them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -37,6 +39,21 @@ def unwrap(optimizer) -> Optimizer:
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+@contextmanager
+def unhooked(optimizers: Optimizer | Iterable[Optimizer]) -> Iterator[None]:
+    """No hook is called around the optimizers' steps inside the `with`."""
+    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    held = [(optimizer, name, getattr(optimizer, name)) for optimizer in optimizers for name in names]
+    for optimizer, name, _ in held:
+        setattr(optimizer, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for optimizer, name, hooks in held:
+            setattr(optimizer, name, hooks)
 
 
 def holders(optimizers, parameters: Mapping[str, Tensor]) -> tuple[Optimizer, ...]:
@@ -116,8 +133,8 @@ def clip(parameters: Iterable[nn.Parameter], masks: Mapping[nn.Parameter, Tensor
         torch.nn.utils.clip_grads_with_norm_(held, max_norm, norm)
         return norm
     # torch sums up within one mesh only, and with tensor parallelism parameters lie in several
-    squares = torch.tensor(sum(distributed.total(grad.detach().double().square()) for grad in live))
-    norm = squares.sqrt().to(live[0].device, live[0].dtype)
+    squares = sum(distributed.total(grad.detach().double().square()) for grad in live)
+    norm = torch.tensor(squares**0.5, device=live[0].device, dtype=live[0].dtype)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1)
     for p in held:
         distributed.local(p.grad).mul_(scale)

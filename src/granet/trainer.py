@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from granet import data, flops, models, optimizer
+from granet import data, flops, models, optimizer, ranks
 from granet.checkpoint import restore_layout
 from granet.engine.training import TrainingPlan, accelerate
 from granet.recipe import Recipe, Train
@@ -66,7 +66,9 @@ class Trainer:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.device = _device(recipe.train.device)
+        self.ranks = ranks.current()
+        self.share = self.ranks.share(recipe.train.batch_size, recipe.train.accumulate)  # of a batch, on this rank
+        self.device = self.ranks.device(recipe.train.device)
         torch.manual_seed(recipe.seed)
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
@@ -84,6 +86,8 @@ class Trainer:
         self.steps = self.steps_per_epoch * recipe.train.epochs
         units = {"steps_per_epoch": self.steps_per_epoch, "epochs": recipe.train.epochs}
         self.settings = Train.model_construct(**recipe.train.resolved(**units))
+        if self.settings.engine == "sparse" and self.ranks.world > 1:
+            raise ValueError(f"train.engine: 'sparse' runs in one process, not in {self.ranks.world}; write 'dense'")
         for every in ("log", "evaluate", "checkpoint"):
             if not getattr(self.settings, every):
                 raise ValueError(f"train.{every}: {getattr(recipe.train, every)!r} is less than a step; 1 is the least")
@@ -111,6 +115,7 @@ class Trainer:
         if self.settings.ema:
             self.ema = copy.deepcopy(self.model).requires_grad_(False)
             self.sparsifier.follow(self.ema)
+        self.replica = self.ranks.replica(self.model)
 
         self.training_flops = 0.0
         self.seconds = 0.0
@@ -141,7 +146,7 @@ class Trainer:
             TrainingError: the loss is not finite.
         """
         settings, saved = self.settings, -1
-        forward = torch.compile(self.model, mode=settings.compile) if settings.compile else self.model
+        forward = torch.compile(self.replica, mode=settings.compile) if settings.compile else self.replica
         self.model.train()
         clock = time.perf_counter()
         if settings.engine == "sparse" and self.engine is None:
@@ -161,7 +166,7 @@ class Trainer:
                 better = False
                 if self.step % settings.evaluate == 0 or last:
                     better = self._validate(record)
-                stopped = stop()
+                stopped = self.ranks.any(stop())
                 kept = self.step in settings.keep
                 if self.step % settings.checkpoint == 0 or kept or better or last or stopped:
                     self._refuse_non_finite()
@@ -170,17 +175,18 @@ class Trainer:
                 clock = time.perf_counter()
                 if stopped and not last:
                     return False
+        self.sparsifier.verify()
         if saved != self.step:
             save()
         return True
 
     def batches(self):
-        """Returns the rest of the epoch that the trainer stands in."""
+        """Returns the rest of the epoch that the trainer stands in: of every batch this rank's share."""
         epoch, start = divmod(self.step, self.steps_per_epoch)
         augment = {key: getattr(self.recipe.data, key) for key in ("crop", "padding", "flip", "cutout")}
         order = {"seed": self.recipe.seed, "epoch": epoch, "start": start, "drop_last": True}
-        size = self.settings.batch_size
-        return self._images("train", batch_size=size, train=True, augment=data.Augment(**augment), **order)
+        order |= {"rank": self.ranks.rank, "world": self.ranks.world}
+        return self._images("train", batch_size=self.share, train=True, augment=data.Augment(**augment), **order)
 
     def probe(self, batches: int):
         """Returns what shows the gradients on the first training batches, without augmentation."""
@@ -193,30 +199,35 @@ class Trainer:
 
     def _images(self, split: str, **options):
         mean, std = self.dataset.mean, self.dataset.std
-        return data.epoch_batches(self.splits[split], mean=mean, std=std, device=self.device, **options)
+        options |= {"mean": mean, "std": std, "device": self.device, "workers": self.ranks.workers}
+        return data.epoch_batches(self.splits[split], **options)
 
     def train_step(self, forward: nn.Module, x: Tensor, y: Tensor) -> None:
-        """Takes one optimizer step on a batch."""
+        """Takes one optimizer step on a batch, or on this rank's share of it."""
         settings, sparsifier = self.settings, self.sparsifier
         lr = optimizer.learning_rate(settings, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
         total, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for part, labels in zip(x.chunk(settings.accumulate), y.chunk(settings.accumulate), strict=True):
+        parts = list(zip(x.chunk(settings.accumulate), y.chunk(settings.accumulate), strict=True))
+        for part, labels in self.ranks.turns(forward, parts):
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=settings.bf16):
                 logits = forward(part.to(memory_format=self.layout))
                 loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
             (loss / settings.accumulate).backward()
             total += loss.detach() / settings.accumulate
             correct += (logits.detach().argmax(1) == labels).sum()
-        self._window.append((self.step + 1, total, correct / len(y)))
+        correct /= len(y)
+        # batch norms have seen this rank's examples alone: the mean of what they recorded is every rank's from here on
+        self.ranks.mean_([total, correct, *(b for b in self.model.buffers() if b.is_floating_point())])
+        self._window.append((self.step + 1, total, correct))
         if sparsifier.update_due:
             self._refuse_non_finite()  # before the topology is built on it
         if settings.clip_norm:
             sparsifier.clip_grad_norm_(settings.clip_norm)
 
-        self.training_flops += len(y) * self._cost(dense_gradient=sparsifier.dense_grad_due)
+        self.training_flops += len(y) * self.ranks.world * self._cost(dense_gradient=sparsifier.dense_grad_due)
         self.optimizer.step()  # the sparsifier acts here: inactive weights stay zero, the topology is renewed when due
         self.optimizer.zero_grad()
         if self.ema is not None:
@@ -302,12 +313,13 @@ class Trainer:
         training = network.training
         network.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for x, y in self._images(split, batch_size=max(256, self.settings.batch_size), train=False):
+        mine = {"rank": self.ranks.rank, "world": self.ranks.world}  # each rank looks at some of the images
+        for x, y in self._images(split, batch_size=max(256, self.settings.batch_size), train=False, **mine):
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
                 logits = network(x.to(memory_format=self.layout)).float()
             total += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
         network.train(training)
-        loss, accuracy = (total / len(self.splits[split])).tolist()
+        loss, accuracy = (self.ranks.sum_(total) / len(self.splits[split])).tolist()
         return Score(loss, accuracy)
 
     @torch.no_grad()
@@ -382,17 +394,3 @@ class Trainer:
         except (RuntimeError, KeyError, TypeError) as error:
             raise ValueError(f"the checkpoint does not fit this recipe: {error}") from error
         self._costs = (-1, 0.0, 0.0)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(
-            f"train.device: there is no device {name!r}; write 'auto', 'cpu', 'cuda' or 'cuda:1'"
-        ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"train.device: {name!r} is asked for, but torch sees no GPU; 'auto' takes what there is")
-    return device

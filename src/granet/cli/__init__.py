@@ -71,5 +71,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"granet: error: {message}", file=sys.stderr)
+    rank = f" on rank {os.environ['RANK']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    print(f"granet: error{rank}: {message}", file=sys.stderr)
     return 2

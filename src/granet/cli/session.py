@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from granet import ranks
 from granet.cli.progress import Watcher, show_log, stoppable
 from granet.run import Run, execute
 
@@ -16,20 +17,25 @@ if TYPE_CHECKING:
 
 
 def train_all(runs: list[Run]) -> int:
-    """Trains the runs, each from where it stands; returns the exit code, 130 if the user stopped."""
-    console = Console()
-    show_log(console)
-    for run in runs:
-        if run.summary is not None:
-            console.print(f"[bold]{run.path}[/] is finished already", highlight=False, soft_wrap=True)
-            continue
-        console.print(f"[bold]{run.path}[/]", highlight=False, soft_wrap=True)
-        with stoppable() as stop, Watcher(run.recipe.name, console) as watch:
-            finished = execute(run, watch=watch, stop=stop)
-        if finished is None:
-            console.print(f"stopped; go on with: granet resume {run.path}", highlight=False, soft_wrap=True)
-            return 130
-    show([run.path for run in runs], runs[0].report, console)
+    """Trains the runs, each from where it stands; returns the exit code, 130 if the user stopped.
+
+    Under torchrun all processes train each of them together, and the first one talks.
+    """
+    with ranks.joined() as here:
+        console = Console(quiet=not here.first)
+        show_log(console)
+        for run in runs:
+            if run.summary is not None:
+                console.print(f"[bold]{run.path}[/] is finished already", highlight=False, soft_wrap=True)
+                continue
+            console.print(f"[bold]{run.path}[/]", highlight=False, soft_wrap=True)
+            with stoppable() as stop, Watcher(run.recipe.name, console) as watch:
+                finished = execute(run, watch=watch, stop=stop)
+            if finished is None:
+                console.print(f"stopped; go on with: granet resume {run.path}", highlight=False, soft_wrap=True)
+                return 130
+    if here.first:
+        show([run.path for run in runs], runs[0].report, console)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from granet import topology
 from granet.methods.base import Method
 
 
@@ -12,7 +13,7 @@ class Fixed(Method):
     def init(self, layers, rng):
         masks = {name: layer.weight != 0 for name, layer in layers.items()}
         for name, mask in masks.items():
-            if not mask.any():
+            if not topology.count(mask):
                 raise ValueError(
                     f"Fixed keeps the weights that are not zero, and {name!r} has none: load the pruned weights before "
                     f"the sparsifier is made, or leave it alone with skip={name!r}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
 
-from granet import criterion, distribution, topology
+from granet import criterion, distributed, distribution, topology
 from granet.methods.base import MOMENTUM, Method, Steps, require
 from granet.schedule import Cosine, Every
 
@@ -50,7 +50,7 @@ class SNFS(Method):
         for name, layer in layers.items():
             active = topology.count(masks[name])
             m = criterion.gradient(layer)  # |M|
-            momentum[name] = float(m.where(masks[name], 0).double().sum()) / active
+            momentum[name] = distributed.total(m.where(masks[name], 0)) / active
             if not isfinite(momentum[name]):
                 raise criterion.NonFiniteScores(f"the momentum of {name!r} is not finite")
             n = min(int(p * active), active - 1)
