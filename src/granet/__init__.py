@@ -74,7 +74,7 @@ _HOME = {
     "Probe": "probe",
     "Sparsifier": "sparsifier",
 }
-_MODULES = ("criterion", "distribution", "flops", "models", "pattern", "schedule", "topology")
+_MODULES = ("criterion", "distribution", "flops", "lab", "models", "pattern", "schedule", "topology")
 
 __all__ = [*_HOME, *_MODULES]
 
