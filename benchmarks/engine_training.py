@@ -2,9 +2,12 @@
 
     python benchmarks/engine_training.py layers --sparsity 0.9 0.95
     python benchmarks/engine_training.py steps --model vgg19 --batch 64
+    python benchmarks/engine_training.py run --model vgg19 --engine sparse --seed 0 --out runs.jsonl
 
 `layers` times forward + backward of the convolutions of a CIFAR ResNet-50; `steps` whole training steps, with the
-optimizer and a fixed mask. sparseprop takes part where installed. Dense PyTorch is the faster of its two layouts.
+optimizer and a fixed mask; `run` trains a network by a recipe on a part of its dataset, from 50 % to 95 % sparsity, and
+notes time and accuracy after every epoch. sparseprop takes part where installed. Dense PyTorch is the faster of its two
+layouts.
 THP_MEM_ALLOC_ENABLE=1 in the environment makes torch ask for huge pages, which spares all contenders most of the page
 faults that the large outputs of thin layers cost.
 """
@@ -13,20 +16,25 @@ import argparse
 import copy
 import datetime
 import itertools
+import json
 import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from engine_inference import processor
 from torch import nn
 
 import granet
+from granet import recipes
 from granet.engine import ops, reference
 from granet.engine.spec import Spec
 from granet.engine.training import accelerate
 from granet.models import build
+from granet.recipe import validate
+from granet.trainer import Trainer
 
 # in, out, kernel, stride, input size: the kinds of layer in a ResNet-50 for 32x32 images
 LAYERS = [
@@ -174,15 +182,88 @@ def steps(settings: argparse.Namespace, clock: Callable[[], float]) -> None:
     print(f"\npeak memory of the process, all contenders together: {peak:.0f} MiB")
 
 
+class Timed(Trainer):
+    """A trainer that evaluates on some images only, and keeps the time that evaluating takes apart."""
+
+    def __init__(self, recipe, clocks: dict[str, Callable[[], float]]):
+        super().__init__(recipe)
+        for split, images in (("validation", 500), ("test", 4000)):
+            self.splits[split] = self.splits[split][torch.arange(images)]
+        self.clocks, self.apart = clocks, dict.fromkeys(clocks, 0.0)
+
+    def evaluate(self, split: str):
+        """As the trainer does."""
+        begin = {name: clock() for name, clock in self.clocks.items()}
+        score = super().evaluate(split)
+        for name, clock in self.clocks.items():
+            self.apart[name] += clock() - begin[name]
+        return score
+
+
+def run(settings: argparse.Namespace) -> None:
+    """One training run; a line of JSON with time and accuracy of every epoch, and the accuracy on test images."""
+    values = recipes.load(settings.recipe).model_dump()
+    total = {"cifar10": 50_000, "cifar100": 50_000, "fashion-mnist": 60_000}[values["data"]["name"]]
+    values["data"]["validation"] = total - settings.images
+    values["model"]["name"] = settings.model[0]
+    values["train"] |= {
+        "epochs": settings.epochs,
+        "batch_size": settings.batch,
+        "lr": settings.lr,
+        "engine": settings.engine,
+        "threads": settings.threads,
+        "log": "100%",
+    }
+    values["method"] |= {
+        "sparsity": settings.sparsity[0],
+        "initial_sparsity": 0.5,
+        "end": "50%",
+        "interval": settings.interval,
+    }
+    values["seed"] = settings.seed
+    clocks = {"processor": time.process_time, "wall": time.perf_counter}
+    trainer = Timed(validate(values, source="benchmark"), clocks)
+    begin, curve = {name: clock() for name, clock in clocks.items()}, []
+
+    def record(entry: dict) -> None:
+        if entry["kind"] == "eval":
+            spent = {name: clock() - begin[name] - trainer.apart[name] for name, clock in clocks.items()}
+            found = {"epoch": entry["epoch"], "accuracy": entry["accuracy"], "sparsity": entry["sparsity"]}
+            curve.append({name: round(value, 4) for name, value in (spent | found).items()})
+            print(curve[-1], flush=True)
+
+    trainer.fit(record=record, save=lambda: None)
+    test = trainer.evaluate("test").accuracy
+    settings_of = {
+        key: getattr(settings, key) for key in ("recipe", "engine", "seed", "images", "batch", "epochs", "lr")
+    }
+    line = settings_of | {"model": settings.model[0], "test": test, "curve": curve}
+    print(line)
+    if trainer.engine is not None:
+        print(trainer.engine.report())
+    if settings.out:
+        with settings.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("layers", "steps"))
+    parser.add_argument("what", choices=("layers", "steps", "run"))
     parser.add_argument("--model", nargs="+", default=["vgg19"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.9, 0.95])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10, help="for each table row")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cpu-time", action="store_true", help="processor time: for one thread on a busy machine")
+    of_run = parser.add_argument_group("run")
+    of_run.add_argument("--recipe", default="fashion")
+    of_run.add_argument("--engine", choices=("dense", "sparse"), default="dense")
+    of_run.add_argument("--images", type=int, default=3200, help="of the training set")
+    of_run.add_argument("--epochs", type=int, default=6)
+    of_run.add_argument("--interval", default="10it", help="between two updates of the topology")
+    of_run.add_argument("--lr", type=float, default=0.05)
+    of_run.add_argument("--seed", type=int, default=0)
+    of_run.add_argument("--out", type=Path, help="file to append the result to")
     settings = parser.parse_args()
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -190,6 +271,8 @@ def main() -> None:
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {processor()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {'processor' if settings.cpu_time else 'wall'} time\n"
     )
+    if settings.what == "run":
+        return run(settings)
     clock = time.process_time if settings.cpu_time else time.perf_counter
     {"layers": layers, "steps": steps}[settings.what](settings, clock)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from granet import native
+from granet.engine import reference
 from granet.engine.geometry import Geometry, geometry
 from granet.engine.pattern import Pattern, patterns
 from granet.engine.spec import Spec
@@ -63,7 +64,7 @@ def layout(mask: Tensor, spec: Spec, shape: tuple[int, ...], batch: int | None =
     if batch is None:
         batch = default_batch(images, size, spec)
     place = geometry(spec, images, size, vector=width, batch=batch, chunks=torch.get_num_threads())
-    return Layout(spec, place, *patterns(mask, spec, place))
+    return Layout(spec, place, *patterns(mask, place))
 
 
 def default_batch(images: int, size: tuple[int, int], spec: Spec) -> int:
@@ -82,6 +83,35 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, place: Layout) -> Tenso
     return torch.ops.granet.conv(
         x, weight, bias, f.ptr, f.id, f.offset, f.index, b.ptr, b.id, b.offset, b.index, place.numbers
     )
+
+
+class DenseGradient(torch.autograd.Function):
+    """The sparse layer with the gradient of every weight, inactive ones too; that one alone takes dense arithmetic."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, place: Layout) -> Tensor:
+        """The layer's output."""
+        ctx.save_for_backward(x, weight)
+        ctx.place, ctx.has_bias = place, bias is not None
+        return conv(x, weight, bias, place)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of input, weight and bias."""
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        dx = _input_gradient(dy, x, weight, ctx.place) if need_x else None
+        dw = reference.weight_gradient(dy, x, weight, ctx.place.spec) if need_weight else None
+        db = dy.sum([d for d in range(dy.dim()) if d != 1]) if ctx.has_bias and need_bias else None
+        return dx, dw, db, None
+
+
+def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, place: Layout) -> Tensor:
+    f, b = place.forward, place.backward
+    structure = (f.ptr, f.id, f.offset, f.index, b.ptr, b.id, b.offset, b.index, place.numbers)
+    arguments = (dy.contiguous(), x.contiguous(), weight.contiguous())
+    return torch.ops.granet.conv_backward(*arguments, *structure, True, False)[0]
 
 
 def _conv(x, weight, bias, ptr, id_, offset, index, b_ptr, b_id, b_offset, b_index, numbers):

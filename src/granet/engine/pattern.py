@@ -43,15 +43,31 @@ class Pattern:
         return sum(4 * t.numel() for t in (self.ptr, self.id, self.offset, self.index))
 
 
-def patterns(mask: Tensor, spec: Spec, geometry: Geometry) -> tuple[Pattern, Pattern]:
+def patterns(mask: Tensor, geometry: Geometry) -> tuple[Pattern, Pattern]:
     """The forward pattern (rows are output channels) and the backward one (rows are input planes) of a mask.
 
     Args:
         mask: True where the weight is active, of the weight's own shape.
-        spec: the layer.
         geometry: where its activations lie.
     """
-    return forward_pattern(mask, spec, geometry), backward_pattern(mask, spec, geometry)
+    _check_reach(geometry)
+    planes, outputs, nonzeros = geometry.planes, geometry.out_channels, int(mask.count_nonzero())
+    blocks = [
+        -(-columns // -(-columns // geometry.blocks(columns, rows, nonzeros)))  # as many as equal blocks need
+        for columns, rows in ((planes, outputs), (outputs, planes))
+    ]
+    taps = [number for tap in geometry.taps for number in tap]
+    found = torch.ops.granet.patterns(
+        mask.contiguous(),
+        taps,
+        outputs,
+        geometry.channels,
+        len(geometry.phases),
+        geometry.plane,
+        geometry.chunks,
+        *blocks,
+    )
+    return Pattern(*found[:4], blocks[0]), Pattern(*found[4:], blocks[1])
 
 
 def forward_pattern(
@@ -97,15 +113,6 @@ def forward_pattern(
     if group > 1:
         index = (index.unsqueeze(1) + torch.arange(group) * per_group * taps).reshape(-1)
     return Pattern(ptr.int(), (run // blocks * group).int(), offset[source].int(), index.int(), blocks)
-
-
-def backward_pattern(mask: Tensor, spec: Spec, geometry: Geometry) -> Pattern:
-    """The pattern whose rows are input planes."""
-    index = mask.reshape(-1).nonzero().squeeze(1)
-    row, plane, shift = coordinates(index, spec, geometry)
-    _check_reach(geometry)
-    offset = row * geometry.plane - shift
-    return _compress(plane, row, offset, index, geometry.planes, geometry.out_channels, geometry)
 
 
 def _check_reach(geometry: Geometry) -> None:

@@ -21,7 +21,16 @@ def conv_gradients(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, spec: Sp
     """The gradients of the input and of the weight at active positions (zero elsewhere)."""
     image, gradient = (t if t.dim() == 4 else t[:, :, None, None] for t in (x, dy))
     kernel = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype)).view(spec.weight_shape)
-    arguments = (spec.stride, spec.padding, spec.dilation, spec.groups)
-    dx = torch.nn.grad.conv2d_input(image.shape, kernel, gradient, *arguments)
-    dw = torch.nn.grad.conv2d_weight(image, kernel.shape, gradient, *arguments)
-    return dx.view(x.shape), dw.view(weight.shape) * mask
+    dx = torch.nn.grad.conv2d_input(
+        image.shape, kernel, gradient, spec.stride, spec.padding, spec.dilation, spec.groups
+    )
+    return dx.view(x.shape), weight_gradient(dy, x, weight, spec) * mask
+
+
+def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, spec: Spec) -> Tensor:
+    """The gradient of every weight, active or not."""
+    if x.dim() == 2:
+        return (dy.t() @ x).view(weight.shape)
+    shape = spec.weight_shape
+    dw = torch.nn.grad.conv2d_weight(x, shape, dy, spec.stride, spec.padding, spec.dilation, spec.groups)
+    return dw.view(weight.shape)
