@@ -2,11 +2,14 @@
 
     python benchmarks/engine_training.py layers --sparsity 0.9 0.95
     python benchmarks/engine_training.py steps --model vgg19 --batch 64
-    python benchmarks/engine_training.py run --model vgg19 --engine sparse --seed 0 --out runs.jsonl
+    python benchmarks/engine_training.py memory --model resnet50-cifar --batch 32
+    python benchmarks/engine_training.py run --model resnet20 --engine sparse --seed 0 --out runs.jsonl
+    python benchmarks/engine_training.py chart --out runs.jsonl --figure runs.svg
 
-`layers` times forward + backward of the convolutions of a CIFAR ResNet-50; `steps` whole training steps, with the
-optimizer and a fixed mask; `run` trains a network by a recipe on a part of its dataset, from 50 % to 95 % sparsity, and
-notes time and accuracy after every epoch. sparseprop takes part where installed. Dense PyTorch is the faster of its two
+`layers` times forward + backward of the convolutions of a CIFAR ResNet-50, `linear` of linear layers; `steps` whole
+training steps, with the optimizer and a fixed mask; `memory` takes the most memory that steps hold; `run` trains a
+network by a recipe on a part of its dataset, from 50 % to 95 % sparsity, and notes time and accuracy after every epoch;
+`chart` draws such runs. sparseprop and SparseLab take part where installed. Dense PyTorch is the faster of its two
 layouts.
 THP_MEM_ALLOC_ENABLE=1 in the environment makes torch ask for huge pages, which spares all contenders most of the page
 faults that the large outputs of thin layers cost.
@@ -17,7 +20,7 @@ import copy
 import datetime
 import itertools
 import json
-import resource
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +32,7 @@ from torch import nn
 
 import granet
 from granet import recipes
+from granet.charts import COLOURS, DENSE_COLOUR
 from granet.engine import ops, reference
 from granet.engine.spec import Spec
 from granet.engine.training import accelerate
@@ -128,6 +132,40 @@ def layers(settings: argparse.Namespace, clock: Callable[[], float]) -> None:
             )
 
 
+def linear(settings: argparse.Namespace, clock: Callable[[], float]) -> None:
+    """Forward + backward of linear layers, beside SparseLab's, each with a random topology of its own."""
+    try:
+        from sparselab import SparseLinear
+    except ImportError:
+        SparseLinear = None  # noqa: N806 - the name it has
+    print("| layer | sparsity | dense ms | sparselab ms | granet ms | vs dense | vs sparselab |")
+    print("|---|---|---|---|---|---|---|")
+    for channels, outputs in ((1024, 1024), (3072, 1024), (1024, 4096)):
+        for sparsity in settings.sparsity:
+            torch.manual_seed(0)
+            spec = Spec(in_channels=channels, out_channels=outputs)
+            mask = torch.rand(outputs, channels) >= sparsity
+            weight = (torch.randn(outputs, channels) * mask).requires_grad_()
+            x, dy = torch.randn(settings.batch, channels, requires_grad=True), torch.randn(settings.batch, outputs)
+            place = ops.layout(mask, spec, tuple(x.shape))
+            calls = {
+                "dense": lambda x=x, w=weight, dy=dy: both(lambda t: nn.functional.linear(t, w), [x, w], dy),
+                "granet": lambda x=x, w=weight, dy=dy, p=place: both(lambda t: ops.conv(t, w, None, p), [x, w], dy),
+            }
+            if SparseLinear is not None:
+                rival = SparseLinear(channels, outputs, bias=False, sparsity=sparsity)
+                values = list(rival.parameters())
+                calls["sparselab"] = lambda r=rival, x=x, v=values, dy=dy: both(r, [x, *v], dy)
+            spent = {name: min(times) for name, times in turns(calls, settings.seconds, clock).items()}
+            rival, ours = spent.get("sparselab"), spent["granet"]
+            cells = [f"{rival:.1f}", f"{rival / ours:.2f}x"] if rival else ["not installed", "-"]
+            print(
+                f"| {channels}->{outputs} | {sparsity:.0%} | {spent['dense']:.1f} | {cells[0]} | {ours:.1f} "
+                f"| {spent['dense'] / ours:.2f}x | {cells[1]} |",
+                flush=True,
+            )
+
+
 def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     if name == "mlp":
         widths = [784, 1024, 1024, 1024]
@@ -178,8 +216,50 @@ def steps(settings: argparse.Namespace, clock: Callable[[], float]) -> None:
                 f"| {sum(r.chosen == 'sparse' for r in rows)} of {len(rows)} |",
                 flush=True,
             )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"\npeak memory of the process, all contenders together: {peak:.0f} MiB")
+
+
+def peak(name: str, batch: int, sparsity: float | None) -> tuple[float, float]:
+    """MiB the process held at most in three training steps, and while planning; dense where `sparsity` is None.
+
+    The second step is one before an update, whose weight gradient is dense.
+    """
+
+    def most() -> float:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+
+    torch.manual_seed(0)
+    model, shape = network(name)
+    x, y = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
+    method = granet.RigL(sparsity=sparsity or 0.9, distribution="uniform", end=10, interval=2)
+    sparsifier = granet.Sparsifier(model, method)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    sparsifier.attach(optimizer)
+    if sparsity is not None:
+        accelerate(sparsifier, x)
+    planning = most()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return most(), planning
+
+
+def memory(settings: argparse.Namespace) -> None:
+    """The most memory of training steps, each contender in a fresh process."""
+    print("| model | batch | | steps, MiB | against dense | planning, MiB |\n|---|---|---|---|---|---|")
+    for name in settings.model:
+        dense = None
+        for sparsity in (None, *settings.sparsity):
+            with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (settings.threads or 1,)) as pool:
+                steps, planning = pool.apply(peak, (name, settings.batch, sparsity))
+            dense = dense or steps
+            row = "dense" if sparsity is None else f"granet {sparsity:.0%}"
+            print(
+                f"| {name} | {settings.batch} | {row} | {steps:.0f} | {steps / dense:.2f}x | {planning:.0f} |",
+                flush=True,
+            )
 
 
 class Timed(Trainer):
@@ -246,9 +326,39 @@ def run(settings: argparse.Namespace) -> None:
             file.write(json.dumps(line) + "\n")
 
 
+def chart(settings: argparse.Namespace) -> None:
+    """Accuracy over processor time of the runs in a file, as an SVG."""
+    import altair
+
+    runs = [json.loads(line) for line in settings.out.read_text().splitlines()]
+    points = [
+        {
+            "engine": r["engine"],
+            "run": f"{r['engine']} {r['seed']}",
+            "accuracy": 100 * p["accuracy"],
+            "time": p["processor"],
+        }
+        for r in runs
+        for p in r["curve"]
+    ]
+    colours = altair.Scale(domain=["dense", "sparse"], range=[DENSE_COLOUR, COLOURS[0]])
+    lines = (
+        altair.Chart(altair.Data(values=points))
+        .mark_line(point=True)
+        .encode(
+            x=altair.X("time:Q", title="training, seconds of one thread"),
+            y=altair.Y("accuracy:Q", title="validation accuracy, %", scale=altair.Scale(zero=False)),
+            color=altair.Color("engine:N", scale=colours),
+            detail="run:N",
+        )
+        .properties(width=520, height=260)
+    )
+    lines.save(str(settings.figure))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("layers", "steps", "run"))
+    parser.add_argument("what", choices=("layers", "linear", "steps", "memory", "run", "chart"))
     parser.add_argument("--model", nargs="+", default=["vgg19"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.9, 0.95])
     parser.add_argument("--batch", type=int, default=64)
@@ -264,6 +374,7 @@ def main() -> None:
     of_run.add_argument("--lr", type=float, default=0.05)
     of_run.add_argument("--seed", type=int, default=0)
     of_run.add_argument("--out", type=Path, help="file to append the result to")
+    of_run.add_argument("--figure", type=Path, help="file of the chart")
     settings = parser.parse_args()
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -273,8 +384,12 @@ def main() -> None:
     )
     if settings.what == "run":
         return run(settings)
+    if settings.what == "chart":
+        return chart(settings)
+    if settings.what == "memory":
+        return memory(settings)
     clock = time.process_time if settings.cpu_time else time.perf_counter
-    {"layers": layers, "steps": steps}[settings.what](settings, clock)
+    {"layers": layers, "linear": linear, "steps": steps}[settings.what](settings, clock)
 
 
 if __name__ == "__main__":

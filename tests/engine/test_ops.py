@@ -9,6 +9,8 @@ import torch
 from fuzz_layers import check_layer, check_random_layers
 
 from granet.engine import ops, reference
+from granet.engine.geometry import geometry
+from granet.engine.pattern import forward_pattern, patterns
 from granet.engine.spec import Spec
 
 HERE = Path(__file__).parent
@@ -178,3 +180,43 @@ def test_any_number_of_images_with_one_structure():
 def test_a_large_layer():
     spec = Spec(in_channels=128, out_channels=96, kernel=(3, 3), padding=(1, 1))
     check_layer(spec, (5, 128, 14, 14), 0.1, None, bias=True, last=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (Spec(in_channels=6, out_channels=8, kernel=(3, 3), stride=(2, 1), padding=(1, 1)), (3, 6, 9, 9)),
+        (Spec(in_channels=8, out_channels=8, kernel=(3, 3), groups=2), (3, 8, 7, 7)),
+        (Spec(in_channels=12, out_channels=5), (20, 12)),
+    ],
+)
+def test_the_dense_gradient_is_that_of_every_weight(spec, shape):
+    mask = torch.rand(spec.weight_shape) < 0.3
+    x = torch.randn(shape, requires_grad=True)
+    weight, bias = (torch.randn(spec.weight_shape) * mask).requires_grad_(), torch.randn(spec.out_channels)
+    bias.requires_grad_()
+    y = ops.DenseGradient.apply(x, weight, bias, ops.layout(mask, spec, shape))
+    everywhere = reference.conv(x, weight, bias, torch.ones_like(mask), spec)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, weight, bias], dy)
+    for a, b in zip(found, torch.autograd.grad(everywhere, [x, weight, bias], dy), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert found[1][~mask].any()
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_compiled_pattern_is_the_plain_one(stride, groups):
+    spec = Spec(in_channels=32, out_channels=48, kernel=(3, 3), padding=(1, 1), stride=stride, groups=groups)
+    mask = torch.rand(spec.weight_shape) < 0.2
+    place = geometry(spec, 16, (16, 16), vector=16, batch=16, chunks=2)
+    found, expected = patterns(mask, place)[0], forward_pattern(mask, spec, place)
+    assert found.blocks == expected.blocks > 1
+    for part in ("ptr", "id", "offset", "index"):
+        assert torch.equal(getattr(found, part), getattr(expected, part)), part
+
+
+def test_a_mask_that_does_not_fit_is_an_error():
+    place = geometry(Spec(in_channels=8, out_channels=8), 1, (4, 4), vector=16)
+    with pytest.raises(RuntimeError, match="mask does not fit"):
+        patterns(torch.ones(8, 3, 1, 1, dtype=torch.bool), place)
