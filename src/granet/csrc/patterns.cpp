@@ -27,10 +27,9 @@ struct Where {
 
 // How the rows of one direction are cut: into chunks of rows, and blocks of columns.
 struct Cut {
-  int64_t rows, columns, chunks, blocks;
+  int64_t rows, columns, chunks, blocks, per_block;
 
   int64_t per_chunk() const { return rows / chunks; }
-  int64_t per_block() const { return (columns + blocks - 1) / blocks; }
 };
 
 // Appends ptr, id, offset and index. The weights come in the order that those of one row shall have.
@@ -46,7 +45,7 @@ void compress(const Tensor& like, const std::vector<Weight>& weights, const Cut&
     of_row[row] = static_cast<int32_t>(row % cut.chunks * cut.blocks * cut.per_chunk() + row / cut.chunks);
   }
   for (int64_t column = 0; column < cut.columns; ++column) {
-    of_column[column] = static_cast<int32_t>(column / cut.per_block() * cut.per_chunk());
+    of_column[column] = static_cast<int32_t>(column / cut.per_block * cut.per_chunk());
   }
   for (int64_t k = 0; k < nonzeros; ++k) {
     const Where at = where(weights[k]);
@@ -91,16 +90,12 @@ std::vector<Tensor> patterns(const Tensor& mask, std::vector<int64_t> taps, int6
   STD_TORCH_CHECK(outputs > 0 && channels > 0 && kernel > 0 && mask.numel() % (outputs * kernel) == 0 &&
                       mask.numel() > 0 && channels % (mask.numel() / (outputs * kernel)) == 0 && chunks > 0 &&
                       outputs % chunks == 0 && planes % chunks == 0 && forward_blocks > 0 && backward_blocks > 0 &&
-                      forward_blocks <= planes && backward_blocks <= outputs &&
+                      forward_blocks <= channels && backward_blocks <= outputs &&
                       mask.numel() <= std::numeric_limits<int32_t>::max() &&
                       std::max(planes, outputs) * plane <= std::numeric_limits<int32_t>::max(),
                   "granet: the mask does not fit the geometry");
   const int64_t per_group = mask.numel() / (outputs * kernel), groups = channels / per_group;
   STD_TORCH_CHECK(outputs % groups == 0, "granet: the mask does not fit the geometry");
-  std::vector<int64_t> order(kernel);  // by phase, so that the planes of one output channel come in order
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return taps[2 * a] < taps[2 * b]; });
-
   const auto* const active = static_cast<const uint8_t*>(mask.const_data_ptr());
   std::vector<Weight> weights;
   weights.reserve(std::count(active, active + mask.numel(), uint8_t{1}));
@@ -108,19 +103,20 @@ std::vector<Tensor> patterns(const Tensor& mask, std::vector<int64_t> taps, int6
     for (int64_t c = 0; c < per_group; ++c) {
       const int64_t first = (o * per_group + c) * kernel;
       const int64_t channel = o / (outputs / groups) * per_group + c;
-      for (const int64_t tap : order) {
+      for (int64_t tap = 0; tap < kernel; ++tap) {
         if (!active[first + tap]) continue;
         weights.push_back({static_cast<int32_t>(o), static_cast<int32_t>(channel * phases + taps[2 * tap]),
                            static_cast<int32_t>(taps[2 * tap + 1]), static_cast<int32_t>(first + tap)});
       }
     }
   }
+  const auto share = [](int64_t columns, int64_t blocks) { return (columns + blocks - 1) / blocks; };
   std::vector<Tensor> out;
-  compress(
-      mask, weights, Cut{outputs, planes, chunks, forward_blocks},
+  compress(  // a channel's phases stay in one block
+      mask, weights, Cut{outputs, planes, chunks, forward_blocks, share(channels, forward_blocks) * phases},
       [plane](const Weight& w) { return Where{w.channel, w.plane, w.plane * plane + w.shift}; }, out);
   compress(
-      mask, weights, Cut{planes, outputs, chunks, backward_blocks},
+      mask, weights, Cut{planes, outputs, chunks, backward_blocks, share(outputs, backward_blocks)},
       [plane](const Weight& w) { return Where{w.plane, w.channel, w.channel * plane - w.shift}; }, out);
   return out;
 }

@@ -53,8 +53,8 @@ def patterns(mask: Tensor, geometry: Geometry) -> tuple[Pattern, Pattern]:
     _check_reach(geometry)
     planes, outputs, nonzeros = geometry.planes, geometry.out_channels, int(mask.count_nonzero())
     blocks = [
-        -(-columns // -(-columns // geometry.blocks(columns, rows, nonzeros)))  # as many as equal blocks need
-        for columns, rows in ((planes, outputs), (outputs, planes))
+        -(-units // -(-units // geometry.blocks(columns, rows, nonzeros)))  # as many as equal blocks of units need
+        for units, columns, rows in ((geometry.channels, planes, outputs), (outputs, outputs, planes))
     ]
     taps = [number for tap in geometry.taps for number in tap]
     found = torch.ops.granet.patterns(
@@ -118,45 +118,3 @@ def forward_pattern(
 def _check_reach(geometry: Geometry) -> None:
     if max(geometry.planes, geometry.out_channels) * geometry.plane >= 2**31:
         raise ValueError("the activations of one block of images exceed 8 GiB")
-
-
-def coordinates(index: Tensor, spec: Spec, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-    """Output channel, input plane and shift in floats of the weights at flat positions `index`."""
-    taps = spec.kernel[0] * spec.kernel[1]
-    per_group = spec.in_channels // spec.groups
-    row = index // (per_group * taps)
-    within = index % (per_group * taps)
-    channel = row // (spec.out_channels // spec.groups) * per_group + within // taps
-    phase = torch.tensor([p for p, _ in geometry.taps])[within % taps]
-    shift = torch.tensor([s for _, s in geometry.taps])[within % taps]
-    return row, channel * len(geometry.phases) + phase, shift
-
-
-def _compress(
-    row: Tensor,
-    column: Tensor,
-    offset: Tensor,
-    index: Tensor,
-    rows: int,
-    columns: int,
-    geometry: Geometry,
-    chunks: int | None = None,
-    blocks: int | None = None,
-) -> Pattern:
-    blocks = blocks or geometry.blocks(columns, rows, index.numel())
-    chunks = chunks or geometry.chunks
-    per_block, per_chunk = -(-columns // blocks), rows // chunks
-    blocks = -(-columns // per_block)
-    # The group of a non-zero: its chunk and block; and the row's place among the group's rows.
-    group = (row % chunks) * blocks + column // per_block
-    place = group * per_chunk + row // chunks
-    length = torch.bincount(place, minlength=rows * blocks).view(chunks * blocks, per_chunk)
-    order = length.argsort(dim=1, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(per_chunk).expand_as(order))
-    stored = group * per_chunk + rank.view(-1)[place]
-    by_row = (stored * columns + column).argsort(stable=True)
-    ptr = torch.zeros(rows * blocks + 1, dtype=torch.int64)
-    torch.cumsum(length.gather(1, order).view(-1), 0, out=ptr[1:])
-    ids = order * chunks + (torch.arange(chunks).repeat_interleave(blocks)).unsqueeze(1)
-    return Pattern(ptr.int(), ids.reshape(-1).int(), offset[by_row].int(), index[by_row].int(), blocks)
