@@ -267,7 +267,7 @@ class Timed(Trainer):
 
     def __init__(self, recipe, clocks: dict[str, Callable[[], float]]):
         super().__init__(recipe)
-        for split, images in (("validation", 500), ("test", 4000)):
+        for split, images in (("validation", 500), ("test", 2000)):
             self.splits[split] = self.splits[split][torch.arange(images)]
         self.clocks, self.apart = clocks, dict.fromkeys(clocks, 0.0)
 
