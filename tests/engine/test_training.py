@@ -210,11 +210,13 @@ def scores_at_the_first_update(*, sparse=False, perturbed=False):
 
 
 def test_masks_differ_by_rounding_alone_under_batch_norm(always_sparse):
-    """Batch norm makes the course hang on the last bit, as a dense run's does on a change of its weights by 1e-6."""
+    """Batch norm makes the course hang on the last bits: a change of all weights by 1e-6 changes masks.
+
+    Sparse kernels round in another way and change less; as a rule no mask entry differs.
+    """
     scores, masks = scores_at_the_first_update()
-    _, perturbed = scores_at_the_first_update(perturbed=True)
-    _, fast = scores_at_the_first_update(sparse=True)
-    differing = masks != fast
-    assert int(differing.sum()) <= 4 * int((masks != perturbed).sum()) + 8
-    threshold = scores[masks].min()
-    assert (scores[differing] - threshold).abs().max().item() <= 1e-3 * threshold if differing.any() else True
+    perturbed_scores, perturbed_masks = scores_at_the_first_update(perturbed=True)
+    fast_scores, fast_masks = scores_at_the_first_update(sparse=True)
+    assert not torch.equal(scores, fast_scores) and not torch.equal(masks, perturbed_masks)
+    assert (fast_scores - scores).abs().max() < (perturbed_scores - scores).abs().max()
+    assert (fast_masks != masks).sum() <= (perturbed_masks != masks).sum()
