@@ -45,9 +45,13 @@ def load(
 
 
 def _state(model, optimizers, sparsifier) -> dict[str, Any]:
-    # torch fills the state of an optimizer that has made no step by one that changes nothing: no step to be counted
+    every = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
+    new = [optimizer for optimizer in every if not optimizer.state]
+    # torch fills the state of a new optimizer by a step that changes nothing: it is no step of training, and undone
     with stepping.unhooked(optimizers):
         weights, buffers = get_state_dict(model, optimizers)
+    for optimizer in new:
+        optimizer.state.clear()
     return {"model": weights, "optimizer": buffers, "sparsifier": sparsifier.state_dict()}
 
 
