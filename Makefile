@@ -4,13 +4,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: train test sanitize check bench format clean
+.PHONY: train test integrations sanitize check bench format clean
 
 train: $(STAMP)          ## GraNet to 90 % sparsity beside its dense twin, on real data, with a report at the end
 	$(BIN)/granet train --twin
 
 test: $(STAMP)           ## every test, doctests of the README, docs and docstrings included
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+integrations: $(STAMP)   ## granet inside Lightning, transformers, accelerate, timm and peft, which it installs (1 GB)
+	$(BIN)/python -m pip install -q -c constraints.txt --group integrations
+	$(BIN)/python -m pytest -q tests/integrations tests/test_quantised.py docs/integrations.md src/granet/integrations
 
 sanitize: $(STAMP)       ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer; takes minutes
 	GRANET_SANITIZE=1 $(BIN)/python -m pytest -q --timeout 1800 tests/engine/test_sanitizers.py

@@ -1,6 +1,6 @@
 """Before tests are collected: torchvision is made importable, and examples of stacks that are not installed set aside.
 
-`make test` installs what the integrations need; `tests/integrations` says which extra is missing where it does not.
+`make integrations` installs them; a test that needs one which is missing is skipped, naming its extra.
 """
 
 import sys
@@ -15,8 +15,7 @@ import torchvision_shim  # noqa: F401  imported for its effect
 _NEEDS = {
     "src/granet/integrations/lightning.py": ["lightning"],
     "src/granet/integrations/huggingface.py": ["transformers", "accelerate"],
-    "src/granet/integrations/peft.py": ["peft"],
-    "docs/integrations.md": ["lightning", "transformers", "accelerate", "timm", "peft"],
+    "docs/integrations.md": ["lightning", "transformers", "accelerate", "timm"],
 }
 collect_ignore = [path for path, stacks in _NEEDS.items() if not all(map(find_spec, stacks))]
 

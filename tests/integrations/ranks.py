@@ -1,6 +1,6 @@
-"""One of two processes of a stack, with what torchrun gives them in the environment: `ranks.py STACK FOLDER`.
+"""One of two processes, with what torchrun gives them in the environment: `ranks.py STACK [STACK] FOLDER`.
 
-Writes masks and weights after training to `FOLDER/<rank>.pt`.
+Writes masks and weights after training to `FOLDER/<stack>-<rank>.pt`.
 """
 
 import sys
@@ -113,11 +113,11 @@ def huggingface(problem, model, folder):
 
 
 if __name__ == "__main__":
-    stack, folder = sys.argv[1], Path(sys.argv[2])
+    folder = Path(sys.argv[-1])
     torch.set_num_threads(1)
-    model = Network().double()
-    sparsifier = globals()[stack](Problem(torch.float64), model, folder)
-    rank = torch.distributed.get_rank()
-    weights = {name.removeprefix("module."): p.detach() for name, p in sparsifier.model.named_parameters()}
-    torch.save({"masks": sparsifier.masks, "weights": weights, "step": sparsifier.step}, folder / f"{rank}.pt")
+    for stack in sys.argv[1:-1]:
+        sparsifier = globals()[stack](Problem(torch.float64), Network().double(), folder)
+        weights = {name: p.detach() for name, p in sparsifier.model.named_parameters()}
+        found = {"masks": sparsifier.masks, "weights": weights, "step": sparsifier.step}
+        torch.save(found, folder / f"{stack}-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

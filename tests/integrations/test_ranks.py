@@ -11,13 +11,10 @@ import torch
 from problem import Network, Problem
 
 HERE = Path(__file__).parent
-NEEDS = {"lightning": "lightning", "fabric": "lightning", "accelerate": "accelerate", "huggingface": "transformers"}
 
 
-@pytest.mark.parametrize("stack", NEEDS)
-def test_two_processes_have_the_topology_of_one(stack, tmp_path):
-    extra = "lightning" if stack == "fabric" else stack
-    pytest.importorskip(NEEDS[stack], reason=f'needs pip install "granet[{extra}]"')
+def run(stacks, folder):
+    """Two processes that train by one stack after the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,7 +29,7 @@ def test_two_processes_have_the_topology_of_one(stack, tmp_path):
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", HERE / "ranks.py", stack, tmp_path],
+            [sys.executable, "-W", "ignore", HERE / "ranks.py", *stacks, folder],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -42,8 +39,10 @@ def test_two_processes_have_the_topology_of_one(stack, tmp_path):
     ]
     said = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
 
+
+def check(stack, folder):
+    first, second = (torch.load(folder / f"{stack}-{rank}.pt", weights_only=True) for rank in range(2))
     problem = Problem(torch.float64)
     model, expected, _ = problem.plain(optimizer="adamw", accumulate=2, make=lambda: Network().double())
     assert first["step"] == expected.step == problem.steps // 2
@@ -54,3 +53,20 @@ def test_two_processes_have_the_topology_of_one(stack, tmp_path):
     for name, weight in first["weights"].items():
         assert torch.equal(weight, second["weights"][name])
         torch.testing.assert_close(weight, weights[name].detach(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_lightning_and_fabric(tmp_path):
+    pytest.importorskip("lightning", reason='needs pip install "granet[lightning]"')
+    run(["fabric", "lightning"], tmp_path)
+    check("fabric", tmp_path)
+    check("lightning", tmp_path)
+
+
+@pytest.mark.slow
+def test_accelerate_and_hugging_face(tmp_path):
+    pytest.importorskip("transformers", reason='needs pip install "granet[huggingface]"')
+    pytest.importorskip("accelerate", reason='needs pip install "granet[accelerate]"')
+    run(["accelerate", "huggingface"], tmp_path)
+    check("accelerate", tmp_path)
+    check("huggingface", tmp_path)

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers", reason='needs pip install "gr
 
 from transformers.pytorch_utils import Conv1D  # noqa: E402  after the skip
 
-STEPS = 16
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,11 @@ def tokens(text):
 def test_gpt2s_transposed_layers_can_be_chosen(text):
     torch.manual_seed(0)
     model = gpt2()
-    sparsifier = granet.Sparsifier(model, granet.RigL(sparsity=0.8, end=14, interval=3), only=Conv1D)
+    sparsifier = granet.Sparsifier(model, granet.RigL(sparsity=0.8, end=12, interval=3), only=Conv1D)
     leaves = {name.split(".", 3)[-1] for name in sparsifier.masks}
     assert leaves == {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
     train(model, sparsifier, tokens(text))
-    assert sparsifier.version == 4 and sparsifier.sparsity == pytest.approx(0.8, abs=1e-3)
+    assert sparsifier.version == 3 and sparsifier.sparsity == pytest.approx(0.8, abs=1e-3)
     with pytest.raises(ValueError, match="no parameter of GPT2LMHeadModel is sparse"):
         granet.Sparsifier(gpt2(), granet.Static(sparsity=0.5))  # no layer of a kind that is known by itself
 
@@ -88,10 +88,10 @@ def test_a_vision_transformer(problem):
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
     config = transformers.ViTConfig(**sizes, image_size=8, patch_size=2, num_channels=1, num_labels=10)
     model = transformers.ViTForImageClassification(config)
-    method = granet.GraNet(sparsity=0.8, initial_sparsity=0.3, end=9, total=24, interval=3)
+    method = granet.GraNet(sparsity=0.8, initial_sparsity=0.3, end=9, total=12, interval=3)
     sparsifier = granet.Sparsifier(model, method, skip=["classifier", "*embeddings*"])
     assert len(sparsifier.masks) == 2 * 6
-    train(model, sparsifier, [{"pixel_values": x.view(-1, 1, 8, 8), "labels": y} for x, y in problem.loader()])
+    train(model, sparsifier, [{"pixel_values": x.view(-1, 1, 8, 8), "labels": y} for x, y in problem.loader()][:12])
     assert sparsifier.sparsity == pytest.approx(0.8, abs=1e-3)
 
 
@@ -160,4 +160,4 @@ def test_merging_lora_keeps_the_mask(text):
     again = granet.Sparsifier(merged, granet.Fixed(), masks=sparsifier.masks)
     for name, mask in sparsifier.masks.items():
         assert not weights[name][~mask].any() and weights[name][mask].all()
-    train(merged, again, tokens(text))  # and they stay, in further fine-tuning
+    train(merged.requires_grad_(), again, tokens(text)[:8])  # and they stay, in further fine-tuning
