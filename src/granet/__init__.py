@@ -74,7 +74,18 @@ _HOME = {
     "Probe": "probe",
     "Sparsifier": "sparsifier",
 }
-_MODULES = ("criterion", "distribution", "flops", "lab", "models", "pattern", "schedule", "topology")
+_MODULES = (
+    "criterion",
+    "distributed",
+    "distribution",
+    "flops",
+    "lab",
+    "models",
+    "pattern",
+    "schedule",
+    "sharded",
+    "topology",
+)
 
 __all__ = [*_HOME, *_MODULES]
 
