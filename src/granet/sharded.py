@@ -4,12 +4,13 @@ Every rank writes its own shards, and any number of ranks reads them back: what 
 one process that shards nothing. All ranks must call these functions together.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -23,7 +24,8 @@ def save(
     folder: Path | str, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer], sparsifier: Sparsifier
 ) -> None:
     """Write `{"model", "optimizer", "sparsifier"}` into `folder`, under the names of the dense, unsharded model."""
-    dcp.save(_state(model, optimizers, sparsifier), checkpoint_id=folder, no_dist=not dist.is_initialized())
+    with _alone():
+        dcp.save(_state(model, optimizers, sparsifier), checkpoint_id=folder)
 
 
 def load(
@@ -32,16 +34,24 @@ def load(
     """Continue where `save` was called: model, optimizers and sparsifier are changed in place.
 
     Raises:
-        ValueError: the sparsifier's state is of another method or another model.
+        ValueError: the sparsifier's state is of another method or another model; model and optimizers are then spoilt.
         torch.distributed.checkpoint.CheckpointException: `folder` holds no checkpoint, or one of another model.
     """
-    alone = not dist.is_initialized()
     state = _state(model, optimizers, sparsifier)
     state["sparsifier"] |= _kept(folder, dict(model.named_parameters()))
-    dcp.load(state, checkpoint_id=folder, no_dist=alone)
+    with _alone():
+        dcp.load(state, checkpoint_id=folder)
     with stepping.unhooked(optimizers):
         set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     sparsifier.load_state_dict(state["sparsifier"])
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process without a group is as good as any other number: torch need not warn of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _state(model, optimizers, sparsifier) -> dict[str, Any]:
