@@ -44,8 +44,7 @@ def train(problem):
     return run
 
 
-@pytest.mark.parametrize("method", ["granet", "rigl"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("method", "optimizer"), [("granet", "sgd"), ("rigl", "adamw")])
 def test_equals_the_plain_loop(method, optimizer, problem, train, same):
     same(*train(method, optimizer), *problem.plain(method, optimizer)[:2])
 
@@ -75,3 +74,14 @@ def test_resume_is_bitwise(method, optimizer, train, same, tmp_path):
     whole = train(method, optimizer, save=str(tmp_path / "saved"))
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     same(*train(method, optimizer, load=str(tmp_path / "saved")), *whole)
+
+
+def test_masks_follow_a_model_that_is_moved_before_attach(problem):
+    """To another device, which prepare() does, or another memory layout."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.Conv2d(6, 4, 3))
+    sparsifier = granet.Sparsifier(model, problem.method())
+    model.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
+    sparsifier.attach(problem.optimizer(model))
+    for name, mask in sparsifier.masks.items():
+        weight = dict(model.named_parameters())[name]
+        assert mask.device == weight.device and mask.stride() == weight.stride() != (36, 9, 3, 1)

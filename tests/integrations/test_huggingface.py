@@ -42,8 +42,7 @@ def train(problem, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("method", ["granet", "rigl"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("method", "optimizer"), [("granet", "sgd"), ("rigl", "adamw")])
 def test_equals_the_plain_loop(method, optimizer, problem, train, same):
     model, sparsifier, _ = train(method, optimizer)
     same(model, sparsifier, *problem.plain(method, optimizer)[:2])

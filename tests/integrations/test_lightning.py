@@ -41,8 +41,7 @@ def fit(problem, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("method", ["granet", "rigl"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("method", "optimizer"), [("granet", "sgd"), ("rigl", "adamw")])
 def test_equals_the_plain_loop(method, optimizer, problem, fit, same):
     module, sparsifier, trainer = fit(method, optimizer)
     model, expected, _ = problem.plain(method, optimizer)

@@ -37,7 +37,11 @@ def run(stacks, folder):
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=200)[0] for process in processes]
+    try:
+        said = [process.communicate(timeout=280)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
 
 
