@@ -283,7 +283,7 @@ def test_a_rank_lost_in_an_update_ends_the_others_with_an_error(way, tmp_path):
     ranks = [context.Process(target=one_fails_in_an_update, args=(rank, 2, tmp_path, way)) for rank in range(2)]
     for process in ranks:
         process.start()
-    ranks[0].join(120)
+    ranks[0].join(240)
     ended = ranks[0].exitcode
     for process in ranks:
         process.kill()
