@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 def build(name: str, *, classes: int, in_channels: int) -> nn.Module:
@@ -150,7 +150,19 @@ def _fashion_cnn(classes: int, in_channels: int) -> nn.Module:
 
 def _mlp(classes: int, in_channels: int) -> nn.Module:
     layers = [nn.Linear(784 * in_channels, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, classes)]
-    return nn.Sequential(nn.AdaptiveAvgPool2d(28), nn.Flatten(), *layers)
+    return nn.Sequential(_Resized(28), nn.Flatten(), *layers)
+
+
+class _Resized(nn.AdaptiveAvgPool2d):
+    """Pooling to a size. Images that have it already pass as they are: pooling them would take longer than the rest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _resized(x, self.output_size)
+
+
+@fx.wrap  # which branch is taken is not for a trace to fix
+def _resized(x: Tensor, size: int) -> Tensor:
+    return x if x.shape[-2:] == (size, size) else F.adaptive_avg_pool2d(x, size)
 
 
 _kaiming = partial(nn.init.kaiming_normal_, nonlinearity="relu")
