@@ -1,4 +1,5 @@
 import copy
+import logging
 import os
 import pickle
 import subprocess
@@ -67,7 +68,7 @@ def test_other_shapes_are_compiled_when_they_come_up_to_a_number(caplog):
         torch.testing.assert_close(fast(x), model(x).detach(), atol=1e-4, rtol=1e-4)
     assert fast.report(second).chosen == "sparse"
     assert fast.report(second) is not fast.report()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     for _ in range(2):
         assert torch.equal(fast(third), model(third).detach())
     assert caplog.text.count("such inputs run the dense model") == 1
