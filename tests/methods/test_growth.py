@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from granet import GraNet, RigL, Sparsifier
+from granet import DeepR, GraNet, RigL, Sparsifier
+from granet.criterion import Layer
 from granet.topology import count
 
 STEPS = 30
@@ -116,3 +117,13 @@ def test_gradients_of_half_precision_are_averaged_in_float32():
 def test_nonsense_is_refused(name, more, message):
     with pytest.raises(ValueError, match=message):
         METHODS[name](**more)
+
+
+def test_deep_rs_noise_is_finite_for_every_score(monkeypatch):
+    """The largest score is one in 2**24: rare enough for a test by chance, not for a training."""
+    scores = torch.tensor([[0.0, 0.5, 1 - 2**-24]])
+    monkeypatch.setattr("granet.topology.random_scores", lambda tensor, rng: scores)
+    layer = Layer(torch.full((1, 3), 9.0))
+    change = DeepR(sparsity=0.5, temperature=1.0).drift(1, {"w": layer}, {}, None, {"w": 1.0}, {})["w"]
+    assert change.isfinite().all()
+    assert change[0, 0] < change[0, 1] < change[0, 2]

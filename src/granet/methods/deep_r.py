@@ -47,7 +47,8 @@ class DeepR(Method):
         for name, layer in layers.items():
             w, eta = layer.weight.detach(), lr[name]
             s = memory[name] if name in memory else _sign(w)
-            nu = torch.special.ndtri(topology.random_scores(w, rng) + 2**-25)
+            # in the middle of a score's interval; the last one would round to 1, whose quantile is infinite
+            nu = torch.special.ndtri((topology.random_scores(w, rng) + 2**-25).clamp(max=1 - 2**-24))
             change = sqrt(2 * eta * self.temperature) * nu - eta * self.l1 * s
             dormant = (w + change) * s < 0  # theta < 0: the sign is forgotten, the weight zero
             changes[name] = torch.where(dormant, -w, change)
