@@ -9,7 +9,10 @@ STAMP  := $(VENV)/.ready
 train: $(STAMP)          ## GraNet to 90 % sparsity beside its dense twin, on real data, with a report at the end
 	$(BIN)/granet train --twin
 
-test: $(STAMP)           ## every test, doctests of the README, docs and docstrings included
+test: $(STAMP)           ## the tests, doctests of the README, docs and docstrings included; without those marked slow
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+test-all: $(STAMP)       ## every test, the slow ones too: processes that are killed, whole grids, sanitizers
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 integrations: $(STAMP)   ## granet inside Lightning, transformers, accelerate, timm and peft, which it installs (1 GB)

@@ -137,6 +137,7 @@ def torchrun(*args, folder):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_where_a_killed_process_left_off(tmp_path):
     """Each rank ends only after the sparsifier has found the same masks on all of them."""
     (tmp_path / "elastic.py").write_text(ELASTIC)
@@ -148,6 +149,7 @@ def test_torchrun_starts_again_where_a_killed_process_left_off(tmp_path):
     assert all(torch.equal(state[name], other[name]) for name in state)
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_under_torchrun(tmp_path):
     settings = ["digits", "--train.epochs", "1", "--train.warmup", "0", "--method.interval", "5it"]
     done = torchrun("-m", "granet.cli", "train", *settings, folder=tmp_path)

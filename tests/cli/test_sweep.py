@@ -106,6 +106,7 @@ def test_the_same_command_again_trains_nothing(swept, say, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_everything_and_says_how_to_go_on(tmp_path):
     changed = TINY.replace("epochs = 1", 'epochs = 300, log = "1it"').replace("train.epochs = 2, ", "")
     (tmp_path / "tiny.toml").write_text(changed)

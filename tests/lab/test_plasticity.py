@@ -256,6 +256,7 @@ def test_a_grid_that_is_interrupted_keeps_what_it_has(tmp_path):
     assert "6/6" in done.stdout
 
 
+@pytest.mark.slow
 def test_in_a_notebook(tmp_path):
     found = lab.plasticity(
         recipe(epochs=2), at=("1",), retrain="1", prune=(0.5,), regenerate=("none",), pretrained_sparsity=(0,),
