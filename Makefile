@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: train test integrations sanitize check bench format clean
+.PHONY: train test test-all integrations sanitize check bench format clean
 
 train: $(STAMP)          ## GraNet to 90 % sparsity beside its dense twin, on real data, with a report at the end
 	$(BIN)/granet train --twin
