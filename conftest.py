@@ -3,6 +3,7 @@
 `make integrations` installs them; a test that needs one which is missing is skipped, naming its extra.
 """
 
+import logging
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,3 +29,13 @@ def pytest_collection_modifyitems(items):
         if "integrations" in item.path.as_posix().removeprefix(Path(__file__).parent.as_posix()):
             for rule in _THEIRS:
                 item.add_marker(pytest.mark.filterwarnings(rule))
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was():
+    """The command line shows the library's log; the next test begins without that."""
+    logger = logging.getLogger("granet")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
