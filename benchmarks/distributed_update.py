@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from granet import GraNet, Sparsifier
+from granet import GraNet, Sparsifier, distributed
 
 LAYERS = 8
 
@@ -55,15 +55,18 @@ class Update:
         total = repeats + 2
         method = GraNet(sparsity=0.9, initial_sparsity=0.5, end=total, total=2 * total, interval=1)
         self.sparsifier = Sparsifier(model, method, verify_every=0)
-        self.sparsifier.attach(torch.optim.SGD(model.parameters(), lr=0.1), hooks=False)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        self.sparsifier.attach(self.optimizer, hooks=False)
         self.parameters = list(model.parameters())
         self.weights = LAYERS * side**2
 
     def __call__(self) -> tuple[float, float]:
         """Seconds of one update: on the clock, and of this process's processor."""
         for p in self.parameters:
-            p.grad = torch.sin(p.detach() * 1e4 + self.sparsifier.step)
+            mine = torch.randn(distributed.local(p).shape)  # each rank has its own part, so its own numbers
+            p.grad = distributed.like(mine, p) if distributed.is_sharded(p) else mine
         self.sparsifier.before_step()
+        self.optimizer.step()
         dist.barrier()
         clock, processor = time.perf_counter(), time.process_time()
         self.sparsifier.after_step()

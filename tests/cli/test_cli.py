@@ -9,25 +9,12 @@ import pytest
 import yaml
 
 from granet import checkpoint
-from granet.cli import COMMANDS, main
+from granet.cli import COMMANDS
 from granet.recipe import validate
 from granet.run import Run
 
 GRANET = [sys.executable, "-m", "granet.cli"]
 TINY = ["--model.name", "mlp", "--train.epochs", "2", "--train.threads", "1", "--method.interval", "7it"]
-
-
-@pytest.fixture
-def say(capsys, monkeypatch, tmp_path):
-    """Runs a command line in an empty folder; gives its exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def say(*args):
-        code = main([str(arg) for arg in args])
-        return code, *capsys.readouterr()
-
-    return say
 
 
 def test_train_beside_its_twin_then_everything_else(say, tmp_path, monkeypatch):

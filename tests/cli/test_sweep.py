@@ -8,7 +8,6 @@ import time
 
 import pytest
 
-from granet.cli import main
 from granet.cli.sweep import last_epoch
 from granet.run import Run
 
@@ -39,19 +38,6 @@ def swept(tmp_path_factory):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
-
-
-@pytest.fixture
-def say(capsys, monkeypatch, tmp_path):
-    """Runs a command line in an empty folder; gives its exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def say(*args):
-        code = main([str(arg) for arg in args])
-        return code, *capsys.readouterr()
-
-    return say
 
 
 def test_the_table_names_what_differs(swept):
