@@ -30,3 +30,20 @@ def same():
         assert sparsifier.exploration == others.exploration
 
     return check
+
+
+@pytest.fixture
+def compiles():
+    """A backend of torch.compile that calls no C++ compiler. Asserts that a graph was compiled with gradients."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield "aot_eager"
+    assert torch._dynamo.utils.counters["aot_autograd"]["total"]
+
+
+@pytest.fixture
+def eager():
+    """timm's kron compiles its step, which takes long and changes nothing of what is asked."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")

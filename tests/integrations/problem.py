@@ -58,10 +58,14 @@ class Problem:
             return torch.optim.AdamW(model.parameters(), lr=0.01)
         return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
+    def average(self, model):
+        rule = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+        return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=rule)
+
     def plain(
-        self, method="granet", optimizer="sgd", *, accumulate=1, clip=None, autocast=None, steps=STEPS, make=None
+        self, method="granet", optimizer="sgd", *, accumulate=1, clip=None, autocast=None, make=None, average=None
     ):
-        """Model, sparsifier and optimizer after the loop that everybody writes.
+        """Model, or its average, sparsifier and optimizer after the loop that everybody writes.
 
         Args:
             method: the method's name.
@@ -69,16 +73,17 @@ class Problem:
             accumulate: batches to a step.
             clip: called with the sparsifier and the model when gradients are final, before the step.
             autocast: the dtype of `torch.autocast`.
-            steps: the number of batches.
             make: makes the model.
+            average: makes its average.
         """
         model = (make or Network)()
         sparsifier = granet.Sparsifier(model, self.method(method), seed=7)
         optimizer = self.optimizer(model, optimizer)
         sparsifier.attach(optimizer)
+        averaged = average and average(model)
+        if averaged:
+            sparsifier.follow(averaged)
         for i, (x, y) in enumerate(self.loader()):
-            if i == steps:
-                break
             with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
                 loss = model(x, y)["loss"] / accumulate
             loss.backward()
@@ -87,4 +92,6 @@ class Problem:
                     clip(sparsifier, model)
                 optimizer.step()
                 optimizer.zero_grad()
-        return model, sparsifier, optimizer
+                if averaged:
+                    averaged.update_parameters(model)
+        return averaged.module if averaged else model, sparsifier, optimizer
