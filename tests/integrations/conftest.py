@@ -47,3 +47,14 @@ def eager():
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
+
+
+@pytest.fixture
+def mlflow(tmp_path, monkeypatch):
+    """MLflow with a folder of its own for what it is told."""
+    found = pytest.importorskip("mlflow", reason="needs pip install mlflow-skinny")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database would take seconds to make
+    before = found.get_tracking_uri()
+    found.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    yield found
+    found.set_tracking_uri(before)

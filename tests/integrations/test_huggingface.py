@@ -219,3 +219,12 @@ def test_logs_have_sparsity_and_reach_tensorboard(problem, train, tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
     (tag,) = [tag for tag in events.Tags()["scalars"] if tag.endswith("sparsity")]
     assert events.Scalars(tag)[-1].value == pytest.approx(sparsifier.sparsity)
+
+
+def test_mlflow_gets_what_is_logged(train, mlflow):
+    from transformers.integrations import MLflowCallback
+
+    _, sparsifier, _ = train(logging_strategy="steps", logging_steps=8, callbacks=[MLflowCallback()])
+    run = mlflow.last_active_run()
+    assert run.data.metrics["sparsity"] == pytest.approx(sparsifier.sparsity)
+    assert len(mlflow.MlflowClient().get_metric_history(run.info.run_id, "exploration")) == 4

@@ -213,3 +213,13 @@ def test_wandb_gets_what_is_logged(fit, tmp_path, monkeypatch):
     logger.experiment.finish()
     assert summary["sparsity"] == pytest.approx(sparsifier.sparsity)
     assert summary["exploration"] == pytest.approx(sparsifier.exploration)
+
+
+def test_mlflow_gets_what_is_logged(fit, mlflow):
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    logger = MLFlowLogger("sparse", tracking_uri=mlflow.get_tracking_uri())
+    _, sparsifier, _ = fit(logger=logger, log_every_n_steps=8)
+    shown = logger.experiment.get_metric_history(logger.run_id, "sparsity")
+    assert len(shown) == 3 and shown[-1].value == pytest.approx(sparsifier.sparsity)
+    assert logger.experiment.get_run(logger.run_id).data.metrics["exploration"] == pytest.approx(sparsifier.exploration)
