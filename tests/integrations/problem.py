@@ -1,5 +1,8 @@
 """One problem for every stack, and the plain loop that each is compared with."""
 
+import argparse
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -95,3 +98,44 @@ class Problem:
                 if averaged:
                     averaged.update_parameters(model)
         return averaged.module if averaged else model, sparsifier, optimizer
+
+
+class Text:
+    """Bytes of a file that every Python has, and a small GPT-2 for them: 24 sequences of 16 at a step."""
+
+    batch, length = 12, 16
+
+    def __init__(self):
+        from transformers.pytorch_utils import Conv1D
+
+        size = 2 * self.batch * self.length * STEPS // 2
+        self.rows = torch.tensor(list(Path(argparse.__file__).read_bytes()[:size])).view(-1, self.length)
+        self.layers = [Conv1D]
+
+    @property
+    def dicts(self):
+        return [{"input_ids": row, "labels": row} for row in self.rows]
+
+    def write(self, folder):
+        """Puts the model where `model` reads it."""
+        import transformers
+
+        sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 256, "n_positions": self.length}
+        config = transformers.GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, dtype="float64")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            transformers.GPT2LMHeadModel(config).double().save_pretrained(folder / "gpt2")
+
+    def loss(self, outputs, labels, num_items_in_batch=None):
+        """The mean over what all ranks see at a step, in float64; that of transformers is in float32."""
+        logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return nn.functional.cross_entropy(logits, labels, reduction="sum") / (2 * self.batch * (self.length - 1))
+
+    def model(self, folder, distributed=None):
+        import transformers
+
+        if distributed is not None:
+            distributed.fsdp_plan = {"transformer.h.*": "free_full_weight"}
+        return transformers.GPT2LMHeadModel.from_pretrained(
+            folder / "gpt2", dtype=torch.float64, distributed_config=distributed
+        )

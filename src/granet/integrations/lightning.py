@@ -51,6 +51,9 @@ class SparseTraining(Callback):
         if len(trainer.optimizers) != 1:
             raise ValueError(f"SparseTraining goes with one optimizer; the module has {len(trainer.optimizers)}")
         self._make(pl_module)
+
+    def on_train_start(self, trainer, pl_module):
+        # not before, because torch steps a new optimizer once to read a sharded checkpoint
         self._release()
         self.sparsifier.attach(*trainer.optimizers, hooks=False)
         self._hook = trainer.optimizers[0].register_step_post_hook(self._after_step)
