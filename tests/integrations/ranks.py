@@ -11,6 +11,7 @@ from problem import Network, Problem, Text
 from torch.distributed.fsdp import fully_shard
 
 import granet
+from granet import sharded as checkpoints
 
 
 def sharded(model, mesh=None):
@@ -99,16 +100,25 @@ def fabric(problem, shard, folder):
     strategy = ModelParallelStrategy(lambda model, mesh: sharded(model, mesh["data_parallel"]), 2, 1)
     fab = Fabric(accelerator="cpu", strategy=strategy if shard else "ddp", devices=2)
     fab.launch()
-    model = Network().double()
-    wrapped = fab.setup_module(model)
-    sparsifier = granet.Sparsifier(model, problem.method(), seed=7)  # behind it: it replaces parameters by shards
-    optimizer = fab.setup_optimizers(problem.optimizer(model, "adamw"))
-    sparsifier.attach(optimizer)
+
+    def made(seed):
+        wrapped = fab.setup_module(Network().double())
+        model = wrapped.module
+        sparsifier = granet.Sparsifier(model, problem.method(), seed=seed)  # of the shards, which setup_module makes
+        optimizer = fab.setup_optimizers(problem.optimizer(model, "adamw"))
+        sparsifier.attach(optimizer)
+        return wrapped, optimizer, sparsifier
+
+    wrapped, optimizer, sparsifier = made(seed=7)
     sampler = torch.utils.data.DistributedSampler(problem.pairs, 2, fab.global_rank, shuffle=False)
     for x, y in torch.utils.data.DataLoader(problem.pairs, problem.batch, sampler=sampler):
         fab.backward(wrapped(x, y)["loss"])
         optimizer.step()
         optimizer.zero_grad()
+        if shard and sparsifier.step == 5:  # go on with what is read back
+            checkpoints.save(folder / "fabric", sparsifier.model, optimizer.optimizer, sparsifier)
+            wrapped, optimizer, sparsifier = made(seed=8)
+            checkpoints.load(folder / "fabric", sparsifier.model, optimizer.optimizer, sparsifier)
     return sparsifier
 
 

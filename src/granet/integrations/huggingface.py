@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 from granet import integrations, masking
 from granet.methods.base import Method
+from granet.reparameterize import is_reparameterized
 from granet.sparsifier import Sparsifier
 
 FILE = "sparsifier.pt"  # in each checkpoint's folder
@@ -51,8 +52,8 @@ class SparseTraining(TrainerCallback):
 
     def __init__(self, method: Method | Sparsifier, *, max_norm: float | None = None, **options):
         self.sparsifier = integrations.given(method, options)
-        self.max_norm, self._options = max_norm, options
         self._method = method if self.sparsifier is None else None
+        self._options, self.max_norm = options, max_norm
         if self._method is not None and self._method.reparameterizes:
             name = type(method).__name__
             raise ValueError(f"{name} gives the model parameters of its own: make a Sparsifier before the Trainer")
@@ -60,12 +61,13 @@ class SparseTraining(TrainerCallback):
     def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs):
         if self.max_norm is not None and args.max_grad_norm:
             raise ValueError(f"max_norm={self.max_norm} goes with max_grad_norm=0 in the Trainer's arguments")
+        make = self._method is not None and (self.sparsifier is None or self.sparsifier.model is not model)
         saved = None
         if state.global_step:
-            saved = self._saved(Path(args.resume_from_checkpoint or folder(args, state)), model)
-        if self._method is not None and (self.sparsifier is None or self.sparsifier.model is not model):
+            saved = read(args.resume_from_checkpoint or written(args, state), model if make else self.sparsifier.model)
+        if make:
             self.sparsifier = Sparsifier(model, self._method, masks=saved and saved["masks"], **self._options)
-        if saved is not None:
+        if saved:
             self.sparsifier.load_state_dict(saved)
         self.sparsifier.detach()
         try:
@@ -81,44 +83,42 @@ class SparseTraining(TrainerCallback):
             self.sparsifier.clip_grad_norm_(self.max_norm)
 
     def on_log(self, args, state, control, *, logs, **kwargs):
-        if self.sparsifier is None:
-            return
-        now = {"sparsity": self.sparsifier.sparsity, "exploration": self.sparsifier.exploration}
-        logs.update(now)
-        if state.log_history:
+        if self.sparsifier is not None:
+            now = {"sparsity": self.sparsifier.sparsity, "exploration": self.sparsifier.exploration}
+            logs.update(now)
             state.log_history[-1].update(now)
 
     def on_save(self, args, state, control, **kwargs):
         whole = integrations.whole(self.sparsifier.state_dict())
         if args.should_save:
-            target = folder(args, state) / FILE
-            torch.save(whole, target.with_suffix(".part"))
-            target.with_suffix(".part").replace(target)
+            part = (written(args, state) / FILE).with_suffix(".part")
+            torch.save(whole, part)
+            part.replace(part.with_name(FILE))
 
     def on_train_end(self, args, state, control, **kwargs):
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self.sparsifier.load_state_dict(self._saved(Path(state.best_model_checkpoint), self.sparsifier.model))
+            self.sparsifier.load_state_dict(read(state.best_model_checkpoint, self.sparsifier.model))
         self.sparsifier.detach()
 
-    def _saved(self, folder, model):
-        """The sparsifier's state in a checkpoint whose weights the Trainer has loaded into `model`."""
-        if not (folder / FILE).exists():
-            raise FileNotFoundError(
-                f"{folder / FILE} is missing: the Trainer resumed from elsewhere, or without a sparsifier. Name the "
-                "checkpoint in TrainingArguments(resume_from_checkpoint=...)"
-            )
-        saved = torch.load(folder / FILE, map_location="cpu", weights_only=True)
-        weights = dict((model if self._method is not None else self.sparsifier.model).named_parameters())
-        pairs = (
-            (masking.like(m, weights[name]), [weights[name]]) for name, m in saved["masks"].items() if name in weights
-        )
-        if not (self._method or self.sparsifier.method).reparameterizes and masking.leaks(pairs):
-            raise ValueError(f"{folder / FILE} does not fit the weights that the Trainer has loaded")
-        return saved
 
-
-def folder(args, state):
-    """Where the Trainer has just written a checkpoint; in hyper-parameter search each trial has a folder of its own."""
+def written(args, state):
+    """The folder of the Trainer's latest checkpoint; in hyper-parameter search each trial has a folder for its own."""
     name = f"checkpoint-{state.global_step}"
-    written = Path(args.output_dir).glob(f"*/{name}" if state.is_hyper_param_search else name)
-    return max(written, key=lambda path: path.stat().st_mtime_ns, default=Path(args.output_dir) / name)
+    found = Path(args.output_dir).glob(f"*/{name}" if state.is_hyper_param_search else name)
+    return max(found, key=lambda folder: folder.stat().st_mtime_ns, default=Path(args.output_dir) / name)
+
+
+def read(folder, model):
+    """The sparsifier's state in a checkpoint whose weights the Trainer has loaded into `model`."""
+    path = Path(folder) / FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: the Trainer resumed from elsewhere, or without a sparsifier. Name the checkpoint in "
+            "TrainingArguments(resume_from_checkpoint=...)"
+        )
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    weights = dict(model.named_parameters())
+    pairs = ((masking.like(mask, weights[name]), [weights[name]]) for name, mask in saved["masks"].items())
+    if not is_reparameterized(model) and masking.leaks(pairs):
+        raise ValueError(f"{path} does not fit the weights that the Trainer has loaded")
+    return saved
