@@ -50,6 +50,17 @@ def eager():
 
 
 @pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """Weights & Biases, offline."""
+    found = pytest.importorskip("wandb", reason="needs pip install wandb")
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    for name, value in (offline | {"WANDB_DIR": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    yield found
+    found.finish()
+
+
+@pytest.fixture
 def mlflow(tmp_path, monkeypatch):
     """MLflow with a folder of its own for what it is told."""
     found = pytest.importorskip("mlflow", reason="needs pip install mlflow-skinny")

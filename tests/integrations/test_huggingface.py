@@ -221,6 +221,15 @@ def test_logs_have_sparsity_and_reach_tensorboard(problem, train, tmp_path):
     assert events.Scalars(tag)[-1].value == pytest.approx(sparsifier.sparsity)
 
 
+def test_wandb_gets_what_is_logged(train, wandb):
+    from transformers.integrations import WandbCallback
+
+    _, sparsifier, _ = train(logging_strategy="steps", logging_steps=8, callbacks=[WandbCallback()])
+    summary = dict(wandb.run.summary)
+    assert summary["train/sparsity"] == pytest.approx(sparsifier.sparsity)
+    assert summary["train/exploration"] == pytest.approx(sparsifier.exploration)
+
+
 def test_mlflow_gets_what_is_logged(train, mlflow):
     from transformers.integrations import MLflowCallback
 

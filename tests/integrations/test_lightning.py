@@ -201,16 +201,12 @@ def test_tensorboard_shows_what_is_logged(problem, fit, tmp_path):
     assert events.Scalars("exploration")[-1].value == pytest.approx(sparsifier.exploration)
 
 
-def test_wandb_gets_what_is_logged(fit, tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="needs pip install wandb")
+def test_wandb_gets_what_is_logged(fit, wandb, tmp_path):
     from lightning.pytorch.loggers import WandbLogger
 
-    for name, value in {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_DIR": str(tmp_path)}.items():
-        monkeypatch.setenv(name, value)
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     _, sparsifier, _ = fit(logger=logger, log_every_n_steps=8)
     summary = dict(logger.experiment.summary)
-    logger.experiment.finish()
     assert summary["sparsity"] == pytest.approx(sparsifier.sparsity)
     assert summary["exploration"] == pytest.approx(sparsifier.exploration)
 
