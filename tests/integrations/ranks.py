@@ -5,6 +5,7 @@ A run is `STACK-ddp` or `STACK-fsdp2`. Writes masks and weights, in one piece, a
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from problem import Network, Problem, Text
@@ -153,6 +154,26 @@ def huggingface(problem, shard, folder):
     )
     trainer.train()
     return sparse.sparsifier
+
+
+def timm(problem, shard, folder):
+    """As timm's training script does it; sharding it has none."""
+    from timm.utils import NativeScaler, init_distributed_device
+
+    args = SimpleNamespace(device="cpu")
+    init_distributed_device(args)
+    assert args.distributed and args.world_size == 2
+    model = Network().double()
+    sparsifier = granet.Sparsifier(model, problem.method(), seed=7)
+    optimizer = problem.optimizer(model, "adamw")
+    sparsifier.attach(optimizer)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    scaler = NativeScaler("cpu")
+    sampler = torch.utils.data.DistributedSampler(problem.pairs, 2, args.rank, shuffle=False)
+    for x, y in torch.utils.data.DataLoader(problem.pairs, problem.batch, sampler=sampler):
+        scaler(wrapped(x, y)["loss"], optimizer, parameters=model.parameters())
+        optimizer.zero_grad()
+    return sparsifier
 
 
 def whole(tensor):

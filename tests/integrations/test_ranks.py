@@ -77,6 +77,13 @@ def test_lightning_and_fabric(tmp_path):
 
 
 @pytest.mark.slow
+def test_timm(tmp_path):
+    pytest.importorskip("timm", reason='needs pip install "granet[timm]"')
+    run(["timm-ddp"], tmp_path)
+    check("timm-ddp", tmp_path)
+
+
+@pytest.mark.slow
 def test_accelerate_and_hugging_face(tmp_path):
     pytest.importorskip("transformers", reason='needs pip install "granet[huggingface]"')
     pytest.importorskip("accelerate", reason='needs pip install "granet[accelerate]"')
