@@ -10,11 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "granet"
 LAYERS = [  # a module may import what stands before it
+    "names",
     "schedule",
     "distribution",
     "criterion",
     "native",
     "distributed",
+    "ranking",
     "topology",
     "pattern",
     "methods",

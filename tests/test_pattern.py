@@ -16,7 +16,7 @@ from torch.sparse._semi_structured_conversions import (
 
 import granet
 from granet import Sparsifier, recipes, topology
-from granet.criterion import Layer, given, gradient, magnitude
+from granet.criterion import Layer, NonFiniteScores, given, gradient, magnitude
 from granet.distribution import Limited, capacity
 from granet.pattern import NM, Block, Channel, Pattern, parse
 from granet.recipe import validate
@@ -222,7 +222,7 @@ def test_pruning_takes_what_is_beyond_the_limit_first_in_the_whole_network():
 def test_scores_that_are_not_finite_are_refused_under_a_pattern():
     scores = torch.rand(4, 8)
     scores[1, 3] = float("nan")
-    with topology.obeying(NM(2, 4)), pytest.raises(topology.NonFiniteScores):
+    with topology.obeying(NM(2, 4)), pytest.raises(NonFiniteScores):
         topology.drop(torch.ones(4, 8, dtype=torch.bool), scores, 16)  # exactly 2:4: nothing else would look at them
 
 

@@ -1,91 +1,15 @@
 """Topology operations give back exactly as many entries as asked, the right ones, ties by position."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given as cases
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from granet import native, topology
-from granet.criterion import Layer, given, gradient, magnitude
-from granet.topology import NonFiniteScores, count, drop, exchange, grow, grow_random, prune_to, random_masks, top
+from granet.criterion import Layer, gradient, magnitude
+from granet.topology import count, drop, exchange, grow, grow_random, prune_to, random_masks
 
 SCORES = st.lists(st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0, 3.5, 7.25]), min_size=1, max_size=40)
-
-
-def naive_top(scores, n, among):
-    """The same by sorting everything: highest score first, then first position."""
-    order = sorted((-s, i) for i, (s, c) in enumerate(zip(scores, among, strict=True)) if c)
-    chosen = {i for _, i in order[:n]}
-    return [i in chosen for i in range(len(scores))]
-
-
-@pytest.fixture(params=["numpy", "kernel", "other device"])
-def engine(request, monkeypatch):
-    """The ways to select: on the CPU in NumPy and in the compiled kernel, and on other devices (that runs here too)."""
-    if request.param == "other device":
-        monkeypatch.setattr(topology, "_top_cpu", topology._top_device)
-    elif request.param == "kernel" and not native.available():
-        pytest.skip("no C++ compiler on this machine")
-    monkeypatch.setattr(native, "ready", lambda: request.param == "kernel")
-
-
-@cases(SCORES, st.data())
-def test_top_equals_the_naive_version(scores, data):
-    among = data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)))
-    n = data.draw(st.integers(0, sum(among)))
-    cut = data.draw(st.integers(0, len(scores)))
-    expected = naive_top(scores, n, among)
-    pieces = [(scores[:cut], among[:cut]), (scores[cut:], among[cut:])]
-    layers = [Layer(torch.tensor(s, dtype=torch.float32)) for s, _ in pieces]
-    masks = [torch.tensor(m, dtype=torch.bool) for _, m in pieces]
-    for select in (topology._top_cpu, topology._top_device):
-        if 0 < n < sum(among):
-            assert torch.cat(select(layers, given, n, masks, sum(among))).tolist() == expected
-    assert torch.cat(top(layers, given, n, masks)).tolist() == expected
-
-
-@pytest.mark.parametrize("kind", ["normal", "ties", "constant", "sorted", "one outlier", "float64"])
-def test_top_of_many_scores_is_exact(kind, engine):
-    """Large enough for the sampled bracket, on scores that are hard for it."""
-    rng = np.random.default_rng(0)
-    size = 300_000
-    values = {
-        "normal": rng.standard_normal(size),
-        "ties": rng.integers(0, 4, size).astype(float),
-        "constant": np.ones(size),
-        "sorted": np.arange(size, dtype=float),
-        "one outlier": np.where(np.arange(size) == 77_777, 1e30, 0.0),
-        "float64": 1 + rng.standard_normal(size) * 1e-12,
-    }[kind]
-    scores = torch.tensor(values, dtype=torch.float64 if kind == "float64" else torch.float32)
-    among = torch.tensor(rng.random(size) < 0.6)
-    candidates = among.nonzero().squeeze(1)
-    ranked = candidates[np.argsort(-scores[candidates].numpy(), kind="stable")]
-    for n in (1, 5, 1_000, count(among) // 2, count(among) - 1):
-        chosen = top([Layer(scores[:100_001]), Layer(scores[100_001:])], given, n, [among[:100_001], among[100_001:]])
-        assert set(torch.cat(chosen).nonzero().squeeze(1).tolist()) == set(ranked[:n].tolist())
-
-
-def test_a_bracket_that_misses_is_widened(monkeypatch, engine):
-    monkeypatch.setattr(topology, "_bracket", lambda *_: (0.9, 0.95))
-    scores, among = torch.rand(1000), torch.ones(1000, dtype=torch.bool)
-    for n in (10, 500, 999):
-        expected = torch.zeros(1000, dtype=torch.bool)
-        expected[scores.argsort(descending=True)[:n]] = True
-        assert torch.equal(top([Layer(scores)], given, n, [among])[0], expected)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_scores_that_are_not_finite_are_refused(bad, engine):
-    scores = torch.randn(50)
-    scores[13] = bad
-    mask = torch.rand(50) < 0.5
-    with pytest.raises(NonFiniteScores, match="NaN or infinite"):
-        drop(mask, scores, 1)
-    with pytest.raises(NonFiniteScores):
-        grow(mask, scores, 1)
 
 
 def test_counts_that_cannot_be_are_refused():
@@ -100,6 +24,13 @@ def test_growth_never_selects_active_entries_even_when_all_gradients_are_zero():
     grown = grow(mask, torch.zeros(30, 30), 100)
     assert count(grown) == count(mask) + 100
     assert torch.equal(grown & mask, mask)
+
+
+def naive_top(scores, n, among):
+    """The `n` best by sorting everything: highest score first, then first position."""
+    order = sorted((-s, i) for i, (s, c) in enumerate(zip(scores, among, strict=True)) if c)
+    chosen = {i for _, i in order[:n]}
+    return [i in chosen for i in range(len(scores))]
 
 
 @cases(SCORES, st.floats(0, 1), st.data())

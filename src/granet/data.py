@@ -10,7 +10,6 @@ Nothing is downloaded, nothing untrusted is unpickled: a missing dataset raises 
 (torch.Size([32, 1, 8, 8]), torch.Size([32]))
 """
 
-import difflib
 import gzip
 import importlib.util
 import io
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from granet.batches import IMAGE_SIZE, Augment, FolderSplit, Split, epoch_batches, steps_per_epoch
+from granet.names import unknown
 
 __all__ = ["DATA", "Augment", "Dataset", "FolderSplit", "Source", "Split", "epoch_batches", "load", "steps_per_epoch"]
 
@@ -80,9 +80,7 @@ def load(name: str, *, root: str | Path | None = None, validation: int | float, 
         FileNotFoundError: The dataset is not here; the message says what to download and where to put it.
     """
     if name not in DATA:
-        near = difflib.get_close_matches(name, DATA, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no dataset {name!r}; there are {', '.join(DATA)}.{hint}")
+        raise ValueError(unknown("dataset", name, DATA))
     source = DATA[name]
     place = source.locate(root)
     if place is None:

@@ -1,28 +1,26 @@
-"""Tensors in shards on many ranks (DTensor: FSDP2, tensor parallelism): counting and choosing over all of them.
+"""Tensors in shards on many ranks (DTensor: FSDP2, tensor parallelism): counting and comparing over all of them.
 
-Nothing is gathered. Every rank looks at its own shard and what is sent around are histograms of scores, so that the
-bytes sent do not depend on the number of weights. The n best of all shards are found digit by digit: scores become
-integers of the same order, a histogram of their first eleven bits is summed over the ranks, the bin with the n-th best
-is kept, and its next eleven bits follow. Equal scores are told apart by their position in the whole tensor in the same
-way, so the choice is that of one process to the last tie. All ranks must call these functions together.
+Nothing is gathered. Every rank looks at its own shard and what is sent around are sums and histograms, so that the
+bytes sent do not depend on the number of weights. The n-th largest of all is found digit by digit: scores become
+integers of the same order, a histogram of their first eleven bits is summed over the ranks, the bin with the n-th
+largest is kept, and its next eleven bits follow. All ranks must call these functions together.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from granet.criterion import Criterion, Layer, NonFiniteScores
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 _DIGIT = 11  # bits looked at in one round: a histogram of 2,048 numbers, 16 KiB
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -55,66 +53,31 @@ def shard(whole: Tensor, tensor: Tensor) -> Tensor:
 
 def count(mask: DTensor) -> int:
     """The number of True entries on all ranks."""
-    mine = torch.count_nonzero(local(mask)) if _is_owner(mask) else torch.zeros((), dtype=torch.int64)
-    return int(_summed(mine.to(local(mask).device, torch.int64), mask.device_mesh))
+    mine = torch.count_nonzero(local(mask)) if is_owner(mask) else torch.zeros((), dtype=torch.int64)
+    return int(summed(mine.to(local(mask).device, torch.int64), mask.device_mesh))
 
 
 def anywhere(flag: bool, tensor: DTensor) -> bool:
     """Whether `flag` is True on any rank of the mesh of `tensor`."""
-    return bool(_summed(torch.tensor(int(flag), device=local(tensor).device), tensor.device_mesh))
+    return bool(summed(torch.tensor(int(flag), device=local(tensor).device), tensor.device_mesh))
 
 
-def positions(tensor: Tensor) -> Tensor:
-    """The flat index, in the whole tensor, of each entry of this rank's part: int64, of the part's shape."""
+def positions(tensor: Tensor, at: Tensor | None = None) -> Tensor:
+    """The flat index, in the whole tensor, of each entry of this rank's part: int64, of the part's shape.
+
+    With `at`, of those entries alone: they are given by their flat index in this rank's part.
+    """
     shape, offset = _place(tensor) if is_sharded(tensor) else (tuple(tensor.shape), (0,) * tensor.ndim)
-    index = torch.zeros((), dtype=torch.int64, device=local(tensor).device)
-    step = 1
+    device = local(tensor).device
+    index, step, rest = torch.zeros((), dtype=torch.int64, device=device), 1, at
     for dim in reversed(range(len(shape))):
-        along = torch.arange(offset[dim], offset[dim] + shape[dim], device=index.device) * step
-        index = index + along.view(-1, *[1] * (len(shape) - 1 - dim))
+        if at is None:
+            along = torch.arange(shape[dim], device=device).view(-1, *[1] * (len(shape) - 1 - dim))
+        else:
+            along, rest = rest % shape[dim], rest // shape[dim]
+        index = index + (along + offset[dim]) * step
         step *= tensor.shape[dim]
     return index
-
-
-def top(layers: Sequence[Layer], criterion: Criterion, n: int, among: Sequence[Tensor]) -> list[Tensor]:
-    """`granet.topology.top` where some of the masks are sharded, for `n` above 0 and below the number of candidates.
-
-    Raises:
-        ValueError: the tensors lie in different meshes.
-        NonFiniteScores: a score on any of the ranks is NaN or infinite; raised on all of them.
-    """
-    mesh = next(mask.device_mesh for mask in among if is_sharded(mask))
-    if any(is_sharded(mask) and mask.device_mesh != mesh for mask in among):
-        raise ValueError("the sparse parameters lie in different device meshes; shard all of them over one")
-    parts = [Layer(local(x.weight), None if x.grad is None else local(x.grad)) for x in layers]
-    masks = [local(mask) for mask in among]
-    scores = [criterion(part) for part in parts]
-    # a part that several ranks hold is counted by the first of them
-    owned = [_is_owner(mask, mesh) for mask in among]
-    finite = all(bool(values.isfinite().all()) for values in scores)
-    if anywhere(not finite, next(mask for mask in among if is_sharded(mask))):
-        raise NonFiniteScores(
-            "a score is NaN or infinite on some rank: the gradients or weights overflowed at this step"
-        )
-
-    keys = [_ordered(values) for values in scores]
-    bits = 8 * keys[0].element_size()
-    pool = [key[mask] for key, mask, mine in zip(keys, masks, owned, strict=True) if mine]
-    threshold, above = _nth(_joined(pool, keys[0]), bits, n, mesh)
-    chosen = [(key > threshold).logical_and_(mask) for key, mask in zip(keys, masks, strict=True)]
-
-    # of the equal ones those that come first: the earlier layer, the smaller index in the whole tensor
-    ties = [(key == threshold).logical_and_(mask) for key, mask in zip(keys, masks, strict=True)]
-    begin, places = 0, []
-    for tie, mask in zip(ties, among, strict=True):
-        places.append(~(positions(mask)[tie] + begin) if tie.any() else torch.empty(0, dtype=torch.int64))
-        begin += mask.numel()
-    mine = [place.to(keys[0].device) for place, owner in zip(places, owned, strict=True) if owner]
-    last, _ = _nth(_joined(mine, torch.empty(0, dtype=torch.int64, device=keys[0].device)), 64, n - above, mesh)
-    for out, tie, place in zip(chosen, ties, places, strict=True):
-        if place.numel():
-            out[tie] = place.to(out.device) >= last
-    return [like(out, mask) if is_sharded(mask) else out for out, mask in zip(chosen, among, strict=True)]
 
 
 def verify(masks: Mapping[str, Tensor], counters: Mapping[str, int], device: torch.device) -> None:
@@ -165,7 +128,7 @@ def total(values: Tensor) -> float:
     if not is_sharded(values):
         return float(values.double().sum())
     mine = local(values).double().sum()
-    return float(_summed(mine if _is_owner(values) else torch.zeros_like(mine), values.device_mesh))
+    return float(summed(mine if is_owner(values) else torch.zeros_like(mine), values.device_mesh))
 
 
 def placed(values: Tensor, tensor: Tensor) -> Tensor:
@@ -194,9 +157,9 @@ def _part(tensor: Tensor) -> tuple:
     return _place(tensor) if is_sharded(tensor) else ()
 
 
-def _nth(keys: Tensor, bits: int, n: int, mesh: DeviceMesh) -> tuple[int, int]:
-    """The n-th largest of all ranks' signed `keys` and how many are larger than it."""
-    above, prefix, shift = 0, 0, bits
+def nth(keys: Tensor, bits: int, n: int, mesh: DeviceMesh) -> tuple[int, int, int]:
+    """The n-th largest of all ranks' signed `keys` of so many bits, how many are larger than it, how many equal it."""
+    above, equal, prefix, shift = 0, 0, 0, bits
     lowest = -(1 << bits - 1)
     while shift:
         width = min(_DIGIT, shift)
@@ -204,27 +167,31 @@ def _nth(keys: Tensor, bits: int, n: int, mesh: DeviceMesh) -> tuple[int, int]:
         digits = ((keys >> shift) & (1 << width) - 1).to(torch.int64)
         if shift + width == bits:  # the sign comes first: negative keys are the smaller half
             digits ^= 1 << width - 1
-        found = _summed(torch.bincount(digits, minlength=1 << width), mesh).flip(0).cumsum(0)
-        at = int(torch.searchsorted(found, n - above))  # bins from the top until the n-th is inside
+        found = summed(torch.bincount(digits, minlength=1 << width), mesh).flip(0)
+        until = found.cumsum(0)
+        at = int(torch.searchsorted(until, n - above))  # bins from the top until the n-th is inside
         digit = (1 << width) - 1 - at
-        above += int(found[at - 1]) if at else 0
+        above += int(until[at - 1]) if at else 0
+        equal = int(found[at])
         keys = keys[digits == digit]
         prefix = prefix << width | digit
-    return lowest + prefix, above
+    return lowest + prefix, above, equal
 
 
-def _ordered(scores: Tensor) -> Tensor:
+def ordered(scores: Tensor) -> Tensor:
     """Integers in the order of finite floating-point `scores`, of as many bits; -0.0 and 0.0 are equal."""
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]
-    raw = (scores + 0.0).contiguous().view(kind)
-    return torch.where(raw < 0, raw ^ torch.iinfo(kind).max, raw)
+    raw = (scores + 0.0).contiguous().view(_INTEGER[scores.dtype.itemsize])
+    return torch.where(raw < 0, raw ^ torch.iinfo(raw.dtype).max, raw)
 
 
-def _joined(parts: list[Tensor], empty: Tensor) -> Tensor:
-    return torch.cat(parts) if parts else empty.reshape(-1)[:0]
+def score_of(key: int, dtype: torch.dtype) -> float:
+    """The score whose place in the order is `key`: the reverse of `ordered`."""
+    kind = _INTEGER[dtype.itemsize]
+    raw = key ^ torch.iinfo(kind).max if key < 0 else key
+    return float(torch.tensor(raw, dtype=kind).view(dtype))
 
 
-def _summed(values: Tensor, mesh: DeviceMesh) -> Tensor:
+def summed(values: Tensor, mesh: DeviceMesh) -> Tensor:
     """The sum over all ranks of the mesh."""
     import torch.distributed as dist
 
@@ -234,7 +201,7 @@ def _summed(values: Tensor, mesh: DeviceMesh) -> Tensor:
     return values
 
 
-def _is_owner(tensor: Tensor, mesh: DeviceMesh | None = None) -> bool:
+def is_owner(tensor: Tensor, mesh: DeviceMesh | None = None) -> bool:
     """Whether this rank counts its part: of ranks with the same part only the first does."""
     from torch.distributed.tensor import Replicate
 

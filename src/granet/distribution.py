@@ -6,9 +6,10 @@ none exceeds its layer, and none is zero.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from fractions import Fraction
 from math import floor, prod
+
+from granet.names import unknown
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -81,9 +82,7 @@ def named(name: str) -> Callable[[Shapes, float], dict[str, int]]:
         ValueError: there is none of that name; the message lists those there are.
     """
     if name not in DISTRIBUTIONS:
-        near = get_close_matches(name, DISTRIBUTIONS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown distribution {name!r}: choose from {', '.join(DISTRIBUTIONS)}{hint}")
+        raise ValueError(unknown("distribution", name, DISTRIBUTIONS))
     return DISTRIBUTIONS[name]
 
 

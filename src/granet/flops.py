@@ -16,7 +16,6 @@ last is dense in a step whose gradient decides where weights grow (Evci et al. 2
 (960.0, 1248.0)
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -29,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
+from granet.names import did_you_mean
 from granet.reparameterize import bare
 
 Active = Mapping[str, Tensor | int]  # parameter name -> its mask, or how many of its weights are active
@@ -182,8 +182,7 @@ class _Attribution(TorchDispatchMode):
 
 def _active(name: str, given: Tensor | int, shapes: Mapping[str, tuple[int, ...]]) -> int:
     if name not in shapes:
-        near = difflib.get_close_matches(name, shapes, n=1)
-        raise ValueError(f"the model has no parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ValueError(f"the model has no parameter {name!r}{did_you_mean(name, shapes)}")
     if isinstance(given, Tensor) and given.ndim and tuple(given.shape) != shapes[name]:
         raise ValueError(f"the mask of {name} has shape {tuple(given.shape)}, its weight {shapes[name]}")
     active = int(given.sum()) if isinstance(given, Tensor) else given

@@ -7,7 +7,6 @@ Weights are drawn from torch's global generator: seed it to repeat them.
 270896
 """
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from granet.names import unknown
 
 
 def build(name: str, *, classes: int, in_channels: int) -> nn.Module:
@@ -24,9 +25,7 @@ def build(name: str, *, classes: int, in_channels: int) -> nn.Module:
         ValueError: There is none of that name; the message lists those there are.
     """
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f". Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}{hint}")
+        raise ValueError(unknown("model", name, MODELS))
     return MODELS[name](classes, in_channels)
 
 

@@ -19,12 +19,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from fractions import Fraction
 from math import inf, isfinite
 from typing import TYPE_CHECKING, ClassVar
 
 from granet import distribution, topology
+from granet.names import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -159,9 +159,9 @@ class NM(Pattern):
     def refuse(self, method, shapes):
         if method.reparameterizes:
             raise _unable(method, self)
-        if method.sparsity_at(0) is None:
-            return
         final = method.final_counts(shapes)
+        if final is None:
+            return
         most = {name: distribution.capacity(shape) for name, shape in shapes.items()}
         if not isinstance(final, dict):
             final, most = {"the network": final}, {"the network": sum(most.values())}
@@ -354,11 +354,10 @@ def parse(text: str | Pattern | None) -> Pattern:
             return Block(a, b)
     if text in _PLAIN:
         return _PLAIN[text]
-    near = get_close_matches(text, [*_PLAIN, "2:4", "1:4", "4x1", "16x16"], 1)
     raise ValueError(
         f"there is no pattern {text!r}: choose 'unstructured', 'N:M' with 0 < N < M such as '2:4', "
         "'RxC' with R outputs by C inputs such as '4x1' or '16x16', or 'channel'"
-        + (f"; did you mean {near[0]!r}?" if near and near[0] != text else "")
+        + did_you_mean(text, [*_PLAIN, "2:4", "1:4", "4x1", "16x16"])
     )
 
 

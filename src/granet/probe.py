@@ -10,13 +10,14 @@ loader are the same in every pass and the answer depends on nothing but the mode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from granet.names import did_you_mean
 
 Masks = Mapping[str, Tensor]
 
@@ -134,8 +135,7 @@ class Probe:
             return [name for name, p in parameters.items() if p.is_floating_point()]
         for name in masks:
             if name not in parameters:
-                near = get_close_matches(name, parameters, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, parameters)
                 raise ValueError(f"the probe's model has no parameter {name!r}: is it the model to be pruned?{hint}")
         return list(masks)
 

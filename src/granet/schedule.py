@@ -5,8 +5,9 @@ Steps count from 1: step 1 is the first optimizer step that was taken.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import cos, exp, pi
+
+from granet.names import unknown
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,7 @@ def ramp(name: str) -> Ramp:
         ValueError: there is none of that name; the message lists those there are.
     """
     if name not in RAMPS:
-        near = get_close_matches(name, RAMPS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown schedule {name!r}: choose from {', '.join(RAMPS)}{hint}")
+        raise ValueError(unknown("schedule", name, RAMPS))
     return RAMPS[name]
 
 

@@ -230,7 +230,7 @@ class PlanRow:
         sparse: whether it takes part.
         reason: why, in a few words.
         initial: the budget before training, in units of the pattern: weights, blocks or channels.
-        final: the budget after training, None where layers compete for it.
+        final: the budget after training. Either is None where layers compete for it or the network decides.
         units: how many units there are.
     """
 
@@ -247,12 +247,14 @@ class PlanRow:
 class Plan:
     """What a method will do to a model. `str(plan)` is a table, `plan.rows` the data behind it.
 
-    Budgets are in units of the pattern: weights, or blocks, or channels.
+    Budgets are in units of the pattern: weights, or blocks, or channels. In the table, "global" is a budget that layers
+    compete for, and "found" one that nothing asks for: it is what the network has, or gets by training.
     """
 
     method: Method
     rows: tuple[PlanRow, ...]
-    final_active: int
+    initial_active: int | None  # None where the network decides
+    final_active: int | None
     pattern: Pattern
 
     @property
@@ -265,22 +267,17 @@ class Plan:
         """The number of units that take part, active or not."""
         return sum(row.units for row in self.rows if row.sparse)
 
-    @property
-    def initial_active(self) -> int:
-        """The number of active units before training."""
-        return sum(row.initial for row in self.rows if row.sparse)
-
     def __str__(self) -> str:
         pooled = self.pattern.pools
         body = []
         for row in self.rows:
-            final = "global" if row.sparse and row.final is None else _share(row.final, row.units)
             shape, size, units = "x".join(map(str, row.shape)), f"{prod(row.shape):,}", f"{row.units:,}"
-            budgets = [_share(row.initial, row.units), final]
+            budgets = [self._budget(row, row.initial, self.initial_active)]
+            budgets += [self._budget(row, row.final, self.final_active)]
             body.append([row.name, shape, size, units if row.sparse else "", *budgets, row.reason])
-        n, units = self.sparse_total, self.sparse_units
-        budgets = [_share(self.initial_active, units), _share(self.final_active, units)]
-        body.append(["sparse parameters", "", f"{n:,}", f"{units:,}", *budgets, ""])
+        units = self.sparse_units
+        budgets = ["found" if n is None else _share(n, units) for n in (self.initial_active, self.final_active)]
+        body.append(["sparse parameters", "", f"{self.sparse_total:,}", f"{units:,}", *budgets, ""])
         dense = sum(prod(row.shape) for row in self.rows if not row.sparse)
         body.append(["dense parameters", "", f"{dense:,}", "", "dense", "dense", ""])
         rows = [["parameter", "shape", "weights", self.pattern.unit, "initial", "final", "why"], *body]
@@ -288,6 +285,12 @@ class Plan:
             return f"{self.method!r}, pattern {self.pattern}\n\n{columns(rows, right=(2, 3, 4, 5))}"
         table = columns([[*row[:3], *row[4:]] for row in rows], right=(2, 3, 4))
         return f"{self.method!r}" + f", pattern {self.pattern}" * bool(self.pattern.order) + f"\n\n{table}"
+
+    @staticmethod
+    def _budget(row: PlanRow, count: int | None, whole: int | None) -> str:
+        if row.sparse and count is None:
+            return "found" if whole is None else "global"
+        return _share(count, row.units)
 
 
 def plan(model: nn.Module, method: Method, *, only=None, skip=(), pattern: Pattern | str | None = None) -> Plan:
@@ -319,21 +322,20 @@ def plan(model: nn.Module, method: Method, *, only=None, skip=(), pattern: Patte
     shapes = units_of(choices, pattern)
     pattern.refuse(method, shapes)
     initial, final = method.initial_counts(shapes), method.final_counts(shapes)
-    rows = []
-    for choice in choices:
-        known = choice.sparse and not isinstance(final, int)
-        rows.append(
-            PlanRow(
-                choice.name,
-                tuple(choice.parameter.shape),
-                choice.sparse,
-                choice.reason,
-                initial[choice.name] if choice.sparse else None,
-                final[choice.name] if known else None,
-                prod(shapes[choice.name]) if choice.sparse else choice.parameter.numel(),
-            )
+    rows = tuple(
+        PlanRow(
+            choice.name,
+            tuple(choice.parameter.shape),
+            choice.sparse,
+            choice.reason,
+            initial.get(choice.name) if isinstance(initial, dict) else None,
+            final.get(choice.name) if isinstance(final, dict) else None,
+            prod(shapes[choice.name]) if choice.sparse else choice.parameter.numel(),
         )
-    return Plan(method, tuple(rows), final if isinstance(final, int) else sum(final.values()), pattern)
+        for choice in choices
+    )
+    active = [sum(counts.values()) if isinstance(counts, dict) else counts for counts in (initial, final)]
+    return Plan(method, rows, *active, pattern)
 
 
 def units_of(choices: Iterable[Choice], pattern: Pattern) -> dict[str, tuple[int, ...]]:

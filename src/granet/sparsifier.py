@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from granet import distributed, masking, state, stepping
+from granet.criterion import NonFiniteScores
 from granet.methods.base import Method
 from granet.pattern import Pattern, parse
 from granet.probe import Probe
 from granet.records import LayerReport, SparsityReport, Update
 from granet.reparameterize import Reparameterization, fold
 from granet.selection import layers_of, select, units_of
-from granet.topology import NonFiniteScores, count
+from granet.topology import count
 
 
 class Sparsifier:

@@ -9,24 +9,20 @@ refused with `NonFiniteScores`, because one of them would decide the whole topol
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from math import inf, isfinite, prod, sqrt
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from granet import distributed, distribution, native
-from granet.criterion import Criterion, Layer, NonFiniteScores, given
+from granet import distributed, distribution, ranking
+from granet.criterion import Criterion, Layer, given
+from granet.criterion import NonFiniteScores as NonFiniteScores  # what `top` and all that is made of it may raise
 
 Masks = Mapping[str, Tensor]
 
 # multipliers of SplitMix64, as signed 64-bit numbers
 _GOLDEN, *_MIX = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_PART = 1 << 16  # weights looked at together: scores and comparisons of one part stay in the cache
-_NOT_FINITE = "a score is NaN or infinite: the gradients or weights overflowed at this step"
-_SMALL = 1 << 16  # scores so few that all of them are ranked
-
-
 _PATTERN: ContextVar = ContextVar("pattern", default=None)  # what choices obey; None: any mask is allowed
 
 
@@ -77,11 +73,7 @@ def top(
     if (pattern := _PATTERN.get()) is not None:
         with obeying(None):
             return pattern.top(layers, criterion, n, among, beside)
-    if any(distributed.is_sharded(mask) for mask in among):
-        return distributed.top(layers, criterion, n, among)
-    select = _top_cpu if among[0].device.type == "cpu" else _top_device
-    flat = select(layers, criterion, n, [mask.reshape(-1) for mask in among], candidates)
-    return [chosen.view(mask.shape) for chosen, mask in zip(flat, among, strict=True)]
+    return ranking.top(layers, criterion, n, among, candidates)
 
 
 def drop(mask: Tensor, scores: Tensor, n: int) -> Tensor:
@@ -201,120 +193,6 @@ def count(mask: Tensor) -> int:
 def dense_masks(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """Masks with every entry active."""
     return {name: torch.ones(tuple(shape), dtype=torch.bool) for name, shape in shapes.items()}
-
-
-def _top_cpu(layers, criterion, n, among, candidates) -> list[Tensor]:
-    """`top` on the CPU, in one pass over the scores.
-
-    A sample of the scores brackets the threshold between `low` and `high`. The pass selects what lies above `high` and
-    sets aside what lies between; the few set aside are then ranked exactly. Should the bracket miss, it is widened.
-    """
-    low, high = _bracket(layers, criterion, n, among, candidates)
-    compare, size = (_compare_native, 1 << 22) if native.ready() else (_compare, _PART)
-    while True:
-        chosen = [torch.empty_like(mask) for mask in among]
-        above, values, places = 0, [], []
-        for i, layer in enumerate(layers):
-            start = 0
-            parts = zip(layer.parts(size), among[i].split(size), chosen[i].split(size), strict=True)
-            for part, mask, out in parts:
-                more, at, inside = compare(part, criterion, mask, low, high, out)
-                above += more
-                values.append(inside)
-                places.append((i, start, at))
-                start += mask.numel()
-        ranked = np.concatenate(values)
-        if above <= n <= above + ranked.size:
-            break
-        low, high = (low, inf) if above > n else (-inf, high)
-    _choose(chosen, ranked, places, n - above)
-    return chosen
-
-
-def _compare(part: Layer, criterion: Criterion, mask: Tensor, low: float, high: float, out: Tensor):
-    """How many candidates are above `high`, set True in `out`, and the places and scores of those from `low` to it."""
-    scores, out = _finite(criterion(part)).numpy(), out.numpy()
-    between = scores >= low
-    np.greater(scores, high, out=out)
-    between &= mask.numpy()
-    out &= between
-    between ^= out
-    at = np.flatnonzero(between)
-    return np.count_nonzero(out), at, scores[at]
-
-
-def _compare_native(part: Layer, criterion: Criterion, mask: Tensor, low: float, high: float, out: Tensor):
-    """`_compare` by the compiled kernel, which reads weights or gradients directly where the absolute value counts."""
-    field = getattr(criterion, "absolute", None)
-    raw = getattr(part, field) if field else None
-    absolute = raw is not None and raw.dtype == torch.float32
-    scores = raw if absolute else criterion(part)
-    if scores.dtype != torch.float32:
-        return _compare(part, criterion, mask, low, high, out)
-    at, inside, above, finite = torch.ops.granet.select_pass(scores.contiguous(), mask, absolute, low, high, out)
-    if not finite:
-        raise NonFiniteScores(_NOT_FINITE)
-    return above, at.numpy(), inside.numpy()
-
-
-def _bracket(layers, criterion, n, among, candidates) -> tuple[float, float]:
-    """Two scores between which the n-th best of the candidates very probably lies, from an even sample."""
-    total = sum(layer.numel() for layer in layers)
-    if total <= _SMALL:
-        return -inf, inf
-    # reading n samples costs about n, ranking what they bracket total / sqrt(n): the best n grows as total ** (2 / 3)
-    stride = round(total ** (1 / 3))
-    sample = []
-    for layer, mask in zip(layers, among, strict=True):
-        flat = layer.flat()
-        thin = Layer(flat.weight[::stride], None if flat.grad is None else flat.grad[::stride])
-        sample.append(criterion(thin).numpy()[mask[::stride].numpy()])
-    sample = np.concatenate(sample)
-    share = n / candidates
-    slack = 3 * sqrt(sample.size * share * (1 - share)) + 2
-    first, last = int(sample.size * (1 - share) - slack), int(sample.size * (1 - share) + slack)
-    inner = [rank for rank in (first, last) if 0 <= rank < sample.size]
-    ordered = np.partition(sample, inner) if inner else sample
-    return (ordered[first] if first in inner else -inf), (ordered[last] if last in inner else inf)
-
-
-def _choose(chosen, ranked, places, n) -> None:
-    """Set the `n` best of the `ranked` scores, which stand at `places`, True in `chosen`; ties in order."""
-    if n == 0:
-        return
-    threshold = np.partition(ranked, ranked.size - n)[ranked.size - n]
-    keep = ranked > threshold
-    equal = np.flatnonzero(ranked == threshold)
-    keep[equal[: n - np.count_nonzero(keep)]] = True
-    begin = 0
-    for i, start, at in places:
-        chosen[i].numpy()[start + at[keep[begin : begin + at.size]]] = True
-        begin += at.size
-
-
-def _top_device(layers, criterion, n, among, candidates) -> list[Tensor]:
-    """`top` on any other device: the threshold by torch's own selection, ties by position."""
-    scores = [_finite(criterion(layer)).reshape(-1) for layer in layers]
-    pool = torch.cat([values[mask] for values, mask in zip(scores, among, strict=True)])
-    best = 2 * n <= candidates
-    picked = pool.topk(n if best else candidates - n + 1, largest=best, sorted=False).values
-    threshold = picked.min() if best else picked.max()
-    chosen = [(values > threshold).logical_and_(mask) for values, mask in zip(scores, among, strict=True)]
-    missing = n - sum(count(mask) for mask in chosen)
-    for values, mask, out in zip(scores, among, chosen, strict=True):
-        ties = (values == threshold).logical_and_(mask).nonzero().squeeze(1)[:missing]
-        out[ties] = True
-        missing -= ties.numel()
-    return chosen
-
-
-def _finite(scores: Tensor) -> Tensor:
-    """`scores`, if all of them are finite."""
-    if scores.numel():
-        low, high = torch.aminmax(scores)
-        if not (isfinite(low.item()) and isfinite(high.item())):
-            raise NonFiniteScores(_NOT_FINITE)
-    return scores
 
 
 def shapes_of(layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:

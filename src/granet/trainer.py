@@ -101,10 +101,7 @@ class Trainer:
         pattern = recipe.model.pattern
         skip = (*recipe.model.keep_dense, *unfit(self.model, pattern, skip=recipe.model.keep_dense))
         planned = plan(self.model, method, skip=skip, pattern=pattern)
-        self.target, self.units = (
-            planned.final_active,
-            planned.sparse_units,
-        )  # of the pattern: weights, blocks, channels
+        self.target, self.units = planned.final_active, planned.sparse_units  # weights, blocks or channels
         probe = self.probe(self.settings.probe) if method.needs_probe else None
         self.flops = flops.count(self.model, torch.zeros(1, *dataset.shape, device=self.device))
         self.sparsifier = Sparsifier(self.model, method, skip=skip, seed=recipe.seed, probe=probe, pattern=pattern)
@@ -132,7 +129,7 @@ class Trainer:
     @property
     def eligible(self) -> bool:
         """Whether the network is as sparse as asked: only then does an evaluation count."""
-        return self.sparsifier.active_units <= self.target
+        return self.target is None or self.sparsifier.active_units <= self.target
 
     def fit(self, *, record: Record, save: Callable[[], None], stop: Callable[[], bool] = lambda: False) -> bool:
         """Trains to the end, from wherever the trainer stands; returns False if ``stop`` ended it early.
@@ -339,7 +336,7 @@ class Trainer:
             "data": self.recipe.data.name,
             "seed": self.recipe.seed,
             "sparsity": self.sparsifier.sparsity,
-            "target_sparsity": 1 - self.target / self.units,
+            "target_sparsity": None if self.target is None else 1 - self.target / self.units,
             "exploration": self.sparsifier.exploration,
             "parameters": {"total": total, "sparse": sparse, "active": total - sparse + self.sparsifier.active},
             "flops": {

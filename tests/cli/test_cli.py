@@ -160,6 +160,12 @@ def test_a_method_is_chosen_by_name(say, spelling):
     assert "name: digits-set" in say("show", "digits", *spelling)[1]
 
 
+@pytest.mark.parametrize("spelling", [["--engine", "sparse"], ["--engine=sparse"], ["--train.engine", "sparse"]])
+def test_the_engine_is_chosen_by_a_short_name_too(say, spelling):
+    code, out, _ = say("show", "digits", *spelling)
+    assert code == 0 and yaml.safe_load(out)["train"]["engine"] == "sparse"
+
+
 def test_plan(say):
     code, out, _ = say(
         "plan", "digits", "--method", "static", "--method.sparsity", "0.75", "--model.keep-dense", "head.*"
@@ -169,6 +175,21 @@ def test_plan(say):
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     assert "skip='head.*'" in lines["head.0.weight"]
     assert "conv" in lines["features.3.weight"]
+
+
+@pytest.mark.parametrize(
+    ("words", "budgets"),
+    [
+        (["snip", "--method.sparsity", "0.9"], ["global", "global"]),
+        (["str"], ["100.0%", "found"]),
+        (["fixed"], ["found"] * 2),
+    ],
+)
+def test_a_plan_says_what_is_not_known_beforehand(say, words, budgets):
+    code, out, _ = say("plan", "digits", "--method", *words)
+    assert code == 0
+    line = next(line for line in out.splitlines() if line.startswith("features.0.weight"))
+    assert [word for word in line.split() if word in ("global", "found", "100.0%")] == budgets
 
 
 def test_plan_with_a_pattern(say):

@@ -10,6 +10,7 @@ from granet import recipes
 from granet.recipe import Recipe, RecipeError, validate
 
 DEFAULT = "digits"
+SHORT = {"--engine": "--train.engine"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Request:
 def parse(args: list[str], options: type, *, prog: str, description: str) -> Request:
     """Returns what ``args`` ask for: ``[RECIPE] [--method NAME] [--section.key value ...]`` and ``options``.
 
-    The recipe and the method are found first, so that the rest is checked against the fields of that very method.
+    ``--engine`` is short for ``--train.engine``. The recipe and the method are found first, so that the rest is checked
+    against the fields of that very method.
 
     Args:
         args: the words behind the command.
@@ -36,7 +38,7 @@ def parse(args: list[str], options: type, *, prog: str, description: str) -> Req
     Raises:
         RecipeError: no such recipe or method, or values that do not go together.
     """
-    words = list(args)
+    words = ["=".join([SHORT.get(flag, flag), *value]) for flag, *value in (word.split("=", 1) for word in args)]
     name = words.pop(0) if words and not words[0].startswith("-") else DEFAULT
     method = _take_method(words)
     recipe = recipes.load(name, method=method)

@@ -15,6 +15,7 @@ examples:
   granet train fashion --method.sparsity 0.98 --seed 3    other settings
   granet train cifar10-vgg19 --method rigl                another method, with the settings it has in the recipe
   granet train cifar10-vgg19-rigl                         the same
+  granet train cifar10-vgg19 --engine sparse              on the sparse kernels, where they are faster (CPU)
   granet train my.yaml --train.epochs 9 --train.bf16 True a recipe of your own"""
 
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <tuple>
 
 #include "planes.h"
@@ -33,8 +34,16 @@ struct Geometry {
                         chunks > 0 && o % chunks == 0 && planes() % chunks == 0 && tile > 0 && front % 16 == 0,
                     "granet: malformed geometry");
     const int64_t longest = std::max(input().positions(), output().positions());
-    STD_TORCH_CHECK(stride >= 2 * front + longest, "granet: malformed geometry");
+    STD_TORCH_CHECK(pointwise() ? panel() > 0 : stride >= 2 * front + longest, "granet: malformed geometry");
   }
+  // A position of the output reads that position of the input alone, so that positions may be taken in any portions.
+  bool pointwise() const {
+    return batch == 1 && front == 0 && phases.size() == 1 && sy == 1 && sx == 1 && ho == h && wo == w && pitch == w &&
+           h * w % kernels().width == 0;
+  }
+  // Positions of a pointwise layer that are packed at a time: as many as fit between two planes.
+  int64_t panel() const { return std::min(h * w, stride / kernels().width * kernels().width); }
+  int64_t panels() const { return (h * w + panel() - 1) / panel(); }
   int64_t planes() const { return c * static_cast<int64_t>(phases.size()); }
   int64_t blocks() const { return (n + batch - 1) / batch; }
   Planes input() const { return {(h + sy - 1) / sy, (w + sx - 1) / sx, pitch, batch, front, stride}; }
@@ -102,6 +111,42 @@ void multiply(const Pattern& pattern, const float* values, int64_t chunks, int64
 
 const Phase kWhole[1] = {{0, 0}};
 
+// The panels of a pointwise layer, image by image.
+struct Panels {
+  const Geometry& g;
+  std::vector<Tile> whole, rest;
+
+  explicit Panels(const Geometry& geometry)
+      : g(geometry),
+        whole(tiles(g.panel(), g.longest_tile())),
+        rest(tiles(g.h * g.w - (g.panels() - 1) * g.panel(), g.longest_tile())) {}
+
+  int64_t count() const { return g.n * g.panels(); }
+  const std::vector<Tile>& cut(int64_t i) const { return i % g.panels() + 1 < g.panels() ? whole : rest; }
+  // Where panel i begins in an NCHW tensor of so many channels.
+  int64_t start(int64_t i, int64_t channels) const {
+    return i / g.panels() * channels * g.h * g.w + i % g.panels() * g.panel();
+  }
+  void pack(const float* from, int64_t i, int64_t channels, float* to) const {
+    const int64_t positions = std::min(g.panel(), g.h * g.w - i % g.panels() * g.panel());
+    from += start(i, channels);
+    for (int64_t c = 0; c < channels; ++c) std::memcpy(to + c * g.stride, from + c * g.h * g.w, sizeof(float) * positions);
+  }
+};
+
+void pointwise_forward(const Geometry& g, const Pattern& pattern, const float* values, const float* x,
+                       const float* bias, float* y) {
+  const Panels panels(g);
+  torch::stable::parallel_for(0, panels.count(), 1, [&](int64_t begin, int64_t end) {
+    float* const input = scratch(0, g.c * g.stride);
+    for (int64_t i = begin; i < end; ++i) {
+      panels.pack(x, i, g.c, input);
+      multiply(pattern, values, g.chunks, g.forward_blocks, 0, g.chunks, panels.cut(i), input,
+               y + panels.start(i, g.o), g.h * g.w, bias);
+    }
+  });
+}
+
 Tensor conv_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& ptr,
                     const Tensor& id, const Tensor& offset, const Tensor& index, std::vector<int64_t> numbers) {
   const Geometry g(numbers);
@@ -116,6 +161,10 @@ Tensor conv_forward(const Tensor& x, const Tensor& weight, const std::optional<T
   const float* const bias_data = bias ? bias->const_data_ptr<float>() : nullptr;
   const float* const from = x.const_data_ptr<float>();
   float* const to = y.mutable_data_ptr<float>();
+  if (g.pointwise()) {
+    pointwise_forward(g, pattern, values.get(), from, bias_data, to);
+    return y;
+  }
   const std::vector<Tile> cut = tiles(g.output().positions(), g.longest_tile());
   // Rows can be written where they belong when no gap separates them and no vector reaches past the end.
   const bool direct = g.batch == 1 && g.pitch == g.wo && g.ho * g.wo % kernels().width == 0;
@@ -179,8 +228,10 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor& x, cons
   const std::vector<Tile> grad_cut = tiles(g.output().positions(), std::min(g.longest_tile(), kernels().max_vectors));
   const bool direct = g.batch == 1 && g.phases.size() == 1 && g.sy == 1 && g.sx == 1 && g.pitch == g.w &&
                       g.h * g.w % kernels().width == 0;
+  const std::optional<Panels> panels = g.pointwise() ? std::optional<Panels>(g) : std::nullopt;
   // Every part sums its own gradient, so the result depends on the number of threads alone.
-  const int64_t parts = std::min<int64_t>(g.blocks(), torch::stable::get_num_threads());
+  const int64_t items = panels ? panels->count() : g.blocks();
+  const int64_t parts = std::min<int64_t>(items, torch::stable::get_num_threads());
   std::vector<std::unique_ptr<float[]>> sums(need_weight ? parts : 0);
   const float* const dy_data = dy.const_data_ptr<float>();
   const float* const x_data = x.const_data_ptr<float>();
@@ -188,11 +239,18 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor& x, cons
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       if (need_weight) sums[part].reset(new float[std::max<int64_t>(forward.nonzeros, 1)]());
-      for (int64_t block = part * g.blocks() / parts; block < (part + 1) * g.blocks() / parts; ++block) {
+      for (int64_t block = part * items / parts; block < (part + 1) * items / parts; ++block) {
         float* const gradient = scratch(0, g.o * g.stride);
-        pack(dy_data + block * g.batch * g.o * g.ho * g.wo, g.result(block), gradient, g.output(), kWhole, 1, 1, 1, 0,
-             g.o);
-        if (need_x) {
+        if (panels) {
+          panels->pack(dy_data, block, g.o, gradient);
+        } else {
+          pack(dy_data + block * g.batch * g.o * g.ho * g.wo, g.result(block), gradient, g.output(), kWhole, 1, 1, 1,
+               0, g.o);
+        }
+        if (need_x && panels) {
+          multiply(backward, values.get(), g.chunks, g.backward_blocks, 0, g.chunks, panels->cut(block), gradient,
+                   dx_data + panels->start(block, g.c), g.h * g.w, nullptr);
+        } else if (need_x) {
           float* const image = dx_data + block * g.batch * g.c * g.h * g.w;
           if (direct) {
             multiply(backward, values.get(), g.chunks, g.backward_blocks, 0, g.chunks, cut, gradient + g.front, image,
@@ -206,10 +264,14 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor& x, cons
         }
         if (need_weight) {
           float* const input = scratch(1, g.planes() * g.stride);
-          pack(x_data + block * g.batch * g.c * g.h * g.w, g.image(block), input, g.input(), g.phases.data(),
-               g.phases.size(), g.sy, g.sx, 0, g.c);
+          if (panels) {
+            panels->pack(x_data, block, g.c, input);
+          } else {
+            pack(x_data + block * g.batch * g.c * g.h * g.w, g.image(block), input, g.input(), g.phases.data(),
+                 g.phases.size(), g.sy, g.sx, 0, g.c);
+          }
           const Rows matrix{forward.ptr, forward.id, forward.offset, nullptr};
-          for (const Tile& tile : grad_cut) {
+          for (const Tile& tile : panels ? panels->cut(block) : grad_cut) {
             kernels().sddmm(matrix, 0, static_cast<int32_t>(forward.rows), input + g.front + tile.start,
                             gradient + g.front + tile.start, g.stride, tile.vectors, sums[part].get());
           }

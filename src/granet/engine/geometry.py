@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from granet.engine.spec import Spec
 
+PANEL = 512  # positions of a pointwise layer that are packed at a time
 LINE = 16  # floats in a cache line: plane starts are aligned to it, whatever the vector width
 FIRST_LEVEL = 24 * 1024  # bytes of activations a block of channels may occupy, of a 32 KiB first-level cache
 
@@ -132,6 +133,15 @@ def least_lanes(
     return Lanes(pitch, front, plane_stride(front, positions))
 
 
+def _panel_lanes(spec: Spec, size: tuple[int, int], batch: int, vector: int) -> Lanes | None:
+    """The lanes of a layer whose outputs read one position each: planes of a panel of positions, not an image."""
+    pointwise = spec.kernel == (1, 1) == spec.stride and spec.padding == (0, 0)
+    positions = size[0] * size[1]
+    if batch > 1 or not pointwise or positions <= PANEL or positions % vector:
+        return None
+    return Lanes(size[1], 0, PANEL + LINE)
+
+
 def geometry(
     spec: Spec,
     images: int,
@@ -158,7 +168,7 @@ def geometry(
     found = taps_of(spec)
     phases = tuple(sorted({phase for phase, _ in found}))
     out_height, out_width = spec.output_size(size)
-    lanes = lanes or least_lanes([(spec, size)], batch)
+    lanes = lanes or _panel_lanes(spec, size, batch, vector) or least_lanes([(spec, size)], batch)
     planes = spec.in_channels * len(phases)
     while chunks > 1 and (spec.out_channels % chunks or planes % chunks):
         chunks -= 1

@@ -21,6 +21,7 @@ from granet import native
 from granet.engine import ops
 from granet.engine.graph import tensors_of
 from granet.engine.planner import NOISE, interleaved, seconds
+from granet.engine.report import LayerReport, layer_table
 from granet.engine.spec import Spec, spec_of
 from granet.reparameterize import is_reparameterized
 
@@ -38,21 +39,11 @@ ROUNDS = 4  # of a whole step, where it is not clear
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """What was measured for one layer: forward and backward, in milliseconds, at the density it had then."""
-
-    name: str
-    shape: tuple[int, ...]
-    density: float
-    dense_ms: float | None
-    sparse_ms: float | None
-    chosen: str
-    why: str
-
-
-@dataclass(frozen=True)
 class TrainingReport:
-    """The plan as it stands, one row per sparse layer; str() is a table."""
+    """The plan as it stands, one row per sparse layer at the density it had when measured; str() is a table.
+
+    A layer's milliseconds are those of forward and backward together.
+    """
 
     layers: tuple[LayerReport, ...]
     why: str
@@ -70,11 +61,7 @@ class TrainingReport:
         return sum((row.sparse_ms if row.chosen == "sparse" else row.dense_ms) or 0.0 for row in self.layers)
 
     def __str__(self) -> str:
-        lines = [f"{'layer':<32} {'weight':<18} {'density':>7} {'dense ms':>9} {'sparse ms':>9}  chosen"]
-        for row in self.layers:
-            times = [f"{t:>9.3f}" if t is not None else f"{'-':>9}" for t in (row.dense_ms, row.sparse_ms)]
-            shape = "x".join(map(str, row.shape))
-            lines.append(f"{row.name:<32} {shape:<18} {row.density:>7.1%} {' '.join(times)}  {row.chosen}: {row.why}")
+        lines = layer_table(self.layers)
         swapped = sum(row.chosen == "sparse" for row in self.layers)
         lines.append(
             f"forward + backward of these layers: dense {self.dense_ms:.2f} ms, as planned {self.planned_ms:.2f} ms; "

@@ -4,8 +4,6 @@ The overlap of two masks is their Jaccard index, |both| / |either|. Two random m
 with a and b of n weights active, a * b / n are in both on average, which gives the overlap expected by chance.
 """
 
-import csv
-import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from granet import checkpoint, report
 from granet.lab.plasticity_page import svg
+from granet.lab.rows import csv_of
 from granet.run import Run
 from granet.selection import columns
 from granet.topology import count
@@ -89,13 +88,7 @@ class Connectivity:
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Returns the overlaps as CSV, and writes them to ``path`` if one is given."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in fields(Overlap)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(one) for one in self.overlaps)
-        if path is not None:
-            checkpoint.replace(Path(path), text.getvalue())
-        return text.getvalue()
+        return csv_of(Overlap, self.overlaps, path)
 
     def figure(self) -> "altair.FacetChart":
         """Returns the overlaps of each pair by layer, beside those expected by chance.

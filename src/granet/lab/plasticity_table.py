@@ -1,15 +1,13 @@
 """The outcome of a study: one row a cell, as CSV, as a table of means, and as numbers that findings are judged by."""
 
-import csv
-import io
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from granet import checkpoint
+from granet.lab.rows import csv_of
 from granet.selection import columns
 
 Measure = Literal["plasticity", "final_gap"]
@@ -154,14 +152,7 @@ class Table:
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Returns the rows as CSV, and writes them to ``path`` if one is given."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in self.rows:
-            writer.writerow({key: round(x, 6) if isinstance(x, float) else x for key, x in asdict(row).items()})
-        if path is not None:
-            checkpoint.replace(Path(path), text.getvalue())
-        return text.getvalue()
+        return csv_of(Row, self.rows, path)
 
     def figure(self, measure: Measure = "plasticity"):
         """Returns the figure of a measure, an Altair chart: a column a pretrained sparsity, a row an arm.

@@ -1,9 +1,7 @@
 """Layer sensitivity: the accuracy of a trained network when one layer at a time is pruned, without retraining."""
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +13,7 @@ from granet.criterion import Layer, magnitude
 from granet.distribution import budget
 from granet.lab.plasticity_cell import Bench
 from granet.lab.plasticity_page import svg
+from granet.lab.rows import csv_of
 from granet.run import Run
 from granet.selection import columns
 
@@ -80,13 +79,7 @@ class Sensitivity:
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Returns the points as CSV, and writes them to ``path`` if one is given."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(point) for point in self.points)
-        if path is not None:
-            checkpoint.replace(Path(path), text.getvalue())
-        return text.getvalue()
+        return csv_of(Point, self.points, path)
 
     def figure(self) -> "altair.LayerChart":
         """Returns accuracy against the share of a layer's weights that stay, a curve a layer; dashed: unpruned.

@@ -6,12 +6,12 @@ applies them. Steps are optimizer steps, counted from 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from granet import criterion, distribution, topology
+from granet.names import unknown
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +47,15 @@ class Method:
     reparameterizes: ClassVar[bool] = False
     decays: ClassVar[bool] = False
 
-    def initial_counts(self, shapes: distribution.Shapes) -> dict[str, int]:
-        """The number of active weights of each layer before training."""
+    def initial_counts(self, shapes: distribution.Shapes) -> dict[str, int] | int | None:
+        """The number of active weights of each layer before training.
+
+        One number in total where the layers compete for them, None where the network decides it.
+        """
         return distribution.uniform(shapes, 1.0)
 
-    def final_counts(self, shapes: distribution.Shapes) -> dict[str, int] | int:
-        """The number of active weights of each layer after training, or in total where the layers compete for them."""
+    def final_counts(self, shapes: distribution.Shapes) -> dict[str, int] | int | None:
+        """The same after training."""
         return self.initial_counts(shapes)
 
     def init(self, layers: Mapping[str, Layer], rng: torch.Generator) -> dict[str, Tensor]:
@@ -121,6 +124,32 @@ class Method:
         return 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class AtInitialization(Method):
+    """What methods share that choose the topology of the whole network before training, from a probe, and keep it."""
+
+    sparsity: float
+
+    needs_probe: ClassVar[bool] = True
+
+    def initial_counts(self, shapes):
+        return distribution.budget(sum(distribution.uniform(shapes, 1.0).values()), 1 - self.sparsity)
+
+    def sparsity_at(self, step):
+        return self.sparsity
+
+    def pruned(
+        self, layers: Mapping[str, Layer], scores: Callable[[dict[str, Tensor]], Mapping[str, Tensor]], rounds: int = 1
+    ) -> dict[str, Tensor]:
+        """The masks of the highest scores: asked for anew in each round, whose densities fall exponentially."""
+        masks = {name: layer.weight.new_ones(layer.shape, dtype=bool) for name, layer in layers.items()}
+        for t in range(1, rounds + 1):
+            scored = {name: criterion.Layer(score) for name, score in scores(masks).items()}
+            n = distribution.budget(topology.total_of(layers), (1 - self.sparsity) ** (t / rounds))
+            masks = topology.prune_to(masks, n, scored, criterion.given)
+        return masks
+
+
 class Grows:
     """What methods share whose updates exchange weights; they come with the fields `growth`, `accumulate`, `interval`.
 
@@ -167,9 +196,7 @@ def require_growth(method: Method) -> None:
     """Refuse a `growth` that there is not, and gradients gathered over more steps than lie between two updates."""
     kind, growth, n = type(method).__name__, method.growth, method.accumulate
     if growth not in GROWTHS:
-        near = get_close_matches(str(growth), GROWTHS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{kind}: unknown growth {growth!r}: choose from {', '.join(GROWTHS)}{hint}")
+        raise ValueError(f"{kind}: {unknown('growth', growth, GROWTHS)}")
     require(method, steps=("accumulate",))
     if n > method.interval:
         raise ValueError(f"{kind}: accumulate={n} is more than the interval={method.interval} between two updates")

@@ -20,5 +20,8 @@ class Fixed(Method):
                 )
         return masks
 
+    def initial_counts(self, shapes):
+        return None
+
     def sparsity_at(self, step):
         return None

@@ -49,5 +49,8 @@ class STR(Method):
     def update(self, step, layers, masks, rng):
         return {name: criterion.effective(layer) != 0 for name, layer in layers.items()}
 
+    def final_counts(self, shapes):
+        return None
+
     def sparsity_at(self, step):
         return None

@@ -1,0 +1,66 @@
+// What the steps of a compiled program share: its slots of planes and its constants. granet.engine.program writes
+// programs; the encoding is shared with it.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <vector>
+
+#include "planes.h"
+
+namespace granet {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kRow = 24;  // integers per slot and per step
+
+enum Op : int64_t { kPack = 0, kUnpack, kConv, kSplit, kMaxPool, kAvgPool, kAdd, kOps };
+enum Kind : int64_t { kSparse = 0, kBlock = 1, kVector = 2 };
+
+// A set of planes in the arena: `blocks` times `planes` planes.
+struct Slot {
+  float* data;
+  int64_t planes, blocks, images;
+  Planes layout;
+
+  float* block(int64_t b) const { return data + b * planes * layout.stride; }
+  // The zeros around plane p's positions, which the consumers' taps rely on.
+  void clear_front(int64_t b, int64_t p) const {
+    std::memset(block(b) + p * layout.stride, 0, sizeof(float) * layout.front);
+  }
+  void clear_back(int64_t b, int64_t p, int64_t written) const {
+    std::memset(block(b) + p * layout.stride + layout.front + written, 0,
+                sizeof(float) * (layout.stride - layout.front - written));
+  }
+};
+
+struct Machine {
+  const std::vector<Tensor>& constants;
+  std::vector<Slot> slots;
+
+  const Slot& slot(int64_t i) const {
+    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(slots.size()), "granet: no slot ", i);
+    return slots[i];
+  }
+  const Tensor& constant(int64_t i) const {
+    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(constants.size()), "granet: no constant ", i);
+    return constants[i];
+  }
+  const float* floats(int64_t i) const { return i < 0 ? nullptr : constant(i).const_data_ptr<float>(); }
+  const int32_t* ints(int64_t i) const { return i < 0 ? nullptr : constant(i).const_data_ptr<int32_t>(); }
+};
+
+inline std::vector<Phase> phases_of(const Machine& m, int64_t index) {
+  const Tensor& t = m.constant(index);
+  const int32_t* p = t.const_data_ptr<int32_t>();
+  std::vector<Phase> result;
+  for (int64_t i = 0; i + 1 < t.numel(); i += 2) result.push_back({p[i], p[i + 1]});
+  return result;
+}
+
+// `count` convolutions of which each but the first reads, at every position, only that position of the one before: a
+// tile goes through all of them while it is in the cache.
+void run_convolutions(const Machine& m, const int64_t* s, int64_t count);
+
+}  // namespace granet

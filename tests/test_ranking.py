@@ -1,0 +1,155 @@
+"""The n best of many scores: those that sorting everything finds, on the CPU, another device, and in shards."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given as cases
+from hypothesis import strategies as st
+
+from granet import native, ranking
+from granet.criterion import Layer, given, magnitude
+from granet.ranking import NonFiniteScores
+from granet.topology import count, drop, grow, top
+
+SCORES = st.lists(st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0, 3.5, 7.25]), min_size=1, max_size=40)
+
+
+def naive_top(scores, n, among):
+    """The same by sorting everything: highest score first, then first position."""
+    order = sorted((-s, i) for i, (s, c) in enumerate(zip(scores, among, strict=True)) if c)
+    chosen = {i for _, i in order[:n]}
+    return [i in chosen for i in range(len(scores))]
+
+
+@pytest.fixture(params=["numpy", "kernel", "other device"])
+def engine(request, monkeypatch):
+    """The ways to select: on the CPU in NumPy and in the compiled kernel, and on other devices (that runs here too)."""
+    if request.param == "other device":
+        monkeypatch.setattr(ranking, "top_cpu", ranking.top_device)
+    elif request.param == "kernel" and not native.available():
+        pytest.skip("no C++ compiler on this machine")
+    monkeypatch.setattr(native, "ready", lambda: request.param == "kernel")
+
+
+@cases(SCORES, st.data())
+def test_top_equals_the_naive_version(scores, data):
+    among = data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)))
+    n = data.draw(st.integers(0, sum(among)))
+    cut = data.draw(st.integers(0, len(scores)))
+    expected = naive_top(scores, n, among)
+    pieces = [(scores[:cut], among[:cut]), (scores[cut:], among[cut:])]
+    layers = [Layer(torch.tensor(s, dtype=torch.float32)) for s, _ in pieces]
+    masks = [torch.tensor(m, dtype=torch.bool) for _, m in pieces]
+    for select in (ranking.top_cpu, ranking.top_device):
+        if 0 < n < sum(among):
+            assert torch.cat(select(layers, given, n, masks, sum(among))).tolist() == expected
+    assert torch.cat(top(layers, given, n, masks)).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "constant", "sorted", "one outlier", "float64"])
+def test_top_of_many_scores_is_exact(kind, engine):
+    """Large enough for the sampled bracket, on scores that are hard for it."""
+    rng = np.random.default_rng(0)
+    size = 300_000
+    values = {
+        "normal": rng.standard_normal(size),
+        "ties": rng.integers(0, 4, size).astype(float),
+        "constant": np.ones(size),
+        "sorted": np.arange(size, dtype=float),
+        "one outlier": np.where(np.arange(size) == 77_777, 1e30, 0.0),
+        "float64": 1 + rng.standard_normal(size) * 1e-12,
+    }[kind]
+    scores = torch.tensor(values, dtype=torch.float64 if kind == "float64" else torch.float32)
+    among = torch.tensor(rng.random(size) < 0.6)
+    candidates = among.nonzero().squeeze(1)
+    ranked = candidates[np.argsort(-scores[candidates].numpy(), kind="stable")]
+    for n in (1, 5, 1_000, count(among) // 2, count(among) - 1):
+        chosen = top([Layer(scores[:100_001]), Layer(scores[100_001:])], given, n, [among[:100_001], among[100_001:]])
+        assert set(torch.cat(chosen).nonzero().squeeze(1).tolist()) == set(ranked[:n].tolist())
+
+
+def test_a_bracket_that_misses_is_widened(monkeypatch, engine):
+    monkeypatch.setattr(ranking, "_bracket", lambda *_: (0.9, 0.95))
+    scores, among = torch.rand(1000), torch.ones(1000, dtype=torch.bool)
+    for n in (10, 500, 999):
+        expected = torch.zeros(1000, dtype=torch.bool)
+        expected[scores.argsort(descending=True)[:n]] = True
+        assert torch.equal(top([Layer(scores)], given, n, [among])[0], expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_are_refused(bad, engine):
+    scores = torch.randn(50)
+    scores[13] = bad
+    mask = torch.rand(50) < 0.5
+    with pytest.raises(NonFiniteScores, match="NaN or infinite"):
+        drop(mask, scores, 1)
+    with pytest.raises(NonFiniteScores):
+        grow(mask, scores, 1)
+
+
+SHAPES = [(300, 37), (1, 5), (401, 300), (7,)]  # uneven in two shards; a part of one rank may be empty
+
+
+def adversaries():
+    """Scores of all layers together, by name."""
+    size = sum(int(np.prod(shape)) for shape in SHAPES)
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(size, generator=generator)
+    return {
+        "normal": normal,
+        "ties": torch.randint(-2, 3, (size,), generator=generator).float(),
+        "constant": torch.ones(size),
+        "one outlier": torch.where(torch.arange(size) == 77_777, 1e30, 0.0),
+        "signed zeros": torch.where(normal > 0, 0.0, -0.0),
+        "float64": 1 + normal.double() * 1e-12,
+        "bfloat16": normal.bfloat16(),
+        "sorted": torch.arange(size).float(),
+    }
+
+
+def equal_to_whole(rank, world, folder):
+    """Every choice of shards is that of the whole tensors, without and with a bracket that misses."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
+    mesh = init_device_mesh("cpu", (world,))
+    sizes = [int(np.prod(shape)) for shape in SHAPES]
+    bracket = ranking._bracket_sharded
+
+    def shards(flat):
+        parts = [part.view(shape) for part, shape in zip(flat.split(sizes), SHAPES, strict=True)]
+        return [distribute_tensor(part, mesh, [Shard(0)]) for part in parts[:-1]] + parts[-1:]  # the last is whole
+
+    among = torch.rand(sum(sizes), generator=torch.Generator().manual_seed(1)) < 0.6
+    for name, scores in adversaries().items():
+        for criterion in (given, magnitude):
+            for n in (1, 1_000, count(among) // 2, count(among) - 1):
+                layers = [Layer(part.view(shape)) for part, shape in zip(scores.split(sizes), SHAPES, strict=True)]
+                masks = [part.view(shape) for part, shape in zip(among.split(sizes), SHAPES, strict=True)]
+                expected = top(layers, criterion, n, masks)
+                for miss in (None, (0.9, 0.95)):
+                    ranking._bracket_sharded = bracket if miss is None else lambda *_, miss=miss: miss
+                    found = top([Layer(part) for part in shards(scores)], criterion, n, shards(among))
+                    for one, other in zip(found, expected, strict=True):
+                        one = one.full_tensor() if hasattr(one, "full_tensor") else one
+                        assert torch.equal(one, other), (name, criterion, n, miss)
+    ranking._bracket_sharded = bracket
+    broken = shards(torch.randn(sum(sizes)))
+    if rank == 1:
+        broken[0].to_local()[0, 0] = float("nan")
+    with pytest.raises(NonFiniteScores, match="on some rank"):  # on every rank, none waits for another
+        top([Layer(part) for part in broken], given, 10, shards(among))
+    dist.destroy_process_group()
+
+
+def test_shards_choose_what_the_whole_does(tmp_path):
+    mp.start_processes(equal_to_whole, args=(2, tmp_path), nprocs=2, start_method="spawn")
