@@ -30,3 +30,42 @@ def same():
         assert sparsifier.exploration == others.exploration
 
     return check
+
+
+@pytest.fixture
+def compiles():
+    """A backend of torch.compile that calls no C++ compiler. Asserts that a graph was compiled with gradients."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield "aot_eager"
+    assert torch._dynamo.utils.counters["aot_autograd"]["total"]
+
+
+@pytest.fixture
+def eager():
+    """timm's kron compiles its step, which takes long and changes nothing of what is asked."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """Weights & Biases, offline."""
+    found = pytest.importorskip("wandb", reason="needs pip install wandb")
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    for name, value in (offline | {"WANDB_DIR": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    yield found
+    found.finish()
+
+
+@pytest.fixture
+def mlflow(tmp_path, monkeypatch):
+    """MLflow with a folder of its own for what it is told."""
+    found = pytest.importorskip("mlflow", reason="needs pip install mlflow-skinny")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database would take seconds to make
+    before = found.get_tracking_uri()
+    found.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    yield found
+    found.set_tracking_uri(before)

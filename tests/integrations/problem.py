@@ -1,5 +1,8 @@
 """One problem for every stack, and the plain loop that each is compared with."""
 
+import argparse
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -58,10 +61,14 @@ class Problem:
             return torch.optim.AdamW(model.parameters(), lr=0.01)
         return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
+    def average(self, model):
+        rule = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+        return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=rule)
+
     def plain(
-        self, method="granet", optimizer="sgd", *, accumulate=1, clip=None, autocast=None, steps=STEPS, make=None
+        self, method="granet", optimizer="sgd", *, accumulate=1, clip=None, autocast=None, make=None, average=None
     ):
-        """Model, sparsifier and optimizer after the loop that everybody writes.
+        """Model, or its average, sparsifier and optimizer after the loop that everybody writes.
 
         Args:
             method: the method's name.
@@ -69,16 +76,17 @@ class Problem:
             accumulate: batches to a step.
             clip: called with the sparsifier and the model when gradients are final, before the step.
             autocast: the dtype of `torch.autocast`.
-            steps: the number of batches.
             make: makes the model.
+            average: makes its average.
         """
         model = (make or Network)()
         sparsifier = granet.Sparsifier(model, self.method(method), seed=7)
         optimizer = self.optimizer(model, optimizer)
         sparsifier.attach(optimizer)
+        averaged = average and average(model)
+        if averaged:
+            sparsifier.follow(averaged)
         for i, (x, y) in enumerate(self.loader()):
-            if i == steps:
-                break
             with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
                 loss = model(x, y)["loss"] / accumulate
             loss.backward()
@@ -87,4 +95,47 @@ class Problem:
                     clip(sparsifier, model)
                 optimizer.step()
                 optimizer.zero_grad()
-        return model, sparsifier, optimizer
+                if averaged:
+                    averaged.update_parameters(model)
+        return averaged.module if averaged else model, sparsifier, optimizer
+
+
+class Text:
+    """Bytes of a file that every Python has, and a small GPT-2 for them: 24 sequences of 16 at a step."""
+
+    batch, length = 12, 16
+
+    def __init__(self):
+        from transformers.pytorch_utils import Conv1D
+
+        size = 2 * self.batch * self.length * STEPS // 2
+        self.rows = torch.tensor(list(Path(argparse.__file__).read_bytes()[:size])).view(-1, self.length)
+        self.layers = [Conv1D]
+
+    @property
+    def dicts(self):
+        return [{"input_ids": row, "labels": row} for row in self.rows]
+
+    def write(self, folder):
+        """Puts the model where `model` reads it."""
+        import transformers
+
+        sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 256, "n_positions": self.length}
+        config = transformers.GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, dtype="float64")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            transformers.GPT2LMHeadModel(config).double().save_pretrained(folder / "gpt2")
+
+    def loss(self, outputs, labels, num_items_in_batch=None):
+        """The mean over what all ranks see at a step, in float64; that of transformers is in float32."""
+        logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return nn.functional.cross_entropy(logits, labels, reduction="sum") / (2 * self.batch * (self.length - 1))
+
+    def model(self, folder, distributed=None):
+        import transformers
+
+        if distributed is not None:
+            distributed.fsdp_plan = {"transformer.h.*": "free_full_weight"}
+        return transformers.GPT2LMHeadModel.from_pretrained(
+            folder / "gpt2", dtype=torch.float64, distributed_config=distributed
+        )

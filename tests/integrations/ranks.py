@@ -1,29 +1,43 @@
-"""One of two processes, with what torchrun gives them in the environment: `ranks.py STACK [STACK] FOLDER`.
+"""One of two processes, with what torchrun gives them in the environment: `ranks.py RUN [RUN] FOLDER`.
 
-Writes masks and weights after training to `FOLDER/<stack>-<rank>.pt`.
+A run is `STACK-ddp` or `STACK-fsdp2`. Writes masks and weights, in one piece, after training to `FOLDER/RUN-<rank>.pt`.
 """
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from problem import Network, Problem
+from problem import Network, Problem, Text
+from torch.distributed.fsdp import fully_shard
 
 import granet
+from granet import sharded as checkpoints
 
 
-def lightning(problem, model, folder):
+def sharded(model, mesh=None):
+    """FSDP2 in two groups: the first layer, and the rest."""
+    fully_shard(model.net[0], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def lightning(problem, shard, folder):
     import lightning
+    from lightning.pytorch.strategies import ModelParallelStrategy
 
     from granet.integrations.lightning import SparseTraining
 
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.net = model.net
+            self.model = Network().double()
+
+        def configure_model(self):
+            if shard:
+                sharded(self.model, self.device_mesh["data_parallel"])
 
         def training_step(self, batch, batch_idx):
-            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            return self.model(*batch)["loss"]
 
         def configure_optimizers(self):
             return problem.optimizer(self, "adamw")
@@ -32,34 +46,46 @@ def lightning(problem, model, folder):
             sampler = torch.utils.data.DistributedSampler(problem.pairs, 2, self.global_rank, shuffle=False)
             return torch.utils.data.DataLoader(problem.pairs, problem.batch, sampler=sampler)
 
-    sparse = SparseTraining(problem.method(), seed=7)
-    quiet = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "logger": False,
-        "enable_checkpointing": False,
-    }
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        strategy="ddp",
-        devices=2,
-        max_epochs=1,
-        callbacks=[sparse],
-        use_distributed_sampler=False,
-        **quiet,
-    )
-    trainer.fit(Module())
-    return sparse.sparsifier
+    def fit(resume=None, **limits):
+        sparse = SparseTraining(problem.method(), seed=7 if resume is None else 8)
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            strategy=ModelParallelStrategy(2, 1) if shard else "ddp",
+            devices=2,
+            callbacks=[sparse],
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            logger=False,
+            **limits,
+        )
+        trainer.fit(Module(), ckpt_path=resume)
+        return sparse.sparsifier, trainer
+
+    sparsifier, trainer = fit(max_epochs=1)
+    if shard:  # and resuming from shards
+        trainer.save_checkpoint(folder / "saved")
+        uncut, _ = fit(max_epochs=2)
+        resumed, _ = fit(folder / "saved", max_epochs=2)
+        assert resumed.step == uncut.step == problem.steps and resumed.version == uncut.version
+        for name, mask in uncut.masks.items():
+            assert torch.equal(whole(mask), whole(resumed.masks[name]))
+        for mine, theirs in zip(resumed.model.parameters(), uncut.model.parameters(), strict=True):
+            assert torch.equal(whole(mine), whole(theirs))
+    return sparsifier
 
 
-def accelerate(problem, model, folder):
+def accelerate(problem, shard, folder):
+    """accelerate leaves its FSDP plugin aside on a CPU: the model is sharded before, and is not given to it."""
     import accelerate
 
     accelerator = accelerate.Accelerator(cpu=True)
+    model = sharded(Network().double()) if shard else Network().double()
     sparsifier = granet.Sparsifier(model, problem.method(), seed=7)
-    prepared = accelerator.prepare(model, problem.optimizer(model, "adamw"), problem.loader())
-    wrapped, optimizer, loader = prepared
-    assert type(wrapped).__name__ == "DistributedDataParallel"
+    optimizer, loader = accelerator.prepare(problem.optimizer(model, "adamw"), problem.loader())
+    wrapped = model if shard else accelerator.prepare(model)
+    assert shard or type(wrapped).__name__ == "DistributedDataParallel"
     sparsifier.attach(optimizer)
     for x, y in loader:
         accelerator.backward(wrapped(x, y)["loss"])
@@ -68,31 +94,45 @@ def accelerate(problem, model, folder):
     return sparsifier
 
 
-def fabric(problem, model, folder):
+def fabric(problem, shard, folder):
     from lightning.fabric import Fabric
+    from lightning.fabric.strategies import ModelParallelStrategy
 
-    fab = Fabric(accelerator="cpu", strategy="ddp", devices=2)
+    strategy = ModelParallelStrategy(lambda model, mesh: sharded(model, mesh["data_parallel"]), 2, 1)
+    fab = Fabric(accelerator="cpu", strategy=strategy if shard else "ddp", devices=2)
     fab.launch()
-    sparsifier = granet.Sparsifier(model, problem.method(), seed=7)
-    wrapped, optimizer = fab.setup(model, problem.optimizer(model, "adamw"))
-    sparsifier.attach(optimizer)
+
+    def made(seed):
+        wrapped = fab.setup_module(Network().double())
+        model = wrapped.module
+        sparsifier = granet.Sparsifier(model, problem.method(), seed=seed)  # of the shards, which setup_module makes
+        optimizer = fab.setup_optimizers(problem.optimizer(model, "adamw"))
+        sparsifier.attach(optimizer)
+        return wrapped, optimizer, sparsifier
+
+    wrapped, optimizer, sparsifier = made(seed=7)
     sampler = torch.utils.data.DistributedSampler(problem.pairs, 2, fab.global_rank, shuffle=False)
     for x, y in torch.utils.data.DataLoader(problem.pairs, problem.batch, sampler=sampler):
         fab.backward(wrapped(x, y)["loss"])
         optimizer.step()
         optimizer.zero_grad()
+        if shard and sparsifier.step == 5:  # go on with what is read back
+            checkpoints.save(folder / "fabric", sparsifier.model, optimizer.optimizer, sparsifier)
+            wrapped, optimizer, sparsifier = made(seed=8)
+            checkpoints.load(folder / "fabric", sparsifier.model, optimizer.optimizer, sparsifier)
     return sparsifier
 
 
-def huggingface(problem, model, folder):
+def huggingface(problem, shard, folder):
     import transformers
 
     from granet.integrations.huggingface import SparseTraining
 
-    sparsifier = granet.Sparsifier(model, problem.method(), seed=7)
+    text = Text()
+    model = text.model(folder, transformers.DistributedConfig(fsdp_size=2)) if shard else Network().double()
     args = transformers.TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=problem.batch,
+        str(folder / "out"),
+        per_device_train_batch_size=text.batch if shard else problem.batch,
         num_train_epochs=1,
         max_grad_norm=0,
         use_cpu=True,
@@ -101,23 +141,54 @@ def huggingface(problem, model, folder):
         disable_tqdm=True,
         save_strategy="steps",
         save_steps=problem.steps // 2,
+        save_only_model=shard,
         lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
         dataloader_pin_memory=False,
     )
+    sparse = SparseTraining(problem.method(), seed=7, only=text.layers if shard else None)
     optimizers = (problem.optimizer(model, "adamw"), None)
-    callbacks = [SparseTraining(sparsifier)]
-    trainer = transformers.Trainer(model, args, train_dataset=problem.dicts, optimizers=optimizers, callbacks=callbacks)
+    data, loss = (text.dicts, text.loss) if shard else (problem.dicts, None)
+    trainer = transformers.Trainer(
+        model, args, train_dataset=data, optimizers=optimizers, callbacks=[sparse], compute_loss_func=loss
+    )
     trainer.train()
+    return sparse.sparsifier
+
+
+def timm(problem, shard, folder):
+    """As timm's training script does it; sharding it has none."""
+    from timm.utils import NativeScaler, init_distributed_device
+
+    args = SimpleNamespace(device="cpu")
+    init_distributed_device(args)
+    assert args.distributed and args.world_size == 2
+    model = Network().double()
+    sparsifier = granet.Sparsifier(model, problem.method(), seed=7)
+    optimizer = problem.optimizer(model, "adamw")
+    sparsifier.attach(optimizer)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    scaler = NativeScaler("cpu")
+    sampler = torch.utils.data.DistributedSampler(problem.pairs, 2, args.rank, shuffle=False)
+    for x, y in torch.utils.data.DataLoader(problem.pairs, problem.batch, sampler=sampler):
+        scaler(wrapped(x, y)["loss"], optimizer, parameters=model.parameters())
+        optimizer.zero_grad()
     return sparsifier
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[-1])
     torch.set_num_threads(1)
-    for stack in sys.argv[1:-1]:
-        sparsifier = globals()[stack](Problem(torch.float64), Network().double(), folder)
-        weights = {name: p.detach() for name, p in sparsifier.model.named_parameters()}
-        found = {"masks": sparsifier.masks, "weights": weights, "step": sparsifier.step}
-        torch.save(found, folder / f"{stack}-{torch.distributed.get_rank()}.pt")
+    for run in sys.argv[1:-1]:
+        stack, way = run.split("-")
+        sparsifier = globals()[stack](Problem(torch.float64), way == "fsdp2", folder)
+        weights = {name: whole(p.detach()) for name, p in sparsifier.model.named_parameters()}
+        masks = {name: whole(mask) for name, mask in sparsifier.masks.items()}
+        shards = sum(hasattr(p, "full_tensor") for p in sparsifier.model.parameters())
+        found = {"masks": masks, "weights": weights, "step": sparsifier.step, "shards": shards}
+        torch.save(found, folder / f"{run}-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

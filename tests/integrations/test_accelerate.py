@@ -15,15 +15,16 @@ def fresh():
 
 @pytest.fixture
 def train(problem):
-    def run(method="granet", optimizer="sgd", *, accumulate=1, clip=None, save=None, load=None, precision="no"):
-        accelerator = accelerate.Accelerator(
-            cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision
-        )
+    def run(method="granet", optimizer="sgd", *, clip=None, save=None, load=None, average=None, **options):
+        accelerator = accelerate.Accelerator(cpu=True, **options)
         model = problem.network(seed=1 if load else 0)
         sparsifier = granet.Sparsifier(model, problem.method(method), seed=1 if load else 7)
         optimizer = problem.optimizer(model, optimizer)
         model, optimizer, loader = accelerator.prepare(model, optimizer, problem.loader())
         sparsifier.attach(optimizer)  # what prepare() returned is unwrapped
+        averaged = average and average(accelerator.unwrap_model(model))
+        if averaged:
+            sparsifier.follow(averaged)
         accelerator.register_for_checkpointing(sparsifier)
         done = 0
         if load:
@@ -37,9 +38,11 @@ def train(problem):
                     clip(accelerator, sparsifier, model)
                 optimizer.step()
                 optimizer.zero_grad()
+            if averaged:
+                averaged.update_parameters(accelerator.unwrap_model(model))
             if save and step == 10:
                 accelerator.save_state(save)
-        return model, sparsifier
+        return averaged.module if averaged else sparsifier.model, sparsifier
 
     return run
 
@@ -50,13 +53,15 @@ def test_equals_the_plain_loop(method, optimizer, problem, train, same):
 
 
 def test_accumulation_equals_the_plain_loop(problem, train, same):
-    model, sparsifier = train(accumulate=2)  # hooks are called once for a step, not for each of its batches
+    model, sparsifier = train(
+        gradient_accumulation_steps=2
+    )  # hooks are called once for a step, not for each of its batches
     same(model, sparsifier, *problem.plain(accumulate=2)[:2])
     assert sparsifier.step == problem.steps // 2
 
 
 def test_autocast_equals_the_plain_loop(problem, train, same):
-    same(*train(precision="bf16"), *problem.plain(autocast=torch.bfloat16)[:2])
+    same(*train(mixed_precision="bf16"), *problem.plain(autocast=torch.bfloat16)[:2])
 
 
 def test_accelerate_clips_by_dense_gradients_and_the_sparsifier_by_live_ones(problem, train, same):
@@ -67,6 +72,16 @@ def test_accelerate_clips_by_dense_gradients_and_the_sparsifier_by_live_ones(pro
     ours = train(clip=lambda accelerator, sparsifier, model: sparsifier.clip_grad_norm_(0.03))
     same(*ours, *problem.plain(clip=lambda sparsifier, model: sparsifier.clip_grad_norm_(0.03))[:2])
     assert not torch.equal(theirs[0].net[0].weight, ours[0].net[0].weight)
+
+
+def test_an_average_is_followed(problem, train, same):
+    averaged, sparsifier = train(average=problem.average)
+    same(averaged, sparsifier, *problem.plain(average=problem.average)[:2])
+    assert not torch.equal(averaged.net[0].weight, sparsifier.model.net[0].weight)
+
+
+def test_compiled_equals_the_plain_loop(problem, train, same, compiles):
+    same(*train(dynamo_backend=compiles), *problem.plain()[:2])
 
 
 @pytest.mark.parametrize(("method", "optimizer"), [("granet", "sgd"), ("rigl", "adamw")])

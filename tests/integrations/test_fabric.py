@@ -8,12 +8,27 @@ fabric = pytest.importorskip("lightning.fabric", reason='needs pip install "gran
 
 @pytest.fixture
 def train(problem):
-    def run(method="granet", optimizer="sgd", *, accumulate=1, save=None, load=None, precision="32-true"):
-        fab = fabric.Fabric(accelerator="cpu", devices=1, precision=precision)
+    def run(
+        method="granet",
+        optimizer="sgd",
+        *,
+        accumulate=1,
+        save=None,
+        load=None,
+        clip=None,
+        average=None,
+        backend=None,
+        **options,
+    ):
+        fab = fabric.Fabric(accelerator="cpu", devices=1, **options)
         model = problem.network(seed=1 if load else 0)
         sparsifier = granet.Sparsifier(model, problem.method(method), seed=1 if load else 7)
-        model, optimizer = fab.setup(model, problem.optimizer(model, optimizer))
+        optimizer = problem.optimizer(model, optimizer)
+        model, optimizer = fab.setup(torch.compile(model, backend=backend) if backend else model, optimizer)
         sparsifier.attach(optimizer)
+        averaged = average and average(sparsifier.model)
+        if averaged:
+            sparsifier.follow(averaged)
         state = {"model": model, "optimizer": optimizer, "sparsifier": sparsifier}
         if load:
             fab.load(load, state)
@@ -22,12 +37,16 @@ def train(problem):
                 continue
             fab.backward(model(x, y)["loss"] / accumulate)
             if (i + 1) % accumulate == 0:
+                if clip:
+                    clip(fab, sparsifier, model, optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
+                if averaged:
+                    averaged.update_parameters(sparsifier.model)
             if save and sparsifier.step == 10:
                 fab.save(save, state)
                 save = None
-        return model.module, sparsifier
+        return averaged.module if averaged else sparsifier.model, sparsifier
 
     return run
 
@@ -43,6 +62,25 @@ def test_accumulation_equals_the_plain_loop(problem, train, same):
 
 def test_autocast_equals_the_plain_loop(problem, train, same):
     same(*train(precision="bf16-mixed"), *problem.plain(autocast=torch.bfloat16)[:2])
+
+
+def test_fabric_clips_by_dense_gradients_and_the_sparsifier_by_live_ones(problem, train, same):
+    theirs = train(clip=lambda fab, sparsifier, model, optimizer: fab.clip_gradients(model, optimizer, max_norm=0.03))
+    dense = problem.plain(clip=lambda sparsifier, model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.03))
+    same(*theirs, *dense[:2])
+    ours = train(clip=lambda fab, sparsifier, model, optimizer: sparsifier.clip_grad_norm_(0.03))
+    same(*ours, *problem.plain(clip=lambda sparsifier, model: sparsifier.clip_grad_norm_(0.03))[:2])
+    assert not torch.equal(theirs[0].net[0].weight, ours[0].net[0].weight)
+
+
+def test_an_average_is_followed(problem, train, same):
+    averaged, sparsifier = train(average=problem.average)
+    same(averaged, sparsifier, *problem.plain(average=problem.average)[:2])
+    assert not torch.equal(averaged.net[0].weight, sparsifier.model.net[0].weight)
+
+
+def test_compiled_equals_the_plain_loop(problem, train, same, compiles):
+    same(*train(backend=compiles), *problem.plain()[:2])
 
 
 @pytest.mark.parametrize(("method", "optimizer"), [("granet", "sgd"), ("rigl", "adamw")])

@@ -74,6 +74,72 @@ def test_the_trainer_clips_by_dense_gradients_and_the_callback_by_live_ones(prob
         train(max_norm=0.03, max_grad_norm=1.0)
 
 
+class Torchs(transformers.Trainer):
+    """With the plain loop's optimizer, which a Trainer with model_init cannot be given."""
+
+    def create_optimizer(self):
+        self.optimizer = self.optimizer or torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        return self.optimizer
+
+
+@pytest.fixture
+def search(problem, tmp_path):
+    def make(sparse, **arguments):
+        return Torchs(
+            args=transformers.TrainingArguments(
+                str(tmp_path), **QUIET | {"per_device_train_batch_size": problem.batch} | arguments
+            ),
+            model_init=lambda: problem.network(),
+            train_dataset=problem.dicts,
+            eval_dataset=problem.dicts[:64],
+            callbacks=[sparse],
+        )
+
+    return make
+
+
+def test_a_method_makes_a_sparsifier_of_each_model_that_is_trained(problem, search, same, tmp_path):
+    sparse = SparseTraining(problem.method(), seed=7)
+    trainer = search(sparse, save_strategy="steps", save_steps=10)
+    trainer.train()
+    first = sparse.sparsifier
+    same(trainer.model, first, *problem.plain()[:2])
+    trainer.train()
+    assert sparse.sparsifier is not first
+    same(trainer.model, sparse.sparsifier, *problem.plain()[:2])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    same(trainer.model, sparse.sparsifier, *problem.plain()[:2])
+
+
+def test_a_sparsifier_of_another_model_is_refused(problem, search):
+    sparsifier = granet.Sparsifier(problem.network(), problem.method())
+    with pytest.raises(ValueError, match=r"does not hold 'net.0.weight' and 2 more.*give SparseTraining a method"):
+        search(SparseTraining(sparsifier)).train()
+    with pytest.raises(ValueError, match="give seed to the Sparsifier"):
+        SparseTraining(sparsifier, seed=1)
+    with pytest.raises(ValueError, match="STR gives the model parameters of its own: make a Sparsifier before"):
+        SparseTraining(granet.METHODS["str"]())
+
+
+def test_hyper_parameter_search(problem, search, same, tmp_path):
+    pytest.importorskip("optuna", reason="needs pip install optuna").logging.set_verbosity(30)
+    sparse = SparseTraining(problem.method(), seed=7)
+    trainer, seen = search(sparse, save_strategy="steps", save_steps=12), []
+
+    def finished(metrics):
+        seen.append((trainer.model, sparse.sparsifier))
+        return metrics["eval_loss"]
+
+    trainer.hyperparameter_search(
+        lambda trial: {"num_train_epochs": 1 + trial.number}, finished, n_trials=2, backend="optuna"
+    )
+    (one, its), (two, other) = seen
+    assert one is not two and other.model is two and its.step == problem.steps and other.step == 2 * problem.steps
+    same(one, its, *problem.plain()[:2])
+    saved = [torch.load(tmp_path / f"run-{n}" / "checkpoint-24" / FILE, weights_only=True) for n in range(2)]
+    assert [state["step"] for state in saved] == [24, 24]
+
+
 @pytest.mark.parametrize(("method", "optimizer"), [("granet", "sgd"), ("rigl", "adamw")])
 def test_resume_is_bitwise(method, optimizer, problem, train, same, tmp_path):
     whole = train(method, optimizer, save_strategy="steps", save_steps=10)
@@ -107,8 +173,8 @@ def test_the_best_model_comes_back_with_its_masks(train, tmp_path):
         assert torch.equal(mask, saved["masks"][name]) and not weights[name][~mask].any()
 
 
-def test_compiled_equals_the_plain_loop(problem, train, same):
-    model, sparsifier, _ = train(torch_compile=True, torch_compile_backend="aot_eager")
+def test_compiled_equals_the_plain_loop(problem, train, same, compiles):
+    model, sparsifier, _ = train(torch_compile=True, torch_compile_backend=compiles)
     same(model, sparsifier, *problem.plain()[:2])
 
 
@@ -153,3 +219,21 @@ def test_logs_have_sparsity_and_reach_tensorboard(problem, train, tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
     (tag,) = [tag for tag in events.Tags()["scalars"] if tag.endswith("sparsity")]
     assert events.Scalars(tag)[-1].value == pytest.approx(sparsifier.sparsity)
+
+
+def test_wandb_gets_what_is_logged(train, wandb):
+    from transformers.integrations import WandbCallback
+
+    _, sparsifier, _ = train(logging_strategy="steps", logging_steps=8, callbacks=[WandbCallback()])
+    summary = dict(wandb.run.summary)
+    assert summary["train/sparsity"] == pytest.approx(sparsifier.sparsity)
+    assert summary["train/exploration"] == pytest.approx(sparsifier.exploration)
+
+
+def test_mlflow_gets_what_is_logged(train, mlflow):
+    from transformers.integrations import MLflowCallback
+
+    _, sparsifier, _ = train(logging_strategy="steps", logging_steps=8, callbacks=[MLflowCallback()])
+    run = mlflow.last_active_run()
+    assert run.data.metrics["sparsity"] == pytest.approx(sparsifier.sparsity)
+    assert len(mlflow.MlflowClient().get_metric_history(run.info.run_id, "exploration")) == 4

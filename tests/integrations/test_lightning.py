@@ -110,6 +110,20 @@ def test_resume_is_bitwise(method, optimizer, problem, fit, same, tmp_path):
     same(module, sparsifier, *whole[:2])
 
 
+def test_a_checkpoint_is_evaluated(problem, fit, tmp_path):
+    """By a new module and a new callback, which has no sparsifier then."""
+    *_, trainer = fit(callbacks=[ModelCheckpoint(tmp_path / "kept")], enable_checkpointing=True)
+    saved = next((tmp_path / "kept").glob("*.ckpt"))
+    module = Module(problem)
+    module.test_step = lambda batch, batch_idx: None
+    new = SparseTraining(problem.method(), seed=7)
+    tester = lightning.Trainer(callbacks=[new], logger=False, default_root_dir=tmp_path, **QUIET)
+    tester.test(module, problem.loader(), ckpt_path=saved)
+    assert new.sparsifier is None
+    for mine, trained in zip(module.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(mine, trained)
+
+
 def test_autocast_equals_the_plain_loop(problem, fit, same):
     module, sparsifier, _ = fit(precision="bf16-mixed")
     model, expected, _ = problem.plain(autocast=torch.bfloat16)
@@ -145,11 +159,10 @@ def test_the_average_is_as_sparse_as_the_model(problem, fit):
         assert not weight[~mask].any() and weight[mask].all()
 
 
-def test_compiled_equals_the_plain_loop(problem, fit, same):
+def test_compiled_equals_the_plain_loop(problem, fit, same, compiles):
     module = Module(problem)
-    module.net.compile(backend="aot_eager")
     sparse = SparseTraining(problem.method(), seed=7)
-    fit(fitted=(module, sparse))
+    fit(fitted=(torch.compile(module, backend=compiles), sparse))
     model, expected, _ = problem.plain()
     same(module, sparse.sparsifier, model, expected)
 
@@ -188,15 +201,21 @@ def test_tensorboard_shows_what_is_logged(problem, fit, tmp_path):
     assert events.Scalars("exploration")[-1].value == pytest.approx(sparsifier.exploration)
 
 
-def test_wandb_gets_what_is_logged(fit, tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="needs pip install wandb")
+def test_wandb_gets_what_is_logged(fit, wandb, tmp_path):
     from lightning.pytorch.loggers import WandbLogger
 
-    for name, value in {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_DIR": str(tmp_path)}.items():
-        monkeypatch.setenv(name, value)
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     _, sparsifier, _ = fit(logger=logger, log_every_n_steps=8)
     summary = dict(logger.experiment.summary)
-    logger.experiment.finish()
     assert summary["sparsity"] == pytest.approx(sparsifier.sparsity)
     assert summary["exploration"] == pytest.approx(sparsifier.exploration)
+
+
+def test_mlflow_gets_what_is_logged(fit, mlflow):
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    logger = MLFlowLogger("sparse", tracking_uri=mlflow.get_tracking_uri())
+    _, sparsifier, _ = fit(logger=logger, log_every_n_steps=8)
+    shown = logger.experiment.get_metric_history(logger.run_id, "sparsity")
+    assert len(shown) == 3 and shown[-1].value == pytest.approx(sparsifier.sparsity)
+    assert logger.experiment.get_run(logger.run_id).data.metrics["exploration"] == pytest.approx(sparsifier.exploration)

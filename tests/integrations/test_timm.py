@@ -30,8 +30,10 @@ def make(seed=7):
     return model, sparsifier, optimizer
 
 
-def script(batches, *, clip=None, mode="norm", poison=None, stop=STEPS, load=None):
-    """The inner loop of timm's training script: scaler, clipping, average of weights."""
+def script(
+    batches, *, clip=None, mode="norm", poison=None, stop=STEPS, load=None, accumulate=1, autocast=None, backend=None
+):
+    """The inner loop of timm's training script: autocast, scaler, accumulation, clipping, average of weights."""
     model, sparsifier, optimizer = make()
     scaler, average = NativeScaler("cpu"), ModelEmaV3(model, decay=0.9)
     sparsifier.follow(average)
@@ -39,28 +41,52 @@ def script(batches, *, clip=None, mode="norm", poison=None, stop=STEPS, load=Non
     for name, part in parts.items():
         if load:
             part.load_state_dict(load[name])
+    task = torch.compile(model, backend=backend) if backend else model
     for i, (x, y) in enumerate(batches[:stop]):
         if i < sparsifier.step:
             continue
-        loss = nn.functional.cross_entropy(model(x), y) * (float("inf") if i == poison else 1.0)
-        scaler(loss, optimizer, clip_grad=clip, clip_mode=mode, parameters=model.parameters())
-        optimizer.zero_grad()
-        average.update(model, step=i)
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            loss = nn.functional.cross_entropy(task(x), y) * (float("inf") if i == poison else 1.0)
+        update = (i + 1) % accumulate == 0
+        clipping = {"clip_grad": clip, "clip_mode": mode, "parameters": model.parameters()}
+        scaler(loss / accumulate, optimizer, need_update=update, **clipping)
+        if update:
+            optimizer.zero_grad()
+            average.update(model, step=i)
     return parts
 
 
-def plain(batches, clip=lambda model: None):
+def plain(batches, clip=lambda model: None, accumulate=1, autocast=None):
     model, sparsifier, optimizer = make()
-    for x, y in batches:
-        nn.functional.cross_entropy(model(x), y).backward()
-        clip(model)
-        optimizer.step()
-        optimizer.zero_grad()
+    for i, (x, y) in enumerate(batches):
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            loss = nn.functional.cross_entropy(model(x), y) / accumulate
+        loss.backward()
+        if (i + 1) % accumulate == 0:
+            clip(model)
+            optimizer.step()
+            optimizer.zero_grad()
     return model, sparsifier
 
 
 def test_equals_the_plain_loop(batches, same):
     parts = script(batches)
+    same(parts["model"], parts["sparsifier"], *plain(batches))
+
+
+def test_accumulation_equals_the_plain_loop(batches, same):
+    parts = script(batches, accumulate=2)
+    same(parts["model"], parts["sparsifier"], *plain(batches, accumulate=2), updates=2)
+    assert parts["sparsifier"].step == STEPS // 2
+
+
+def test_autocast_equals_the_plain_loop(batches, same):
+    parts = script(batches, autocast=torch.bfloat16)
+    same(parts["model"], parts["sparsifier"], *plain(batches, autocast=torch.bfloat16))
+
+
+def test_compiled_equals_the_plain_loop(batches, same, compiles):
+    parts = script(batches, backend=compiles)
     same(parts["model"], parts["sparsifier"], *plain(batches))
 
 
@@ -110,7 +136,7 @@ def test_a_step_that_the_scaler_skips_is_not_counted(batches):
 # adahessian differentiates the gradients once more, which it cannot when they were masked in place; fused ones need
 # apex, and those of bitsandbytes are in tests/test_quantised.py
 @pytest.mark.parametrize("name", list_optimizers(exclude_filters=("fused*", "bnb*", "adahessian")))
-def test_inactive_weights_and_what_is_remembered_of_them_are_zero(name, problem):
+def test_inactive_weights_and_what_is_remembered_of_them_are_zero(name, problem, eager):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10))
     sparsifier = granet.Sparsifier(model, granet.SET(sparsity=0.7, total=8, interval=2))

@@ -22,14 +22,16 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from granet import masking
+from granet import integrations, masking
+from granet.methods.base import Method
+from granet.reparameterize import is_reparameterized
 from granet.sparsifier import Sparsifier
 
 FILE = "sparsifier.pt"  # in each checkpoint's folder
 
 
 class SparseTraining(TrainerCallback):
-    """Trains with a sparsifier that was made of the model before the Trainer. `sparsity` and `exploration` are logged.
+    """Trains a Trainer's model sparse. `sparsity` and `exploration` (R_s) are logged.
 
     The Trainer clips before any callback is asked, counting the gradients of inactive weights. To clip by the norm of
     live gradients alone, give `max_norm` here and `max_grad_norm=0` to the Trainer's arguments.
@@ -38,53 +40,85 @@ class SparseTraining(TrainerCallback):
     `report_to="none", callbacks=[SparseTraining(sparsifier), TensorBoardCallback()]`.
 
     Args:
-        sparsifier: the sparsifier of the model that the Trainer is given.
+        method: a sparsifier, made of the model that the Trainer is given. Or a method, for a Trainer that makes models
+            by `model_init` (hyper-parameter search) or replaces their parameters (FSDP): a sparsifier is then made of
+            each model that comes to be trained.
         max_norm: clip live gradients to this norm, None to leave clipping to the Trainer.
+        **options: of `granet.Sparsifier`, where a method is given: `only`, `skip`, `seed`, `pattern`.
+
+    Attributes:
+        sparsifier: the `Sparsifier`, None until training begins if a method was given.
     """
 
-    def __init__(self, sparsifier: Sparsifier, *, max_norm: float | None = None):
-        self.sparsifier, self.max_norm = sparsifier, max_norm
+    def __init__(self, method: Method | Sparsifier, *, max_norm: float | None = None, **options):
+        self.sparsifier = integrations.given(method, options)
+        self._method = method if self.sparsifier is None else None
+        self._options, self.max_norm = options, max_norm
+        if self._method is not None and self._method.reparameterizes:
+            name = type(method).__name__
+            raise ValueError(f"{name} gives the model parameters of its own: make a Sparsifier before the Trainer")
 
-    def on_train_begin(self, args, state, control, *, optimizer, **kwargs):
+    def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs):
         if self.max_norm is not None and args.max_grad_norm:
             raise ValueError(f"max_norm={self.max_norm} goes with max_grad_norm=0 in the Trainer's arguments")
+        make = self._method is not None and (self.sparsifier is None or self.sparsifier.model is not model)
+        saved = None
         if state.global_step:
-            given = args.resume_from_checkpoint
-            self._load(Path(given if given else Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+            saved = read(args.resume_from_checkpoint or written(args, state), model if make else self.sparsifier.model)
+        if make:
+            self.sparsifier = Sparsifier(model, self._method, masks=saved and saved["masks"], **self._options)
+        if saved:
+            self.sparsifier.load_state_dict(saved)
         self.sparsifier.detach()
-        self.sparsifier.attach(optimizer)
+        try:
+            self.sparsifier.attach(optimizer)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Where the Trainer makes models itself (model_init, hyper-parameter search) or replaces "
+                "their parameters (FSDP), give SparseTraining a method instead of a Sparsifier"
+            ) from error
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.max_norm is not None:
             self.sparsifier.clip_grad_norm_(self.max_norm)
 
     def on_log(self, args, state, control, *, logs, **kwargs):
-        now = {"sparsity": self.sparsifier.sparsity, "exploration": self.sparsifier.exploration}
-        logs.update(now)
-        if state.log_history:
+        if self.sparsifier is not None:
+            now = {"sparsity": self.sparsifier.sparsity, "exploration": self.sparsifier.exploration}
+            logs.update(now)
             state.log_history[-1].update(now)
 
     def on_save(self, args, state, control, **kwargs):
+        whole = integrations.whole(self.sparsifier.state_dict())
         if args.should_save:
-            target = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
-            torch.save(self.sparsifier.state_dict(), target.with_suffix(".part"))
-            target.with_suffix(".part").replace(target)
+            part = (written(args, state) / FILE).with_suffix(".part")
+            torch.save(whole, part)
+            part.replace(part.with_name(FILE))
 
     def on_train_end(self, args, state, control, **kwargs):
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self._load(Path(state.best_model_checkpoint))
+            self.sparsifier.load_state_dict(read(state.best_model_checkpoint, self.sparsifier.model))
         self.sparsifier.detach()
 
-    def _load(self, folder):
-        """Take over the state in a checkpoint whose weights the Trainer has loaded."""
-        if not (folder / FILE).exists():
-            raise FileNotFoundError(
-                f"{folder / FILE} is missing: the Trainer resumed from elsewhere, or without a sparsifier. Name the "
-                "checkpoint in TrainingArguments(resume_from_checkpoint=...)"
-            )
-        saved = torch.load(folder / FILE, map_location="cpu", weights_only=True)
-        parameters = dict(self.sparsifier.model.named_parameters())
-        pairs = ((masking.like(mask, parameters[name]), [parameters[name]]) for name, mask in saved["masks"].items())
-        if not self.sparsifier.method.reparameterizes and masking.leaks(pairs):
-            raise ValueError(f"{folder / FILE} does not fit the weights that the Trainer has loaded")
-        self.sparsifier.load_state_dict(saved)
+
+def written(args, state):
+    """The folder of the Trainer's latest checkpoint; in hyper-parameter search each trial has a folder for its own."""
+    name = f"checkpoint-{state.global_step}"
+    found = Path(args.output_dir).glob(f"*/{name}" if state.is_hyper_param_search else name)
+    return max(found, key=lambda folder: folder.stat().st_mtime_ns, default=Path(args.output_dir) / name)
+
+
+def read(folder, model):
+    """The sparsifier's state in a checkpoint whose weights the Trainer has loaded into `model`."""
+    path = Path(folder) / FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: the Trainer resumed from elsewhere, or without a sparsifier. Name the checkpoint in "
+            "TrainingArguments(resume_from_checkpoint=...)"
+        )
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    weights = dict(model.named_parameters())
+    pairs = ((masking.like(mask, weights[name]), [weights[name]]) for name, mask in saved["masks"].items())
+    if not is_reparameterized(model) and masking.leaks(pairs):
+        raise ValueError(f"{path} does not fit the weights that the Trainer has loaded")
+    return saved

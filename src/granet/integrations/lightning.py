@@ -13,6 +13,7 @@
 
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 
+from granet import integrations
 from granet.methods.base import Method
 from granet.sparsifier import Sparsifier
 from granet.stepping import found_inf
@@ -25,8 +26,8 @@ class SparseTraining(Callback):
     callback's average is kept sparse as well.
 
     Args:
-        method: what decides about the topology; the sparsifier is then made of the whole module, before its optimizer.
-            Or a `Sparsifier`.
+        method: what decides about the topology; the sparsifier is then made of the whole module, before its optimizer,
+            or behind it where the strategy shards the module. Or a `Sparsifier`.
         **options: of `granet.Sparsifier`, where a method is given: `only`, `skip`, `seed`, `pattern`.
 
     Attributes:
@@ -34,19 +35,25 @@ class SparseTraining(Callback):
     """
 
     def __init__(self, method: Method | Sparsifier, **options):
-        given = isinstance(method, Sparsifier)
-        if given and options:
-            raise ValueError(f"give {', '.join(options)} to the Sparsifier: it is made already")
-        self.sparsifier = method if given else None
+        self.sparsifier = integrations.given(method, options)
         self._method, self._options, self._logged, self._hook = method, options, None, None
 
     def setup(self, trainer, pl_module, stage):
-        if stage == "fit" and self.sparsifier is None:
-            self.sparsifier = Sparsifier(pl_module, self._method, **self._options)
+        # strategies that read checkpoints late replace the parameters until then
+        if stage == "fit" and not trainer.strategy.restore_checkpoint_after_setup:
+            self._make(pl_module)
+
+    def _make(self, module):
+        if self.sparsifier is None:
+            self.sparsifier = Sparsifier(module, self._method, **self._options)
 
     def on_fit_start(self, trainer, pl_module):
         if len(trainer.optimizers) != 1:
             raise ValueError(f"SparseTraining goes with one optimizer; the module has {len(trainer.optimizers)}")
+        self._make(pl_module)
+
+    def on_train_start(self, trainer, pl_module):
+        # not before, because torch steps a new optimizer once to read a sharded checkpoint
         self._release()
         self.sparsifier.attach(*trainer.optimizers, hooks=False)
         self._hook = trainer.optimizers[0].register_step_post_hook(self._after_step)
@@ -78,7 +85,8 @@ class SparseTraining(Callback):
             self._hook = None
 
     def state_dict(self):
-        return {} if self.sparsifier is None else self.sparsifier.state_dict()
+        return {} if self.sparsifier is None else integrations.whole(self.sparsifier.state_dict())
 
     def load_state_dict(self, state_dict):
-        self.sparsifier.load_state_dict(state_dict)
+        if self.sparsifier is not None:  # None where a checkpoint is evaluated: its weights have their zeros
+            self.sparsifier.load_state_dict(state_dict)
