@@ -1,8 +1,10 @@
 """The findings of the paper on pruning plasticity, each with a criterion that is computed and a verdict.
 
-A finding is put to the vote of curves (or of moments): each votes for it or against it where its difference is larger
-than the noise, and abstains otherwise. The noise is two standard errors: over seeds where there are several, pooled
-over the voters, else that of a difference of two accuracies on the test images.
+A finding is put to curves (or to moments). It holds where their mean difference is above zero by two of its standard
+errors over them, and most of those that differ by more than the noise are for it; it does not hold where the mean is
+below zero by as much, or most of a quorum are against it. The noise is two standard errors of one difference: over
+seeds where there are several, pooled, else that of a difference of two accuracies on the test images. Curves of one
+network share its accidents, so the standard error of their mean is rather too small: more seeds make it sound.
 """
 
 import math
@@ -14,7 +16,7 @@ from granet.lab.plasticity_table import Row, Table, points
 
 FREE = 0.5  # points that a nearly free pruning may cost
 MAJORITY = 0.75  # of the votes, for a finding to hold
-QUORUM = 0.5  # of the voters, for any verdict
+QUORUM = 0.5  # of the voters, for a verdict by the votes alone
 
 Votes = Mapping[Hashable, Mapping[int, float]]  # voter to seed to difference in points
 
@@ -58,16 +60,17 @@ def _judge(table: Table, claim: str, criterion: str, votes: Votes, unit: str, no
     noise = _noise(table, votes)
     means = [statistics.fmean(by_seed.values()) for by_seed in votes.values()]
     yes, no = sum(mean > noise for mean in means), sum(mean < -noise for mean in means)
-    cast = yes + no
-    if cast < QUORUM * len(means):
-        verdict = "undecided"
-    elif yes >= MAJORITY * cast:
+    cast, mean = yes + no, statistics.fmean(means)
+    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else noise / 2
+    if mean > 2 * error and yes >= MAJORITY * cast:
         verdict = "holds"
+    elif mean < -2 * error or (2 * no > cast and cast >= QUORUM * len(means)):
+        verdict = "does not hold"
     else:
-        verdict = "does not hold" if 2 * no >= cast else "undecided"
+        verdict = "undecided"
     figures = (
-        f"{yes} of {len(means)} {unit} for, {no} against, {len(means) - cast} within the noise of {noise:.2f} points; "
-        f"mean {points(statistics.fmean(means))}, from {points(min(means))} to {points(max(means))}.{note}"
+        f"Mean {points(mean)} ± {error:.2f}, from {points(min(means))} to {points(max(means))}; {yes} of {len(means)} "
+        f"{unit} for, {no} against, {len(means) - cast} within the noise of {noise:.2f} points.{note}"
     )
     return Finding(claim, criterion, verdict, figures)
 
