@@ -80,7 +80,7 @@ def test_initial_weights_have_the_stated_deviations():
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"no model 'resnet-50'.*Did you mean 'resnet50'"):
+    with pytest.raises(ValueError, match=r"unknown model 'resnet-50'.*did you mean 'resnet50'"):
         build("resnet-50", classes=10, in_channels=3)
 
 

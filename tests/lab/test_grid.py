@@ -124,4 +124,5 @@ def test_every_sweep_of_the_package_expands(name):
     found = cells(sweep)
     assert sweep.summary
     assert {cell.label for cell in found} == {entry.title for entry in sweep.methods}
-    assert not {cell.apart for cell in found} - {()}
+    # weight decay decides how sparse STR gets, so it cannot be that of the others
+    assert {cell.recipe.method.name for cell in found if cell.apart} <= {"str"}
