@@ -195,7 +195,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="unknown dataset.*did you mean 'cifar10'"):
+    with pytest.raises(ValueError, match=r"unknown dataset.*did you mean 'cifar10'"):
         load("cifar-10", validation=0)
 
 
