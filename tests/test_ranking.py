@@ -143,6 +143,18 @@ def equal_to_whole(rank, world, folder):
                         one = one.full_tensor() if hasattr(one, "full_tensor") else one
                         assert torch.equal(one, other), (name, criterion, n, miss)
     ranking._bracket_sharded = bracket
+
+    wide = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    parts = [part.view(shape) for part, shape in zip(wide.split(sizes), SHAPES, strict=True)]
+    kinds = [part if i % 2 else part.float() for i, part in enumerate(parts)]  # layers of several types
+    split = [part if i % 2 else part.float() for i, part in enumerate(shards(wide))]
+    masks = [part.view(shape) for part, shape in zip(among.split(sizes), SHAPES, strict=True)]
+    for n in (50, count(among) // 2):
+        expected = top([Layer(part) for part in kinds], given, n, masks)
+        found = top([Layer(part) for part in split], given, n, shards(among))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.full_tensor() if hasattr(one, "full_tensor") else one, other), n
+
     broken = shards(torch.randn(sum(sizes)))
     if rank == 1:
         broken[0].to_local()[0, 0] = float("nan")
@@ -153,3 +165,8 @@ def equal_to_whole(rank, world, folder):
 
 def test_shards_choose_what_the_whole_does(tmp_path):
     mp.start_processes(equal_to_whole, args=(2, tmp_path), nprocs=2, start_method="spawn")
+
+
+def test_candidates_that_are_not_there_are_told_instead_of_looked_for():
+    with pytest.raises(ValueError, match="fewer than 3"):
+        top([Layer(torch.ones(4))], given, 3, [torch.tensor([True, True, False, False])], candidates=4)

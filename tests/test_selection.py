@@ -127,6 +127,17 @@ def test_the_plan_is_what_happens(method):
     assert f"{shown.final_active:,}" in text
 
 
+@pytest.mark.parametrize(
+    "method", [granet.GMP(sparsity=0.99, end=10, interval=5), granet.SNIP(sparsity=0.99), granet.SynFlow(sparsity=0.99)]
+)
+def test_a_shared_budget_too_small_for_all_layers_is_refused_at_once(method):
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    with pytest.raises(ValueError, match=r"leaves 0 active weights for 3 layers.*lower sparsity"):
+        plan(model, method)
+    with pytest.raises(ValueError, match="lower sparsity"):
+        granet.Sparsifier(model, method)
+
+
 def test_a_sparsity_that_would_empty_layers_is_refused_before_anything_changes():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     before = [p.clone() for p in model.parameters()]

@@ -9,6 +9,7 @@ bracket miss, it is widened.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from math import inf, isfinite, sqrt
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ def top_cpu(layers, criterion, n, among, candidates) -> list[Tensor]:
         ranked = np.concatenate([one.scores.numpy() for one in found])
         if above <= n <= above + ranked.size:
             break
-        low, high = (low, inf) if above > n else (-inf, high)
+        low, high = _wider(low, high, n, above)
     if n > above:
         best = n - above
         threshold = np.partition(ranked, ranked.size - best)[ranked.size - best]
@@ -121,10 +122,11 @@ def top_sharded(layers, criterion, n, among, candidates) -> list[Tensor]:
             raise NonFiniteScores(f"{_NOT_FINITE}, on some rank")
         if above <= n <= above + inside:
             break
-        low, high = (low, inf) if above > n else (-inf, high)
+        low, high = _wider(low, high, n, above)
 
     if n > above:
-        keys = [distributed.ordered(one.scores) for one in found]
+        kind = reduce(torch.promote_types, [one.scores.dtype for one in found])
+        keys = [distributed.ordered(one.scores.to(kind)) for one in found]
         bits = 8 * keys[0].element_size()
         threshold, larger, equal = distributed.nth(_owned(keys, owned), bits, n - above, mesh)
         keep = [key > threshold for key in keys]
@@ -207,6 +209,18 @@ def _compare_native(part: Layer, criterion: Criterion, mask: Tensor, low: float,
     return above, at, inside
 
 
+def _wider(low: float, high: float, n: int, above: int) -> tuple[float, float]:
+    """The bracket to try next, after one that had `above` candidates above it."""
+    if (low, high) == (-inf, inf):
+        raise ValueError(f"there are fewer than {n} candidates")
+    return (low, inf) if above > n else (-inf, high)
+
+
+def _of_many_kinds(layers: Sequence[Layer]) -> bool:
+    """Whether types differ: a bound of one type would be rounded in another."""
+    return len({layer.weight.dtype for layer in layers}) > 1
+
+
 def _sample(layers, criterion, among, stride) -> list[Tensor]:
     """The scores of every `stride`-th entry of each layer, where it is a candidate."""
     sample = []
@@ -236,7 +250,7 @@ def _ranks(size: int, share: float) -> tuple[int, int]:
 def _bracket(layers, criterion, n, among, candidates) -> tuple[float, float]:
     """Two scores between which the n-th best of the candidates very probably lies, from an even sample."""
     total = sum(layer.numel() for layer in layers)
-    if total <= _SMALL:
+    if total <= _SMALL or _of_many_kinds(layers):
         return -inf, inf
     sample = torch.cat(_sample(layers, criterion, among, _stride(total))).numpy()
     first, last = _ranks(sample.size, n / candidates)
@@ -247,7 +261,7 @@ def _bracket(layers, criterion, n, among, candidates) -> tuple[float, float]:
 
 def _bracket_sharded(parts, criterion, n, masks, candidates, owned, mesh, total) -> tuple[float, float]:
     """`_bracket` from a sample of which every rank has a share; the same numbers on all of them."""
-    if total <= _SMALL:
+    if total <= _SMALL or _of_many_kinds(parts):
         return -inf, inf
     values = _owned(_sample(parts, criterion, masks, _stride(total)), owned)
     size = int(distributed.summed(torch.tensor(values.numel(), device=values.device), mesh))

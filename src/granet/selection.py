@@ -320,7 +320,7 @@ def plan(model: nn.Module, method: Method, *, only=None, skip=(), pattern: Patte
     pattern = parse(pattern)
     choices = select(model, only, skip, pattern)
     shapes = units_of(choices, pattern)
-    pattern.refuse(method, shapes)
+    refuse(method, pattern, shapes)
     initial, final = method.initial_counts(shapes), method.final_counts(shapes)
     rows = tuple(
         PlanRow(
@@ -336,6 +336,17 @@ def plan(model: nn.Module, method: Method, *, only=None, skip=(), pattern: Patte
     )
     active = [sum(counts.values()) if isinstance(counts, dict) else counts for counts in (initial, final)]
     return Plan(method, rows, *active, pattern)
+
+
+def refuse(method: Method, pattern: Pattern, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError if the method cannot obey the pattern, or a shared budget leaves a layer empty."""
+    pattern.refuse(method, shapes)
+    final = method.final_counts(shapes)
+    if isinstance(final, int) and final < len(shapes):
+        raise ValueError(
+            f"{method!r} leaves {final} active {pattern.unit} for {len(shapes)} layers, and each needs one: choose a "
+            "lower sparsity, or leave layers dense with skip="
+        )
 
 
 def units_of(choices: Iterable[Choice], pattern: Pattern) -> dict[str, tuple[int, ...]]:

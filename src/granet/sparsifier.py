@@ -24,7 +24,7 @@ from granet.pattern import Pattern, parse
 from granet.probe import Probe
 from granet.records import LayerReport, SparsityReport, Update
 from granet.reparameterize import Reparameterization, fold
-from granet.selection import layers_of, select, units_of
+from granet.selection import layers_of, refuse, select, units_of
 from granet.topology import count
 
 
@@ -87,7 +87,7 @@ class Sparsifier:
         self.model = model
         self.pattern = parse(pattern)
         self._choices = [choice for choice in select(model, only, skip, self.pattern) if choice.sparse]
-        self.pattern.refuse(method, units_of(self._choices, self.pattern))
+        refuse(method, self.pattern, units_of(self._choices, self.pattern))
         self._policy = self.pattern.policy(method)  # the method, as the pattern has it choose
         self._parameters = {choice.name: choice.parameter for choice in self._choices}
         self._rng = torch.Generator().manual_seed(seed)

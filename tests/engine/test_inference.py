@@ -33,6 +33,30 @@ def test_any_number_of_threads_computes_the_same():
         torch.set_num_threads(threads)
 
 
+class OneResidual(nn.Module):
+    """Several 1x1 layers, each adding the same residual to what the one before gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 32, 3, padding=1), nn.Conv2d(8, 32, 3, padding=1)
+        self.layer = nn.Conv2d(32, 32, 1)
+
+    def forward(self, x):
+        residual, y = self.first(x), self.second(x)
+        for _ in range(3):
+            y = torch.relu(self.layer(y) + residual)
+        return (y,)
+
+
+def test_a_residual_is_kept_until_the_last_layer_has_added_it():
+    torch.manual_seed(0)
+    model = OneResidual().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(torch.rand_like(p) < 0.2 if p.ndim > 1 else 1.0)
+    check_every_choice(model, torch.randn(3, 8, 16, 16))
+
+
 def wide(density=0.02):
     """A model whose zeros pay on any machine."""
     torch.manual_seed(0)

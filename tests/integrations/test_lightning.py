@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -149,6 +151,40 @@ def test_a_step_that_the_scaler_skips_is_not_counted(fused, problem, fit):
     assert sparse.sparsifier.step == problem.steps - 1
     assert sparse.sparsifier.last_update.step == 21
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["rigl", "mest", "momentum", "top-kast"])
+def test_gradients_are_those_without_a_scaler(name, fused, problem, fit):
+    """The same masks and weights whatever the scale, with an overflow at step 8, which leaves no trace."""
+    method = {
+        "rigl": granet.RigL(sparsity=0.8, end=20, interval=3),
+        "mest": granet.MEST(sparsity=0.8, halve=9, end=20, interval=3),
+        "momentum": granet.RigL(sparsity=0.8, end=20, interval=3, growth="momentum"),
+        "top-kast": granet.TopKAST(sparsity=0.8, interval=3, decay=0.1),
+    }[name]
+
+    def trained(scale):
+        module = Module(problem)
+        module._optimizer = lambda: torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, fused=fused)
+        plain_step = module.training_step
+        module.training_step = lambda batch, batch_idx: (
+            plain_step(batch, batch_idx) * (float("inf") if batch_idx == 8 else 1.0)
+        )
+        sparse = SparseTraining(method, seed=7)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=0.999999, growth_interval=10_000)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        plugin.forward_context = contextlib.nullcontext  # the scaler alone: in float32, powers of two lose nothing
+        fit(fitted=(module, sparse), plugins=[plugin])
+        return module, sparse.sparsifier
+
+    (module, sparsifier), (other, others) = trained(2.0**4), trained(2.0**12)
+    assert sparsifier.step == others.step == problem.steps - 1 and sparsifier.version > 2
+    for key, mask in sparsifier.masks.items():
+        assert torch.equal(mask, others.masks[key])
+    for p, q in zip(module.parameters(), other.parameters(), strict=True):
+        assert p.isfinite().all()
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
 def test_the_average_is_as_sparse_as_the_model(problem, fit):

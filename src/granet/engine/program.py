@@ -309,12 +309,13 @@ class Program:
     def _allocate(self, steps: list[tuple[list[int], list[Value]]], links: list[int]) -> tuple[dict[Value, int], int]:
         """Each value's place in the arena, reusing the memory of values that are no longer read.
 
-        A sum with a residual that nothing reads afterwards takes the residual's place.
+        A sum with a residual that no later step reads takes the residual's place.
         """
         born: dict[Value, int] = {}
         last: dict[Value, int] = {}
         fed: set[tuple[int, Value]] = set()  # what convolutions read as their data, and when
-        inherits: dict[Value, Value] = {}
+        read: dict[Value, int] = {}  # by which step, of those done in one go too, a value is read last
+        inherits: dict[Value, tuple[Value, int]] = {}
         now = end = 0
         for i, (numbers, values) in enumerate(steps):
             if i > end or i == 0:
@@ -322,16 +323,17 @@ class Program:
             for value in values:
                 born.setdefault(value, now)
                 last[value] = now
+                read[value] = i
             if numbers[0] == CONV:
                 fed.add((now, values[1]))
                 if len(values) > 2 and numbers[13] != KINDS["vector"]:
-                    inherits[values[0]] = values[2]
+                    inherits[values[0]] = values[2], i
         places: dict[Value, int] = {}
         live: list[tuple[int, int, Value]] = []
         total = 0
         for value in sorted(born, key=born.get):
-            heir = inherits.get(value)
-            if heir is not None and last[heir] == born[value] and (born[value], heir) not in fed:
+            heir, step = inherits.get(value, (None, -1))
+            if heir is not None and read[heir] == step and (born[value], heir) not in fed:
                 places[value] = places[heir]
                 live = [(start, stop, value if v is heir else v) for start, stop, v in live]
                 continue

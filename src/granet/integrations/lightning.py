@@ -36,7 +36,8 @@ class SparseTraining(Callback):
 
     def __init__(self, method: Method | Sparsifier, **options):
         self.sparsifier = integrations.given(method, options)
-        self._method, self._options, self._logged, self._hook = method, options, None, None
+        self._method, self._options, self._logged = method, options, None
+        self._hooks, self._in_step = (), False
 
     def setup(self, trainer, pl_module, stage):
         # strategies that read checkpoints late replace the parameters until then
@@ -56,14 +57,27 @@ class SparseTraining(Callback):
         # not before, because torch steps a new optimizer once to read a sharded checkpoint
         self._release()
         self.sparsifier.attach(*trainer.optimizers, hooks=False)
-        self._hook = trainer.optimizers[0].register_step_post_hook(self._after_step)
+        optimizer = trainer.optimizers[0]
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
         for callback in trainer.callbacks:
             if isinstance(callback, WeightAveraging):
                 self.sparsifier.follow(callback._average_model)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         # a hook of the optimizer would come too late: backward runs inside its step, and clipping behind that
-        self.sparsifier.before_step()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        # but an optimizer that unscales gradients itself knows their scale, and an overflow, in its step alone
+        self._in_step = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+        overflow = scaler is not None and not self._in_step and any(scaler._found_inf_per_device(optimizer).values())
+        if not (self._in_step or overflow):
+            self.sparsifier.before_step()
+
+    def _before_step(self, optimizer, args, kwargs):
+        if self._in_step:
+            self.sparsifier.before_step()
 
     def _after_step(self, optimizer, args, kwargs):
         if not found_inf(optimizer):
@@ -79,10 +93,11 @@ class SparseTraining(Callback):
         self._release()
 
     def _release(self):
-        if self._hook is not None:
-            self._hook.remove()
+        if self._hooks:
+            for hook in self._hooks:
+                hook.remove()
             self.sparsifier.detach()
-            self._hook = None
+            self._hooks = ()
 
     def state_dict(self):
         return {} if self.sparsifier is None else integrations.whole(self.sparsifier.state_dict())
