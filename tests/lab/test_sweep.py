@@ -53,6 +53,7 @@ def test_the_result_does_not_depend_on_the_process(finished, tmp_path):
     assert (alone["last"], alone["flops"]) == (done.summary["last"], done.summary["flops"])
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on(tmp_path):
     longer = {"model.name": "mlp", "train": {"epochs": 60, "warmup": 0, "log": "1it"}}
     todo = planned(cells(methods=["dense"], grid=longer), tmp_path)
@@ -68,6 +69,7 @@ def test_a_stopped_sweep_goes_on(tmp_path):
     assert logs[0].read_text().splitlines()[: len(lines)] == lines  # gone on with, not begun anew
 
 
+@pytest.mark.slow
 def test_a_failed_run_keeps_what_it_said_and_the_rest_goes_on(tmp_path):
     todo = planned(cells(seeds=[0]), tmp_path)
     broken = todo[0].run.path
