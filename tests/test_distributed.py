@@ -35,6 +35,7 @@ SETTINGS = {
     "top-kast": {"sparsity": 0.8, "interval": 3},
 }
 SHARDED = [name for name in SETTINGS if name not in ("str", "top-kast")]
+QUICK = ["gmp layerwise", "granet", "rigl accumulate", "rigl momentum", "set by-sign", "deep-r", "mest soft", "fixed"]
 STEPS = 16
 
 
@@ -154,9 +155,10 @@ def spawn(function, world, tmp_path, *args):
     ("kind", "world", "names"),
     [
         ("ddp", 2, ["granet", "rigl accumulate", "set", "deep-r", "str", "top-kast"]),
-        ("fsdp", 2, SHARDED),
+        ("fsdp", 2, QUICK),
+        pytest.param("fsdp", 2, [name for name in SHARDED if name not in QUICK], marks=pytest.mark.slow),
         ("fsdp", 4, ["granet"]),
-        ("hybrid", 4, ["granet"]),
+        pytest.param("hybrid", 4, ["granet"], marks=pytest.mark.slow),
         ("tensor-parallel", 4, ["granet", "set"]),
     ],
 )

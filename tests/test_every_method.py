@@ -280,11 +280,12 @@ def test_update_is_pure_and_deterministic(variant):
 
 @pytest.mark.parametrize(
     ("variant", "optimizer"),
-    # what SGD remembers is less than what AdamW does, so with it the variations of a method are slow tests
-    [(variant, "adamw") for variant in [*VARIANTS, *PATTERNED]]
-    + [
-        pytest.param(variant, "sgd", marks=[pytest.mark.slow] if " " in variant else [])
-        for variant in [*VARIANTS, *PATTERNED]
+    # with AdamW, which remembers most, all variations, and of GraNet and SET those under patterns; the rest is slow
+    [
+        pytest.param(v, o, marks=[] if quick else [pytest.mark.slow])
+        for v in [*VARIANTS, *PATTERNED]
+        for o in OPTIMIZERS
+        for quick in [v == "granet" or (o == "adamw" and (v in VARIANTS or v.split()[0] in ("granet", "set")))]
     ],
 )
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(variant, optimizer):

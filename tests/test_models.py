@@ -84,6 +84,7 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         build("resnet-50", classes=10, in_channels=3)
 
 
+@pytest.mark.slow
 def test_digits_cnn_learns_to_read_digits():
     data = load("digits", validation=0.1)
     torch.manual_seed(0)
