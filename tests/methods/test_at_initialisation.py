@@ -290,7 +290,7 @@ def test_a_layer_without_any_score_keeps_one_weight():
 
 
 def test_fewer_weights_than_layers_are_refused(digits):
-    with pytest.raises(ValueError, match="6 layers at least one"):
+    with pytest.raises(ValueError, match="leaves 5 active weights for 6 layers"):
         sparse("snip", 0.99995, bottleneck(), digits)
 
 
