@@ -159,7 +159,8 @@ def spawn(function, world, tmp_path, *args):
         pytest.param("fsdp", 2, [name for name in SHARDED if name not in QUICK], marks=pytest.mark.slow),
         ("fsdp", 4, ["granet"]),
         pytest.param("hybrid", 4, ["granet"], marks=pytest.mark.slow),
-        ("tensor-parallel", 4, ["granet", "set"]),
+        ("tensor-parallel", 4, ["granet"]),
+        pytest.param("tensor-parallel", 4, ["set"], marks=pytest.mark.slow),
     ],
 )
 def test_masks_and_weights_equal_those_of_one_process(kind, world, names, tmp_path):

@@ -84,7 +84,13 @@ KEPT = ("dense", "static", "snip", "grasp", "synflow", "fixed")  # methods whose
 
 both = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 every = pytest.mark.parametrize("variant", VARIANTS)
-trained = pytest.mark.parametrize("variant", [*VARIANTS, *PATTERNED])
+trained = pytest.mark.parametrize(  # under patterns GraNet and SET; the other methods' are slow tests
+    "variant",
+    [
+        *VARIANTS,
+        *(pytest.param(v, marks=[] if v.split()[0] in ("granet", "set") else [pytest.mark.slow]) for v in PATTERNED),
+    ],
+)
 
 
 def make(variant, **more):

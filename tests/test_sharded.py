@@ -113,6 +113,7 @@ def written(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_four_ranks_go_on_where_two_saved(written):
     mp.start_processes(go_on, args=(4, written), nprocs=4, start_method="spawn")
 

@@ -116,6 +116,7 @@ def test_ctrl_c_saves_everything_and_says_how_to_go_on(tmp_path):
         assert not (run / "error.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_run_gives_exit_code_1_and_its_last_lines(swept, say, monkeypatch):
     folder, _ = swept
     monkeypatch.chdir(folder)
