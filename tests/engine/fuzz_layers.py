@@ -98,6 +98,16 @@ def check_random_layers(count: int, seed: int) -> None:
         check_layer(spec, shape, density, batch, bias=rng.random() < 0.5, last=rng.random() < 0.3)
 
 
+def check_panels() -> None:
+    """1x1 layers on more positions than are packed at a time: with a last panel of any length, groups, few weights."""
+    torch.manual_seed(0)
+    for size in ((24, 24), (33, 32), (40, 28), (32, 48), (25, 25)):
+        for groups, density in ((1, 0.1), (2, 0.4), (1, 0.0)):
+            spec = Spec(in_channels=10, out_channels=14, groups=groups)
+            check_layer(spec, (3, 10, *size), density, 1, bias=groups == 1, last=False)
+
+
 if __name__ == "__main__":
+    check_panels()
     check_random_layers(int(sys.argv[1]), int(sys.argv[2]))
     print(ops.cpu()[0])

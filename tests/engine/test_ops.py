@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_layers import check_layer, check_random_layers
+from fuzz_layers import check_layer, check_panels, check_random_layers
 
 from granet.engine import ops, reference
 from granet.engine.geometry import geometry
@@ -19,6 +19,10 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("seed", range(4))
 def test_random_layers_equal_the_reference(seed):
     check_random_layers(20, seed)
+
+
+def test_pointwise_layers_are_the_same_panel_by_panel():
+    check_panels()
 
 
 @pytest.mark.parametrize(("isa", "width"), [("generic", 4), ("avx2", 8), ("avx512", 16)])

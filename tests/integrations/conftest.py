@@ -33,6 +33,23 @@ def same():
 
 
 @pytest.fixture
+def clips(problem, same):
+    """Asserts that a stack clips by the norm of all gradients, the sparsifier by that of live ones, as plain loops do.
+
+    `train` is given who clips, "stack" or "sparsifier", and gives back a model and its sparsifier.
+    """
+
+    def check(train):
+        theirs, ours = train("stack"), train("sparsifier")
+        dense = problem.plain(clip=lambda sparsifier, model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.03))
+        same(*theirs, *dense[:2])
+        same(*ours, *problem.plain(clip=lambda sparsifier, model: sparsifier.clip_grad_norm_(0.03))[:2])
+        assert not torch.equal(theirs[0].net[0].weight, ours[0].net[0].weight)
+
+    return check
+
+
+@pytest.fixture
 def compiles():
     """A backend of torch.compile that calls no C++ compiler. Asserts that a graph was compiled with gradients."""
     torch._dynamo.reset()
