@@ -144,6 +144,7 @@ def equal_to_one_process(rank, world, folder, kind, names):
                 for value in optimizer.state[p].values():
                     if value.shape == p.shape:
                         assert not whole(value)[~whole(sparsifier.trained[key])].any()
+        del forward  # before the process group, which it must not be the last to hold
     dist.destroy_process_group()
 
 
