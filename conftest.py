@@ -1,14 +1,18 @@
-"""Before tests are collected: torchvision is made importable, and examples of stacks that are not installed set aside.
+"""Before tests are collected: threads are counted, torchvision made importable, examples of absent stacks set aside.
 
 `make integrations` installs them; a test that needs one which is missing is skipped, naming its extra.
 """
 
 import logging
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: with threads besides, steps take ten times longer
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 
 sys.path.insert(0, str(Path(__file__).parent / "tests" / "shim"))
 import torchvision_shim  # noqa: F401  imported for its effect

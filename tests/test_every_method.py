@@ -84,13 +84,7 @@ KEPT = ("dense", "static", "snip", "grasp", "synflow", "fixed")  # methods whose
 
 both = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 every = pytest.mark.parametrize("variant", VARIANTS)
-trained = pytest.mark.parametrize(  # under patterns GraNet and SET; the other methods' are slow tests
-    "variant",
-    [
-        *VARIANTS,
-        *(pytest.param(v, marks=[] if v.split()[0] in ("granet", "set") else [pytest.mark.slow]) for v in PATTERNED),
-    ],
-)
+trained = pytest.mark.parametrize("variant", [*VARIANTS, *PATTERNED])
 
 
 def make(variant, **more):
@@ -284,16 +278,8 @@ def test_update_is_pure_and_deterministic(variant):
         assert first[name].dtype == torch.bool and first[name].shape == layer.shape
 
 
-@pytest.mark.parametrize(
-    ("variant", "optimizer"),
-    # with AdamW, which remembers most, all variations, and of GraNet and SET those under patterns; the rest is slow
-    [
-        pytest.param(v, o, marks=[] if quick else [pytest.mark.slow])
-        for v in [*VARIANTS, *PATTERNED]
-        for o in OPTIMIZERS
-        for quick in [v == "granet" or (o == "adamw" and (v in VARIANTS or v.split()[0] in ("granet", "set")))]
-    ],
-)
+@both
+@trained
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(variant, optimizer):
     whole = Run(variant, optimizer)
     for at in range(STEPS):

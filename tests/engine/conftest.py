@@ -2,6 +2,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from granet import native
 
@@ -16,3 +17,12 @@ def kernels():
     from granet.engine import ops
 
     ops.prepare()
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Two of them, whatever the other tests have: kernels share their work among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

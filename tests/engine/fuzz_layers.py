@@ -108,6 +108,7 @@ def check_panels() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(2)
     check_panels()
     check_random_layers(int(sys.argv[1]), int(sys.argv[2]))
     print(ops.cpu()[0])
