@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "granet"
 LAYERS = [  # a module may import what stands before it
     "names",
+    "functional",
     "schedule",
     "distribution",
     "criterion",

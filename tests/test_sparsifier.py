@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 import warnings
 
 import pytest
@@ -79,7 +80,7 @@ def test_the_state_is_clean_after_every_step_of_any_optimizer(name):
     assert sparsifier.step == 30
     assert sparsifier.active == granet.distribution.budget(sparsifier.total, 0.1)
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert sparsifier._keeps_zeros is (name in ELEMENTWISE)
+    assert sparsifier._zeros.kept is (name in ELEMENTWISE)
 
 
 def test_every_optimizer_of_torch_is_among_those_tested():
@@ -107,7 +108,7 @@ def test_an_optimizer_that_mixes_coordinates_beside_another(name):
             optimizer.zero_grad()
         assert dirt(sparsifier, *pair) == 0
     assert sparsifier.step == 30
-    assert sparsifier._keeps_zeros is False
+    assert sparsifier._zeros.kept is False
 
 
 def test_lbfgs_with_its_closure():
@@ -515,7 +516,7 @@ def test_mistakes_are_explained():
         sparsifier.load_state_dict({k: v for k, v in state.items() if k != "masks"})
 
 
-def test_a_missing_gradient_at_an_update_changes_nothing():
+def test_no_gradient_at_an_update_changes_nothing():
     model = mlp()
     sparsifier = Sparsifier(model, granet_method())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -524,10 +525,159 @@ def test_a_missing_gradient_at_an_update_changes_nothing():
         warnings.simplefilter("error")
         train(model, optimizer, 2)
     model(torch.randn(4, 12)).sum().backward()
-    model[2].weight.grad = None
-    with pytest.warns(RuntimeWarning, match=r"'2.weight' has no gradient"):
+    for p in model.parameters():
+        p.grad = None
+    with pytest.warns(RuntimeWarning, match="no sparse parameter has a gradient"):
         optimizer.step()
     assert sparsifier.version == 0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        granet_method(),
+        granet.RigL(sparsity=0.8, end=30, interval=3),
+        granet.SNFS(sparsity=0.8, total=40, interval=3),
+        granet.MEST(sparsity=0.8, halve=10, end=30, interval=3, soft_bound=True),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_layer_without_gradient_is_trained_round(method):
+    """A frozen layer, or one in no path from the loss, does not hold up the others."""
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    sparsifier = Sparsifier(model, method)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    mask, other = sparsifier.masks["0.weight"].clone(), sparsifier.masks["2.weight"].clone()
+    for step in range(30):
+        weight = model[2].weight.detach().clone()
+        train(model, optimizer, 1, seed=step)
+        moved = not torch.equal(weight, model[2].weight)
+        assert moved or (method.replaces_step and method.is_update(sparsifier.step))
+    assert sparsifier.version >= 5 and not torch.equal(other, sparsifier.masks["2.weight"])
+    assert sparsifier.active == granet.distribution.budget(sparsifier.total, 1 - method.sparsity)
+    if isinstance(method, granet.RigL | granet.SNFS):
+        assert torch.equal(mask, sparsifier.masks["0.weight"])
+
+
+def test_a_warm_up_from_zero_does_not_hide_that_an_optimizer_mixes():
+    model = mlp()
+    sparsifier = Sparsifier(model, Static(sparsity=0.8))
+    optimizer = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=0.1)
+    sparsifier.attach(optimizer)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 5))  # zero at first
+    for step in range(10):
+        train(model, optimizer, 1, seed=step)
+        warm_up.step()
+        assert dirt(sparsifier, optimizer) == 0
+
+
+def test_dense_weights_that_are_loaded_are_cleared_within_a_hundred_steps():
+    model = mlp()
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    sparsifier = Sparsifier(model, Static(sparsity=0.8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparsifier.attach(optimizer)
+    train(model, optimizer, 10)
+    model.load_state_dict(dense)
+    train(model, optimizer, 90)
+    assert sparsifier.step == 100 and dirt(sparsifier, optimizer) == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_a_scaler_that_skips_one_of_two_optimizers(fused, spoilt):
+    model = mlp()
+    sparsifier = Sparsifier(model, Static(sparsity=0.8))
+    pair = [torch.optim.Adam(list(model.parameters())[part], lr=0.01, fused=fused) for part in (slice(2), slice(2, 9))]
+    sparsifier.attach(*pair)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(6):
+        scaler.scale(model(torch.randn(8, 12)).square().mean()).backward()
+        if step == 4:
+            pair[spoilt].param_groups[0]["params"][0].grad[0] = float("inf")
+        for optimizer in pair:
+            scaler.step(optimizer)
+        scaler.update()
+        for optimizer in pair:
+            optimizer.zero_grad()
+        assert dirt(sparsifier, *pair) == 0
+
+
+def test_a_copy_of_all_three_trains_as_the_original_does():
+    model = mlp()
+    sparsifier = Sparsifier(model, granet_method())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparsifier.attach(optimizer)
+    train(model, optimizer, 2)
+    other_model, other_optimizer, other = copy.deepcopy((model, optimizer, sparsifier))
+    for step in range(10):
+        train(model, optimizer, 1, seed=step)
+    assert other.step == 2
+    for step in range(10):
+        train(other_model, other_optimizer, 1, seed=step)
+    assert other.step == sparsifier.step == 12
+    assert all(torch.equal(other.masks[name], mask) for name, mask in sparsifier.masks.items())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters(), strict=True))
+    with pytest.raises(TypeError, match=r"state_dict\(\)"):
+        pickle.dumps(sparsifier)
+
+
+def test_a_closure_called_several_times_counts_once():
+    class Thrice(torch.optim.SGD):
+        def step(self, closure):
+            for _ in range(3):
+                loss = closure()
+            super().step()
+            return loss
+
+    kept = []
+    for kind in (torch.optim.SGD, Thrice):
+        model = mlp()
+        sparsifier = Sparsifier(model, granet_method(growth="momentum"))
+        optimizer = kind(model.parameters(), lr=0.0)
+        sparsifier.attach(optimizer)
+        x = torch.ones(4, 12)
+
+        def closure(model=model, optimizer=optimizer, x=x):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            optimizer.step(closure)
+        kept.append(sparsifier.state_dict()["gradients"])
+    assert kept[0].keys() == kept[1].keys() and kept[0]
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+
+
+def test_clipping_survives_an_infinite_gradient_of_an_inactive_weight():
+    model = mlp()
+    sparsifier = Sparsifier(model, Static(sparsity=0.8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    model(torch.randn(8, 12)).square().mean().backward()
+    place = (~sparsifier.masks["0.weight"]).nonzero()[0]
+    model[0].weight.grad[tuple(place)] = float("inf")
+    assert torch.isfinite(sparsifier.clip_grad_norm_(0.01))
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_masks_that_a_method_cannot_start_from():
+    masks = Sparsifier(mlp(), Static(sparsity=0.8)).masks
+    with pytest.raises(ValueError, match="STR finds its masks by training: it cannot start from masks="):
+        Sparsifier(mlp(), granet.STR(), masks=masks)
+    full = {name: torch.ones_like(mask) if name == "2.weight" else mask for name, mask in masks.items()}
+    method = granet.MEST(sparsity=0.8, halve=5, end=10, interval=3, soft_bound=True)
+    model = mlp()
+    sparsifier = Sparsifier(model, method, masks=full)  # more in one layer than its budget
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sparsifier.attach(optimizer)
+    train(model, optimizer, 12)
+    assert sparsifier.active == granet.distribution.budget(sparsifier.total, 0.2)
 
 
 def test_detached_it_lets_go():

@@ -149,6 +149,8 @@ def _round(ideal: Mapping[str, float], most: Mapping[str, int], total: int, leas
             f"{total} active weights cannot give each of {len(ideal)} layers at least one: "
             f"lower the sparsity, or leave small layers dense with skip="
         )
+    if total > sum(most.values()):
+        raise ValueError(f"{total} active weights are more than the {sum(most.values())} that there is room for")
     counts = {name: min(most[name], max(least, floor(value))) for name, value in ideal.items()}
     # the layer furthest below its ideal gains first, the one furthest above loses first, names in order for ties
     while missing := total - sum(counts.values()):

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
+from granet.functional import called_with
 from granet.names import did_you_mean
 from granet.reparameterize import bare
 
@@ -137,7 +137,7 @@ def _count(model: nn.Module, args: tuple, kwargs: dict, device: str | None) -> F
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole attention layer would hide its products
     try:
         with torch.inference_mode(False), torch.no_grad(), bare(model), mode:
-            functional_call(model, {**parameters, **buffers}, args, kwargs)
+            called_with(model, {**parameters, **buffers}, args, kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return Flops({name: tuple(p.shape) for name, p in model.named_parameters()}, mode.flops)

@@ -4,7 +4,7 @@ On the CPU an entry is cleared by a bitwise AND with all ones or all zeros, in p
 through a bool mask takes several times as long, and a multiplication keeps NaN and leaves -0.0.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,47 @@ def leaks(work: Work) -> bool:
     found = _leaks_here(_here(work))
     sharded = next((mask for mask, _ in work if distributed.is_sharded(mask)), None)
     return found if sharded is None else distributed.anywhere(found, sharded)
+
+
+class Watch:
+    """Whether optimizers, given masked gradients, keep inactive entries at zero; else they are cleared at every step.
+
+    They are trusted after a few steps in which weights may have moved and nothing inactive did, and looked at again now
+    and then: an optimizer's first steps may only gather statistics, and weights may be loaded from elsewhere.
+
+    Attributes:
+        kept: None until that is known.
+    """
+
+    LOOKS, EVERY = 3, 100
+
+    def __init__(self):
+        self.kept: bool | None = None
+        self._looks = 0
+
+    def renew(self) -> None:
+        """There are new masks: an optimizer that is trusted has to show it again."""
+        if self.kept:
+            self.kept, self._looks = None, 0
+
+    def settle(self, step: int, moves: Callable[[], bool], held: Callable[[], Work]) -> None:
+        """Look where needed, and clear.
+
+        Args:
+            step: the number of the step just taken.
+            moves: whether it could move weights: not with a learning rate of zero.
+            held: gives the masks with the tensors that must be zero where they are inactive.
+        """
+        if self.kept and step % self.EVERY:
+            return
+        if self.kept is not False:
+            if leaks(held()):
+                self.kept = False
+            else:
+                self._looks += moves()
+                self.kept = self._looks >= self.LOOKS or None
+        if self.kept is False:
+            clear(held())
 
 
 def _here(work: Work) -> Work:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from granet.functional import called_with
 from granet.names import did_you_mean
 
 Masks = Mapping[str, Tensor]
@@ -175,7 +175,7 @@ class Probe:
         return _finite(mean)
 
     def _output(self, tensors: dict[str, Tensor], inputs: Tensor | tuple) -> Tensor:
-        output = functional_call(self.model, tensors, inputs)
+        output = called_with(self.model, tensors, inputs)
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"Probe: the output of {type(self.model).__name__} is a {type(output).__name__}, not a tensor: probe "

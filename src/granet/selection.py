@@ -190,6 +190,8 @@ def _by_default(names) -> tuple[bool, str]:
             return False, f"{type(module).__name__} is no known kind of layer; name it in only= to include it"
         if kind not in _SPARSE_KINDS:
             return False, kind if len(names) == 1 else f"tied to an {kind} as {name}"
+        if leaf[-2:] in ("_g", "_v") and {f"{leaf[:-2]}_g", f"{leaf[:-2]}_v"} <= module._parameters.keys():
+            return False, "weight_norm computes the weight from it"
         if "weight" not in leaf:
             return False, f"{leaf} of {type(module).__name__} is no weight"
     return True, _kind(names[0][1]) if len(names) == 1 else f"{_kind(names[0][1])}, {len(names)} uses"

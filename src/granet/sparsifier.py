@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from functools import partial
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -92,8 +92,7 @@ class Sparsifier:
         self._parameters = {choice.name: choice.parameter for choice in self._choices}
         self._rng = torch.Generator().manual_seed(seed)
         self.method = method
-        self.step = 0
-        self.version = 0
+        self.step = self.version = 0
         self.last_update: Update | None = None
         self._optimizers: tuple[Optimizer, ...] = ()
         self._followers: list[nn.Module] = []
@@ -105,8 +104,9 @@ class Sparsifier:
         self._verify_every, self._updates = verify_every, 0  # updates tried, by this object
         self._overdue = False  # an update could not be made and is tried again at the next step
         self._overflow = False  # the gradient scaler skips the step under way
-        self._keeps_zeros: bool | None = None  # whether the optimizers do, with masked gradients; None: to be checked
-        given = None if masks is None else state.checked_masks(masks, self._parameters, self.pattern)
+        self._zeros = masking.Watch()
+        self._mixed = 0  # the step whose gradients were kept last: once, however often a closure is called
+        given = None if masks is None else state.checked_masks(masks, self._parameters, self.pattern, method)
         probes = () if given else state.needed(probe, method, self._parameters)
         self._set_masks(given or self._policy.init(layers_of(self._choices), self._rng, *probes))
         if method.reparameterizes:
@@ -191,10 +191,17 @@ class Sparsifier:
         if self._verify_every:
             self.verify()
         if hooks:
-            self._hooks = [
-                self._optimizers[0].register_step_pre_hook(partial(stepping.before, self.before_step)),
-                self._optimizers[-1].register_step_post_hook(lambda *_: self.after_step()),
-            ]
+            self._hooks = stepping.hook(self._optimizers, self)
+
+    def __deepcopy__(self, memo):
+        other = memo[id(self)] = object.__new__(type(self))
+        other.__dict__ |= deepcopy({**self.__dict__, "_hooks": []}, memo)
+        if self._hooks:  # torch leaves hooks out of an optimizer's copy
+            other._hooks = stepping.hook(other._optimizers, other)
+        return other
+
+    def __getstate__(self):
+        raise TypeError("a Sparsifier is not pickled: save its state_dict() beside those of model and optimizer")
 
     def detach(self) -> None:
         """Let the optimizers go. The masks stay as they are, and nothing keeps the zeros from now on."""
@@ -234,9 +241,10 @@ class Sparsifier:
         self._overflow = any(stepping.found_inf(optimizer) for optimizer in self._optimizers)
         if self._overflow:
             return
-        if self._mix is not None:
+        if self._mix is not None and self._mixed <= self.step:
+            self._mixed = self.step + 1
             stepping.keep(self._gradients, self._parameters, *self._mix, stepping.grad_scale(self._optimizers[0]))
-        if self.update_due and self.method.replaces_step:
+        if self.update_due and self.method.replaces_step and not self._overdue:
             return stepping.forget_gradients(self._optimizers)
         self.mask_gradients()
         if self.method.decays and self._effective is not None:
@@ -250,8 +258,8 @@ class Sparsifier:
             return
         due = self.update_due
         self.step += 1
-        if not self._keeps_zeros:
-            self._settle()
+        if self._masked:
+            self._zeros.settle(self.step, lambda: stepping.moves(self._optimizers), self._held)
         if self.method.drifts:
             self._drift()
         if due:
@@ -265,27 +273,19 @@ class Sparsifier:
 
     def _drift(self) -> None:
         """Move the active weights as the method says."""
-        lr = stepping.learning_rates(self._optimizers, self._parameters)
+        lr = stepping.learning_rates(self._optimizers, self._parameters)  # of a frozen parameter 0
         given = layers_of(self._choices), self.masks, self._rng, lr, self._memory
         for name, change in self.method.drift(self.step, *given).items():
             self._parameters[name].detach().add_(change.mul(self.masks[name]))
-
-    def _settle(self) -> None:
-        """Clear weights and buffers unless the optimizers are known to keep them clear; find out if they do."""
-        if self._keeps_zeros is None and self._masked:
-            self._keeps_zeros = not masking.leaks(self._held())
-        if self._keeps_zeros is False:
-            masking.clear(self._held())
 
     def _layers(self):
         return layers_of(self._choices, self._gradients) if self._effective is None else self._effective.layers()
 
     def _update(self) -> None:
         layers = self._layers()
-        lacking = [name for name, layer in layers.items() if layer.grad is None]
         try:
-            if self.method.needs_grad and lacking:
-                raise NonFiniteScores(f"{lacking[0]!r} has no gradient at this step")
+            if self.method.needs_grad and all(layer.grad is None for layer in layers.values()):
+                raise NonFiniteScores("no sparse parameter has a gradient at this step")
             memory = (self._memory,) if self.method.remembers else ()
             masks = self._policy.update(self.step, layers, self.masks, self._rng, *memory)
         except NonFiniteScores as error:
@@ -306,8 +306,7 @@ class Sparsifier:
         self.version += self.last_update.changed
         if self.last_update.changed or self._effective is not None:
             self._clear_all()
-            if self._keeps_zeros:
-                self._keeps_zeros = None
+            self._zeros.renew()
 
     def _clear_all(self) -> None:
         masking.clear(self._held())
@@ -362,7 +361,7 @@ class Sparsifier:
         self.refresh()
         for module in (self.model, *self._followers):
             fold(module)
-        self._effective, self._folded, self._memory, self._keeps_zeros = None, True, {}, None
+        self._effective, self._folded, self._memory, self._zeros = None, True, {}, masking.Watch()
         self._set_masks(self.masks)
         masking.clear(self._held())
 
@@ -380,8 +379,8 @@ class Sparsifier:
         """All that a resumed run needs: tensors, numbers and strings, to be saved beside model and optimizer."""
         parts = {"masks": self.masks, "ever": self._ever, "gradients": self._gradients, "memory": self._memory}
         counters = {"step": self.step, "version": self.version, "overdue": self._overdue, "folded": self._folded}
-        names = {"method": repr(self.method), "pattern": str(self.pattern)}
-        return state.packed(parts, **names, **counters, rng=self._rng.get_state())
+        kind = {"method": repr(self.method), "pattern": str(self.pattern), "rng": self._rng.get_state()}
+        return state.packed(parts, **kind, **counters)
 
     @torch.no_grad()
     def load_state_dict(self, given: Mapping) -> None:
@@ -395,5 +394,6 @@ class Sparsifier:
         masks, self._ever, self._gradients, self._memory = state.unpacked(given, self._parameters)
         self._set_masks(masks, self._memory)
         self.step, self.version = int(given["step"]), int(given["version"])
-        self._overdue, self._overflow, self._keeps_zeros = bool(given["overdue"]), False, None
+        self._overdue, self._overflow, self._zeros = bool(given["overdue"]), False, masking.Watch()
+        self._mixed = self.step
         self._clear_all()

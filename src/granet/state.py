@@ -16,14 +16,19 @@ _KEYS = {"method", "pattern", "step", "version", "overdue", "folded", "rng", "ma
 
 
 def checked_masks(
-    masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor], pattern: Pattern | None = None
+    masks: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    pattern: Pattern | None = None,
+    method: Method | None = None,
 ) -> dict[str, Tensor]:
     """Copies of `masks` in the order of `parameters`.
 
     Raises:
         ValueError: a name is missing or unknown, or a mask is no bool tensor of its parameter's shape, or is empty,
-            or does not obey the pattern.
+            or does not obey the pattern; or the method finds its masks by training alone.
     """
+    if method is not None and method.reparameterizes and method.sparsity_at(0) is None:
+        raise ValueError(f"{type(method).__name__} finds its masks by training: it cannot start from masks=")
     if set(masks) != set(parameters):
         name = sorted(set(masks) ^ set(parameters))[0]
         raise ValueError(f"masks: {name!r} is " + ("no sparse parameter of the model" if name in masks else "missing"))

@@ -26,6 +26,24 @@ def before(act: Callable, optimizer: Optimizer, args: tuple, kwargs: dict) -> tu
     return ((optimizer, wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
 
 
+def hook(optimizers: Iterable[Optimizer], sparsifier) -> list:
+    """The handles of hooks by which a sparsifier acts around the step that optimizers, in their order, make together.
+
+    Gradients are masked before each of them anew: a gradient scaler skips one of them by itself, a closure of its own
+    computes them again.
+    """
+    first, *others = optimizers
+    return [
+        first.register_step_pre_hook(partial(before, sparsifier.before_step)),
+        *(other.register_step_pre_hook(partial(before, sparsifier.mask_gradients)) for other in others),
+        [first, *others][-1].register_step_post_hook(partial(_after, sparsifier.after_step)),
+    ]
+
+
+def _after(act: Callable, *_) -> None:
+    act()
+
+
 def then(closure: Callable, after: Callable[[], None]):
     """What `closure` returns, with `after` called behind it, gradients recorded in the one and not in the other."""
     with torch.enable_grad():
@@ -85,10 +103,15 @@ def forget_gradients(optimizers) -> None:
         p.grad = None
 
 
+def moves(optimizers) -> bool:
+    """Whether a step of the optimizers can move anything: not while a warm-up starts from a learning rate of zero."""
+    return any(float(group.get("lr", 1)) for optimizer in optimizers for group in optimizer.param_groups)
+
+
 def learning_rates(optimizers, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """The learning rate of each named parameter, 0 for one that no optimizer holds."""
+    """The learning rate of each named parameter, 0 for one that is frozen or that no optimizer holds."""
     rates = {id(p): float(group["lr"]) for o in optimizers for group in o.param_groups for p in group["params"]}
-    return {name: rates.get(id(p), 0.0) for name, p in parameters.items()}
+    return {name: rates.get(id(p), 0.0) if p.requires_grad else 0.0 for name, p in parameters.items()}
 
 
 def buffers(optimizers, parameter: Tensor) -> list[Tensor | Codes]:
@@ -127,7 +150,8 @@ def keep(
 def clip(parameters: Iterable[nn.Parameter], masks: Mapping[nn.Parameter, Tensor], max_norm: float) -> Tensor:
     """The norm of the gradients, those that `masks` leaves out not counted; all are scaled down if it is too large."""
     held = [p for p in parameters if p.grad is not None]
-    live = [p.grad * masks[p] if p in masks else p.grad for p in held]
+    # a product with the mask would keep what is not finite
+    live = [p.grad.masked_fill(masks[p].logical_not(), 0) if p in masks else p.grad for p in held]
     if not any(map(distributed.is_sharded, live)):
         norm = torch.nn.utils.get_total_norm(live)
         torch.nn.utils.clip_grads_with_norm_(held, max_norm, norm)

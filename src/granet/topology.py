@@ -9,7 +9,8 @@ refused with `NonFiniteScores`, because one of them would decide the whole topol
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from math import prod
+from fractions import Fraction
+from math import floor, prod
 
 import numpy as np
 import torch
@@ -86,6 +87,15 @@ def grow(mask: Tensor, scores: Tensor, n: int) -> Tensor:
     return mask | top([Layer(scores)], given, n, [~mask], beside=[(mask, mask)])[0]
 
 
+def part(ratio: float, n: int) -> int:
+    """`ratio * n`, rounded down; the ratio is read as the decimal number that it prints as.
+
+    >>> part(0.29, 100), int(0.29 * 100)
+    (29, 28)
+    """
+    return floor(Fraction(repr(round(ratio, 12))) * n)
+
+
 def exchange(mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain: Criterion) -> Tensor:
     """`mask` after a share `ratio` of its active entries was dropped by `lose` and as many were grown by `gain`.
 
@@ -93,7 +103,7 @@ def exchange(mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain:
     were just dropped may be grown again, as in RigL and GraNet: they were never inactive, and keep their value.
     """
     active = count(mask)
-    n = min(int(ratio * active), mask.numel() - active)
+    n = min(part(ratio, active), mask.numel() - active)
     if n == 0:
         return mask
     kept = top([layer], lose, active - n, [mask], candidates=active)[0]
@@ -105,7 +115,7 @@ def exchange(mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain:
 def rewire(mask: Tensor, layer: Layer, ratio: float, rng: torch.Generator, *, lose: Criterion) -> Tensor:
     """`exchange` that grows at random places, those just dropped among them."""
     active = count(mask)
-    n = min(int(ratio * active), mask.numel() - active)
+    n = min(part(ratio, active), mask.numel() - active)
     if n == 0:
         return mask
     return grow_random(top([layer], lose, active - n, [mask], candidates=active)[0], n, rng)

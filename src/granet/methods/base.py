@@ -183,6 +183,8 @@ class Grows:
         """`mask` after a share `ratio` of its active entries was dropped by magnitude and as many were grown."""
         if self.growth == "random":
             return topology.rewire(mask, layer, ratio, rng, lose=criterion.magnitude)
+        if layer.grad is None:  # frozen, or in no path from the loss: nothing says where to grow
+            return mask
         return topology.exchange(mask, layer, ratio, lose=criterion.magnitude, gain=criterion.gradient)
 
 

@@ -68,17 +68,23 @@ class MEST(Method):
         final, more = self.final_counts(shapes), self._counts(shapes, step)
         target = {name: min(final[name], more[name]) for name in shapes}
         kept = topology.prune_each(masks, target, known, self._importance)
-        return {name: topology.grow_random(mask, more[name] - topology.count(mask), rng) for name, mask in kept.items()}
+        # masks from elsewhere may have more in a layer than its budget: the others get so many fewer
+        active = {name: topology.count(mask) for name, mask in kept.items()}
+        wanted = {name: max(0, more[name] - active[name]) for name in kept}
+        grown = distribution.share(sum(more.values()) - sum(active.values()), wanted, wanted)
+        return {name: topology.grow_random(mask, grown[name], rng) for name, mask in kept.items()}
 
     def _known(self, layer, mask):
         """The layer with the gradient of its active weights alone: no other is looked at."""
-        if not self.needs_grad:
+        if not self.needs_grad or layer.grad is None:
             return layer
         return criterion.Layer(layer.weight, criterion.gradient(layer).where(mask, 0))
 
     def _importance(self, layer):
         size = criterion.magnitude(layer)
-        return size + self.gradient_weight * criterion.gradient(layer) if self.needs_grad else size
+        if not self.needs_grad or layer.grad is None:
+            return size
+        return size + self.gradient_weight * criterion.gradient(layer)
 
     def sparsity_at(self, step):
         return (

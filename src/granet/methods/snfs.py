@@ -47,20 +47,21 @@ class SNFS(Method):
     def update(self, step, layers, masks, rng):
         p = self.regeneration_at(step)
         kept, momentum, removed = {}, {}, 0
-        for name, layer in layers.items():
+        known = {name: layer for name, layer in layers.items() if layer.grad is not None}  # the others stay as they are
+        for name, layer in known.items():
             active = topology.count(masks[name])
             m = criterion.gradient(layer)  # |M|
             momentum[name] = distributed.total(m.where(masks[name], 0)) / active
             if not isfinite(momentum[name]):
                 raise criterion.NonFiniteScores(f"the momentum of {name!r} is not finite")
-            n = min(int(p * active), active - 1)
+            n = min(topology.part(p, active), active - 1)
             kept[name] = topology.drop(masks[name], criterion.magnitude(layer), n)
             removed += n
 
         # all that was removed is shared out in proportion to the mean momentum of what was active
-        grown = distribution.share(removed, momentum, topology.room_in(kept, layers))
-        return {
-            name: topology.grow(kept[name], criterion.gradient(layer), grown[name]) for name, layer in layers.items()
+        grown = distribution.share(removed, momentum, topology.room_in(kept, known))
+        return masks | {
+            name: topology.grow(kept[name], criterion.gradient(layer), grown[name]) for name, layer in known.items()
         }
 
     def sparsity_at(self, step):
