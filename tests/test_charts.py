@@ -1,3 +1,6 @@
+import json
+import re
+
 import pytest
 
 from granet import charts
@@ -37,6 +40,18 @@ def test_a_chart_is_drawn_of_what_there_is():
     assert len(specs(granet=run())) == 8
     assert "Density of the layers at the end" not in specs(granet=run(finished=False))
     assert "Density of the layers over training" in specs(granet=run(finished=False))
+
+
+def test_a_short_run_stays_in_the_picture_beside_a_long_one():
+    long = run(epochs=40)
+    records = tuple(r | {"accuracy": 0.9} if r["kind"] == "eval" else r for r in long.records)
+    long = RunData(None, "", {}, tuple(r | {"accuracy": 0.95} if "accuracy" in r else r for r in records), long.summary)
+
+    def bounds(**runs):
+        text = json.dumps(specs(**runs)["Accuracy"])
+        return re.findall(r'"domain": (\[[\d.]+, 1\])', text)
+
+    assert bounds(short=run(), long=long) == bounds(long=long, short=run()) == ["[0.0, 1]"] * 2
 
 
 def test_churn_is_the_share_of_active_weights_that_grew():

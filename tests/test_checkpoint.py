@@ -108,6 +108,23 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage,
     assert "going back to step 10" in caplog.text
 
 
+def test_numbers_that_were_changed_are_found(tmp_path, caplog):
+    save(tmp_path, 1)
+    file = save(tmp_path, 2, value=5.0) / "state.json"
+    file.write_text(file.read_text().replace("5.0", "1.0"))
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.load_latest(tmp_path).step == 1
+    assert "state.json is altered" in caplog.text
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"crc32": 3}))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.load(file.parent)
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path):
+    (tmp_path / f".00000003.{os.getpid()}").mkdir()
+    assert checkpoint.load(save(tmp_path, 3)).step == 3
+
+
 def test_no_checkpoint_and_no_intact_checkpoint(tmp_path):
     assert checkpoint.load_latest(tmp_path) is None
     assert checkpoint.load_latest(tmp_path / "nowhere") is None

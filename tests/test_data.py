@@ -86,6 +86,11 @@ def test_a_validation_that_does_not_fit_is_refused(validation):
         load("digits", validation=validation)
 
 
+def test_a_share_that_holds_out_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"validation=0\.0001 of 1437 images is none"):
+        load("digits", validation=0.0001)
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("folder", ["fashion-mnist", "FashionMNIST/raw", "."])
 def test_fashion_mnist_is_read_from_idx_files(tmp_path, packed, folder):

@@ -1,6 +1,7 @@
 """Patterns: which masks are allowed, exact counts in each, and what the rest of granet makes of them."""
 
-from math import prod
+from fractions import Fraction
+from math import floor, prod
 
 import numpy as np
 import pytest
@@ -174,7 +175,7 @@ def test_exchange_equals_the_naive_version_and_overfills_no_group(problem, ratio
         layer = Layer(torch.tensor(weight), torch.tensor(grad))
         after = exchange(torch.tensor(mask), layer, ratio, lose=magnitude, gain=gradient).numpy()
     active, had = int(mask.sum()), in_groups(mask, m)
-    moved = min(int(ratio * active), mask.size - active)
+    moved = min(floor(Fraction(str(round(ratio, 12))) * active), mask.size - active)
     kept = naive_top(abs(weight), active - moved, mask, m, [np.full_like(had, n)]) if moved else mask
     held = in_groups(kept, m)
     room = [np.maximum(n - held, 0), np.maximum(n, had) - held]

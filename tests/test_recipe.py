@@ -117,6 +117,8 @@ def test_a_file_of_your_own_can_start_from_a_shipped_one(tmp_path):
         ({"train": {"warmup": "5 epochs"}}, r"train\.warmup: '5 epochs' is no number of steps"),
         ({"train": {"optimizer": "adamw", "nesterov": True}}, "nesterov belongs to sgd"),
         ({"train": {"batch_size": 10, "accumulate": 3}}, "cannot be split"),
+        ({"name": "../elsewhere"}, r"name: .* got '\.\./elsewhere'"),
+        ({"name": ""}, r"name: "),
     ],
 )
 def test_what_is_wrong_is_named_with_the_nearest_choice(values, says):

@@ -122,6 +122,10 @@ def main(
         distribution: of a named model.
         size: height and width of a named model's input.
     """
+    if batch < 1 or size < 1:
+        raise ValueError(f"batch={batch}, size={size}: both are 1 at least")
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity} is not from 0 to below 1: the share of inactive weights")
     model, shape = network(source, sparsity=sparsity, distribution=distribution, size=size)
     images = torch.randn(batch, *shape)
     return bench_training(model, images) if training else bench_inference(model, images)

@@ -39,7 +39,10 @@ def of(
     ]
     if progress:
         # the first steep rise is cut off: it would leave no room for the differences that matter
-        late = [point["accuracy"] for point in progress if point["epoch"] >= progress[-1]["epoch"] / 10]
+        last: dict[str, float] = {}
+        for point in progress:
+            last[point["run"]] = max(point["epoch"], last.get(point["run"], 0.0))
+        late = [point["accuracy"] for point in progress if point["epoch"] >= last[point["run"]] / 10]
         note, least = "solid: validation; faint: training", min(late, default=0.0)
         yield "Accuracy", note, False, _curves(progress, "accuracy", colours, ".2%", domain=[least, 1])
         yield "Loss", note, False, _curves(progress, "loss", colours, ".4f", scale="log")

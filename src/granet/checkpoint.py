@@ -54,6 +54,7 @@ def save(folder: Path, *, step: int, model: Mapping[str, Tensor], state: Mapping
     target = folder / f"{step:08d}"
     temporary = folder / f".{target.name}.{os.getpid()}"
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
         temporary.mkdir(parents=True)
         for name, content in files.items():
             write_and_sync(temporary / name, content)
@@ -97,13 +98,15 @@ def load(path: Path) -> Checkpoint:
         head = json.loads((path / "state.json").read_bytes())
         if not isinstance(head, dict) or head.get("format") != FORMAT:
             raise CheckpointError(f"{path / 'state.json'} is no {FORMAT!r}")
+        if head["crc32"].get("state.json") not in (None, _sum_of(head["step"], head["state"])):
+            raise CheckpointError(f"{path / 'state.json'} is altered: its checksum differs")
         model, tensors = (
             _read(path / name, head["crc32"][name]) for name in ("model.safetensors", "state.safetensors")
         )
         return Checkpoint(path, head["step"], model, _unpack(head["state"], tensors))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is no checkpoint: {Path(error.filename).name} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / 'state.json'} is damaged: {error!r}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

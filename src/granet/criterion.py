@@ -5,7 +5,7 @@ A criterion looks at each weight by itself, so it may be asked about any part of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +84,18 @@ def gradient(layer: Layer) -> Tensor:
 
 
 gradient.absolute = "grad"
+
+
+def with_gradient(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Those of the layers that come with their gradient.
+
+    Raises:
+        ValueError: none does.
+    """
+    found = {name: layer for name, layer in layers.items() if layer.grad is not None}
+    if not found:
+        raise ValueError("this update needs dense gradients, and no layer came with one")
+    return found
 
 
 def _float(values: Tensor) -> Tensor:

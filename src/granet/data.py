@@ -93,6 +93,8 @@ def load(name: str, *, root: str | Path | None = None, validation: int | float, 
         or (isinstance(validation, float) and validation > 1)
     ):
         raise ValueError(f"validation is a count below {len(train)} or a share below 1; got {validation!r}")
+    if validation and not count:
+        raise ValueError(f"validation={validation!r} of {len(train)} images is none: give a larger share, or a number")
     kept, held = stratified(train.labels, count, seed)
     # an image folder may hold a part of ImageNet's classes
     classes = int(train.labels.max()) + 1 if isinstance(train, FolderSplit) else source.classes

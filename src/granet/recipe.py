@@ -265,7 +265,9 @@ AnyMethod = Annotated[Union[tuple(SECTIONS.values())], Field(discriminator="name
 class Recipe(Section):
     """One training run: data, model, method, training, seed."""
 
-    name: str = Field("custom", description="Name of the run, which its directory starts with.")
+    name: str = Field(
+        "custom", pattern=r"^[^\s./\\-][^/\\]*$", description="Name of the run, which its directory starts with."
+    )
     data: Data
     model: Model
     method: AnyMethod
@@ -315,9 +317,9 @@ def _explain(problem: Mapping[str, Any]) -> str:
             section = section.model_fields[part].annotation
         elif part in SECTIONS and path[0] == "method":
             section = SECTIONS[part]
-    if path[0] == "method" and len(path) > 1 and path[1] in SECTIONS:
+    if path[:1] == ["method"] and len(path) > 1 and path[1] in SECTIONS:
         del path[1]  # pydantic's name of the alternative, which is no key of the file
-    where = ".".join(path)
+    where = ".".join(path) or "the whole"
     match problem["type"]:
         case "extra_forbidden":
             return f"{where}: there is no such key; {suggest(path[-1], section.model_fields)}"

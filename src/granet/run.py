@@ -65,6 +65,7 @@ class Run:
         Raises:
             FileNotFoundError: it is no run directory.
         """
+        path = path.resolve() if not path.name else path  # the directory one stands in has a name too
         file = path / "recipe.yaml"
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))

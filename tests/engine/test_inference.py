@@ -11,7 +11,10 @@ import torch
 from fuzz_models import check_every_choice, network
 from torch import nn
 
-from granet.engine import inference
+from granet.engine import inference, ops
+from granet.engine.graph import lower
+from granet.engine.plan import execute
+from granet.engine.program import Program, choices
 
 
 @pytest.mark.parametrize(
@@ -263,3 +266,25 @@ for _ in range(2):
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stderr.count("no C++ compiler found") == 1
+
+
+@pytest.mark.parametrize("images", [1, 2, 16])
+@pytest.mark.parametrize(
+    ("kernel", "size", "padding", "stride"),
+    [(3, 3, 0, 1), (5, 5, 0, 1), (2, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 2), (1, 1, 0, 1), (1, 1, 1, 3), (1, 2, 0, 2)],
+)
+def test_an_output_of_one_position(kernel, size, padding, stride, images):
+    """Every way to compute the last convolution of a LeNet, say, whatever lies around its only position."""
+    model = nn.Sequential(nn.Conv2d(16, 32, kernel, stride, padding)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand_like(model[0].weight) < 0.2)
+    x = torch.randn(images, 16, size, size)
+    traced = torch.fx.symbolic_trace(model)
+    torch.fx.passes.shape_prop.ShapeProp(traced).propagate(x)
+    stages = lower(traced)
+    for batch in (1, ops.cpu()[0]):
+        for pick in choices(stages.segments[0].layers[0], batch):
+            programs = {s: Program(s, lambda layer, pick=pick: pick, batch) for s in stages.segments}
+            with torch.no_grad():
+                found = execute(stages, programs, (x,), {})
+                torch.testing.assert_close(found, model(x), atol=1e-5, rtol=1e-4)

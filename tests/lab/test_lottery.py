@@ -80,6 +80,30 @@ def test_a_level_begins_with_the_weights_that_its_mode_says(mode, rewind, tmp_pa
     assert every.min() >= gone.max()
 
 
+@pytest.mark.parametrize("mode", ["weights", "learning-rate"])
+def test_the_average_goes_back_with_the_weights(mode, tmp_path):
+    averaged = recipe()
+    averaged = averaged.model_copy(update={"train": averaged.train.model_copy(update={"ema": 0.999})})
+    lottery = Lottery(sparsity=0.5, levels=1, mode=mode, rewind="0.5")
+    asked = []
+    list(run(averaged, lottery, tmp_path, stop=lambda: asked.append(1) or len(asked) > 40))
+    found = levels(averaged, lottery, tmp_path)
+    begun = first(found[1])
+    source = checkpoint.load(found[0].run.checkpoints / ("00000010" if mode == "weights" else "00000040"))
+    for name, mask in begun.state["sparsifier"]["masks"].items():
+        assert torch.equal(begun.state["ema"][name], source.state["ema"][name].where(mask, 0))
+
+
+def test_a_moment_too_late_and_a_pattern_are_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(LotteryError, match="the training ends at step 40"):
+        list(run(recipe(), replace(LOTTERY, rewind="9"), tmp_path))
+    assert not list(tmp_path.glob("*/checkpoints/*"))
+    patterned = recipe()
+    patterned = patterned.model_copy(update={"model": patterned.model.model_copy(update={"pattern": "2:4"})})
+    with pytest.raises(LotteryError, match="no pattern '2:4'"):
+        list(run(patterned, LOTTERY, tmp_path))
+
+
 def test_a_stopped_procedure_ends_as_one_that_ran_through(tmp_path):
     through = list(run(recipe(), LOTTERY, tmp_path / "through"))
     steps = iter(range(10_000))

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from granet import checkpoint
+from granet import checkpoint, recipes
 from granet.checkpoint import CheckpointError
 from granet.cli import main
+from granet.lab.plasticity_cell import Bench
 from granet.lab.sensitivity import layer_sensitivity
-from granet.recipe import validate
+from granet.recipe import RecipeError, validate
 from granet.run import Run, execute
 from granet.topology import count
 
@@ -73,6 +74,19 @@ def test_what_cannot_be_measured_says_why(run, tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe().to_yaml())
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         layer_sensitivity(tmp_path)
+    values = recipes.load("digits", method="str").model_dump()
+    (tmp_path / "recipe.yaml").write_text(validate(values, source="test").to_yaml())
+    with pytest.raises(RecipeError, match=r"trains more than its weights \(str\)"):
+        Bench(Run.open(tmp_path))
+
+
+def test_a_network_under_a_pattern_is_pruned_weight_by_weight(tmp_path):
+    values = recipe().model_dump()
+    values["model"] |= {"pattern": "2:4"}
+    values["method"] = {"name": "static", "sparsity": 0.5}
+    finished = Run.of(validate(values, source="test"), tmp_path)
+    execute(finished)
+    assert layer_sensitivity(finished.path, sparsities=(0.9,))
 
 
 def test_the_best_checkpoint(run):

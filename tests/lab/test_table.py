@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 from pathlib import Path
 
@@ -119,6 +120,15 @@ def test_gaps_are_of_equal_settings_with_their_standard_error(tiny, done):
     assert one.verdict == "better"
     assert str(one) == "digits, 90%, train.lr 0.1: long - static = +4.00 ± 1.41: better"
     assert {g.verdict for g in found if g.other == "dense"} == {"worse"}
+
+
+def test_a_gap_names_both_settings_where_they_differ(tiny, done):
+    lines = table.rows(tiny, done)
+    one = next(line for line in lines if line.label == "static")
+    ours = dataclasses.replace(one, settings=(("method.interval", 10), ("train.lr", 0.1)))
+    other = dataclasses.replace(one, settings=(("method.interval", 20), ("train.lr", 0.1)))
+    assert table.gap(ours, other).where.endswith("method.interval 10 against 20, train.lr 0.1")
+    assert table.gap(ours, ours).where.endswith("method.interval 10, train.lr 0.1")
 
 
 def test_one_seed_is_no_evidence(tiny, done):

@@ -1,5 +1,8 @@
 """Growth by one gradient, by the mean of several, by their exponential mean, or at random."""
 
+from fractions import Fraction
+from math import floor
+
 import pytest
 import torch
 from torch import nn
@@ -37,7 +40,7 @@ class Spy:
         """The mask after the update at step `at`, growth by `score`."""
         mask = self.masks[at - 1]
         active = count(mask)
-        n = min(int(ratio * active), mask.numel() - active)
+        n = min(floor(Fraction(str(round(ratio, 12))) * active), mask.numel() - active)
         worst = sorted(
             mask.flatten().nonzero().flatten().tolist(), key=lambda i: self.weights[at - 1].flatten()[i].abs()
         )

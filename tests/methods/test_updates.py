@@ -1,6 +1,8 @@
 """Each method's update equals a deliberately naive version of it, in NumPy, from the papers; ties included."""
 
 import math
+from fractions import Fraction
+from math import floor
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ def keep(mask, scores, n):
 
 def naive_exchange(mask, weight, grad, ratio):
     active = int(mask.sum())
-    n = min(int(ratio * active), mask.size - active)
+    n = min(floor(Fraction(str(round(ratio, 12))) * active), mask.size - active)
     kept = keep(mask, np.abs(weight), active - n)
     out = kept.copy().reshape(-1)
     out[best(np.abs(grad), n, ~kept)] = True

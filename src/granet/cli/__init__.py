@@ -26,7 +26,7 @@ HELP = f"""usage: granet COMMAND ...
 Train sparse neural networks that stay sparse: GraNet and its family.
 
 commands:
-{"".join(f"  {name:9}{about}{chr(10)}" for name, about in COMMANDS.items())}
+{"".join(f"  {name:13}{about}{chr(10)}" for name, about in COMMANDS.items())}
 examples:
   granet train                                   digits, GraNet to 90 % sparsity, in a minute
   granet train --twin                            the same, beside the dense network

@@ -68,7 +68,7 @@ def main(args: list[str]) -> int:
     """Makes the study, shows the table, writes figures and findings; returns the exit code, 1 if cells failed."""
     words = list(args)
     name = words.pop(0) if words and not words[0].startswith("-") else studies.DEFAULT
-    if Path(name).is_dir():
+    if studies.is_run(name):
         what, default = Path(name), studies.Study()
         options = tyro.cli(Options, args=words, prog="granet plasticity RUN", description=DESCRIPTION)
     else:

@@ -106,8 +106,8 @@ class Choice:
 
 def choices(layer: Layer, batch: int) -> list[Choice]:
     """The ways to compute `layer` that are worth measuring, the likeliest first."""
-    positions = layer.out.size[0] * layer.out.size[1]
-    if positions == 1 and batch == 1:
+    spec, source = layer.spec, layer.inputs[0]
+    if batch == 1 and spec.kernel == (1, 1) and spec.padding == (0, 0) and source.size == (1, 1):  # a plane is a number
         return [Choice("vector")]
     found = [Choice("sparse", 8), Choice("sparse", 12)]
     grouped = layer.spec.out_channels // layer.spec.groups % GROUP == 0

@@ -82,7 +82,10 @@ def levels(recipe: Recipe, lottery: Lottery, runs: Path) -> list[Level]:
 
     Raises:
         RecipeError: a directory holds a run of another recipe.
+        LotteryError: the recipe has a pattern.
     """
+    if recipe.model.pattern != "unstructured":
+        raise LotteryError(f"a lottery prunes single weights, so no pattern {recipe.model.pattern!r}: leave it out")
     values: dict[str, Any] = recipe.model_dump()
     dense = values | {"method": {"name": "dense"}, "name": f"{title(recipe)}-ticket"}
     dense["train"] = values["train"] | {"keep": (epochs(lottery.rewind),)}
@@ -112,6 +115,8 @@ def run(
         CheckpointError, TrainingError: as `granet.run.execute`.
     """
     found = levels(recipe, lottery, runs)
+    if found[-1].summary is None:
+        rewind_step(lottery, Trainer(found[-1].run.recipe))  # refused before the first level is trained
     for level in found:
         if level.summary is None and level.number and checkpoint.load_latest(level.run.checkpoints) is None:
             _begin(level, found, lottery)
@@ -134,6 +139,9 @@ def _begin(level: Level, found: list[Level], lottery: Lottery) -> None:
     if lottery.mode == "weights":
         early = _early(found[0].run, at)
         weights, state["optimizer"] = early.model, early.state["optimizer"]
+    if state["ema"] is not None:  # the average goes back with the weights, and is as sparse
+        average = (early if lottery.mode == "weights" else before).state["ema"]
+        state["ema"] = {name: x.where(masks[name], 0) if name in masks else x for name, x in average.items()}
     state["sparsifier"] |= {"masks": masks, "ever": masks, "step": at}
     # what it cost to come here counts
     state |= {key: before.state[key] for key in ("training_flops", "seconds")} | {"metrics": 0}

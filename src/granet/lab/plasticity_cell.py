@@ -17,8 +17,8 @@ from granet.criterion import Layer, magnitude
 from granet.distribution import budget
 from granet.lab import pool
 from granet.lab.plasticity_study import Cell
-from granet.methods import Dense
-from granet.recipe import SECTIONS
+from granet.methods import METHODS, Dense
+from granet.recipe import SECTIONS, RecipeError
 from granet.run import Run
 from granet.sparsifier import Sparsifier
 from granet.trainer import Trainer
@@ -67,7 +67,11 @@ class Bench:
 
     def __init__(self, run: Run):
         self.run = run
-        dense = run.recipe.model_copy(update={"method": SECTIONS["dense"](name="dense")})
+        recipe, name = run.recipe, run.recipe.method.name
+        if METHODS[name].reparameterizes:
+            raise RecipeError(f"{run.path} trains more than its weights ({name}): take a run of another method")
+        plain = recipe.model.model_copy(update={"pattern": "unstructured"})  # single weights are pruned
+        dense = recipe.model_copy(update={"method": SECTIONS["dense"](name="dense"), "model": plain})
         self.trainer = Trainer(dense)
         self.settings = self.trainer.settings
         self._before: dict[int, float] = {}

@@ -89,7 +89,7 @@ def plan(what: str | Path | Recipe, study: Study | None = None, *, out: Path | N
     run = None
     if isinstance(what, Recipe):
         name, recipe = what.name, what
-    elif Path(what).is_dir():
+    elif studies.is_run(what):
         run = Run.open(Path(what))
         name, recipe = run.path.name, run.recipe
     else:

@@ -105,6 +105,12 @@ def resolve(name: str) -> tuple[str, Study]:
     return PRESETS.get(name, (name, Study()))
 
 
+def is_run(what: str | Path) -> bool:
+    """Whether a run directory is meant; a study's name is, also where a folder of that name lies around."""
+    known = str(what) in PRESETS or str(what) in recipes.names()
+    return (Path(what) / "recipe.yaml").is_file() or (Path(what).is_dir() and not known)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One pruning: plain data, so that any process can make it."""

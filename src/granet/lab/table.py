@@ -276,13 +276,20 @@ def gap(ours: Row, other: Row, select: str = "last") -> Gap | None:
     error = None
     if min(len(a), len(b)) > 1:
         error = 100 * (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
-    shared = [f"{key} {value}" for key, value in ours.settings if key != "method.sparsity" and value is not None]
+    shared = [
+        f"{key} {x}" if y in (x, None) else f"{key} {x} against {y}"
+        for (key, x), (_, y) in zip(ours.settings, other.settings, strict=True)
+        if key != "method.sparsity" and x is not None
+    ]
     where = ", ".join([ours.task, per_cent(ours.target if ours.target is not None else ours.sparsity), *shared])
     return Gap(ours.label, other.label, where, points, error)
 
 
 def gaps(sweep: Sweep, table: Sequence[Row]) -> list[Gap]:
-    """Returns the gaps of the pairs that the sweep compares, wherever both have the same setting; dense fits any."""
+    """Returns the gaps of the pairs that the sweep compares, wherever both have the same setting; dense fits any.
+
+    What belongs to a method may differ, which the gap then says.
+    """
     found = [
         gap(a, b, sweep.report.select)
         for ours, other in sweep.report.compare

@@ -179,13 +179,21 @@ class Grows:
         first = ahead == n - 1 or self.is_update(step - 1)
         return (0.0 if first else 1.0), 1 / n
 
-    def exchanged(self, mask: Tensor, layer: Layer, ratio: float, rng: torch.Generator) -> Tensor:
-        """`mask` after a share `ratio` of its active entries was dropped by magnitude and as many were grown."""
+    def exchanged(
+        self, masks: Mapping[str, Tensor], layers: Mapping[str, Layer], ratio: float, rng: torch.Generator
+    ) -> dict[str, Tensor]:
+        """`masks` after a share `ratio` of each layer's active entries was dropped by magnitude and as many were grown.
+
+        A layer without a gradient, frozen or in no path from the loss, keeps its mask where growth is by gradients.
+        """
+        lose = criterion.magnitude
         if self.growth == "random":
-            return topology.rewire(mask, layer, ratio, rng, lose=criterion.magnitude)
-        if layer.grad is None:  # frozen, or in no path from the loss: nothing says where to grow
-            return mask
-        return topology.exchange(mask, layer, ratio, lose=criterion.magnitude, gain=criterion.gradient)
+            return {name: topology.rewire(masks[name], layer, ratio, rng, lose=lose) for name, layer in layers.items()}
+        known = criterion.with_gradient(layers)
+        gain = criterion.gradient
+        return masks | {
+            name: topology.exchange(masks[name], layer, ratio, lose=lose, gain=gain) for name, layer in known.items()
+        }
 
 
 MOMENTUM = (0.9, 0.1)

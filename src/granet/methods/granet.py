@@ -72,7 +72,7 @@ class GraNet(Grows, Method):
 
         # zero-cost neuroregeneration: each layer trades its smallest weights for its steepest gradients (Eq. 2, 3)
         r = self.regeneration_at(step)
-        return {name: self.exchanged(masks[name], layer, r, rng) for name, layer in layers.items()}
+        return self.exchanged(masks, layers, r, rng)
 
     def sparsity_at(self, step):
         return schedule.ramp(self.schedule)(self.initial_sparsity, self.sparsity, self.begin, self.end)(step)

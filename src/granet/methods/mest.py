@@ -57,6 +57,8 @@ class MEST(Method):
         return Every(self.interval, end=self.end, land=self.soft_bound)(step) and (step < self.end or self.soft_bound)
 
     def update(self, step, layers, masks, rng):
+        if self.needs_grad:
+            criterion.with_gradient(layers)  # one at least
         known = {name: self._known(layer, masks[name]) for name, layer in layers.items()}
         if not self.soft_bound:
             p = self.regeneration_at(step)

@@ -46,7 +46,7 @@ class RigL(Grows, Method):
 
     def update(self, step, layers, masks, rng):
         alpha = self.regeneration_at(step)
-        return {name: self.exchanged(masks[name], layer, alpha, rng) for name, layer in layers.items()}
+        return self.exchanged(masks, layers, alpha, rng)
 
     def sparsity_at(self, step):
         return self.sparsity

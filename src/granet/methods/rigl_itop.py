@@ -44,7 +44,7 @@ class RigLITOP(Grows, Method):
 
     def update(self, step, layers, masks, rng):
         p = self.regeneration_at(step)
-        return {name: self.exchanged(masks[name], layer, p, rng) for name, layer in layers.items()}
+        return self.exchanged(masks, layers, p, rng)
 
     def sparsity_at(self, step):
         return self.sparsity

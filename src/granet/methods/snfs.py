@@ -47,7 +47,7 @@ class SNFS(Method):
     def update(self, step, layers, masks, rng):
         p = self.regeneration_at(step)
         kept, momentum, removed = {}, {}, 0
-        known = {name: layer for name, layer in layers.items() if layer.grad is not None}  # the others stay as they are
+        known = criterion.with_gradient(layers)  # the others stay as they are
         for name, layer in known.items():
             active = topology.count(masks[name])
             m = criterion.gradient(layer)  # |M|

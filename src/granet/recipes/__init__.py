@@ -84,6 +84,8 @@ def read(path: Path, *, seen: tuple[Path, ...] = ()) -> RecipeFile:
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is no recipe: a mapping such as 'data: {{name: digits}}' is expected")
     base, summary, methods = values.pop("base", None), values.pop("summary", ""), values.pop("methods", {})
+    if not isinstance(methods, Mapping):
+        raise RecipeError(f"{path}: methods is a mapping from names to settings; got {methods!r}")
     if base is not None:
         near = path.parent / f"{base}.yaml"
         parent = near if near.exists() else _shipped().get(str(base))
