@@ -121,3 +121,8 @@ def test_shares_are_exact_and_within_the_room(layers, part):
 def test_shares_refuse_more_than_the_room():
     with pytest.raises(ValueError, match="8 weights are more than the room for 7"):
         share(8, {"a": 1.0, "b": 2.0}, {"a": 3, "b": 4})
+
+
+def test_more_than_there_is_room_for_is_refused():
+    with pytest.raises(ValueError, match="10 active weights are more than the 5 that there is room for"):
+        scale({"a": 5}, 10)

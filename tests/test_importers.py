@@ -120,3 +120,21 @@ def test_another_parametrization_beside_the_mask_is_refused():
     nn.utils.parametrize.register_parametrization(model[0], "weight", Mask((12, 8)))
     with pytest.raises(ValueError, match=r"0.weight is parametrized by _WeightNorm too"):
         import_masks(model)
+
+
+def test_masks_that_are_refused_are_still_there():
+    model, expected, output = pruned()
+    dense = model[0].weight_orig.detach().clone()
+    prune.random_unstructured(model[2], "bias", amount=0.5)
+    with pytest.raises(ValueError, match=r"'2\.bias' has a mask, and stays dense"):
+        import_masks(model)
+    assert torch.equal(model[0].weight_orig, dense) and prune.is_pruned(model)
+    masks = import_masks(model, only=["linear", "2.bias"])  # as the message says
+    assert same({name: masks[name] for name in expected}, expected) and int(masks["2.bias"].sum()) == 2
+    torch.testing.assert_close(model(torch.ones(1, 8)), output, rtol=1, atol=1)
+
+
+def test_the_attention_mask_of_a_pruned_transformer_is_no_mask_of_weights():
+    model, expected, _ = pruned()
+    model.register_buffer("causal_mask", torch.ones(3, 3).tril())
+    assert same(import_masks(mlp(), model.state_dict()), expected)

@@ -140,6 +140,11 @@ def test_an_unknown_recipe(name, says):
         recipes.load(name)
 
 
+def test_what_is_no_mapping_at_all():
+    with pytest.raises(RecipeError, match=r"the whole: .* got 5"):
+        validate(5, source="test")
+
+
 def test_an_unknown_method_of_a_recipe():
     with pytest.raises(RecipeError, match="no method 'regl'; did you mean 'rigl'"):
         recipes.load("digits", method="regl")
@@ -153,6 +158,8 @@ def test_an_unknown_method_of_a_recipe():
         ("- a list", "is no recipe"),
         ("base: digit", "did you mean 'digits'"),
         ("base: own", "in a circle"),
+        ("base: digits\nmethods: 3", "methods is a mapping from names to settings; got 3"),
+        ("base: digits\nmethods:", "methods is a mapping from names to settings; got None"),
         ("base: digits\ntrain: {epochs: !!python/object/apply:os.getcwd []}", "cannot be read"),
     ],
 )

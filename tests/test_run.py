@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,6 +270,14 @@ def test_a_directory_of_another_recipe_is_refused(tmp_path):
     (run.path / "recipe.yaml").write_text(recipe(seed=5).to_yaml())
     with pytest.raises(RecipeError, match="holds a run of another recipe"):
         Run.of(recipe(), tmp_path)
+
+
+def test_the_directory_one_stands_in_has_a_name(tmp_path, monkeypatch):
+    run = Run.of(recipe(), tmp_path)
+    run.path.mkdir(parents=True)
+    (run.path / "recipe.yaml").write_text(run.recipe.to_yaml())
+    monkeypatch.chdir(run.path)
+    assert Run.open(Path()).path.name == run.path.name
 
 
 def test_what_is_no_run_directory(tmp_path):

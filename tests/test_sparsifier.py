@@ -691,3 +691,27 @@ def test_detached_it_lets_go():
     assert dirt(sparsifier, optimizer) > 0
     sparsifier.attach(optimizer)  # and takes hold again
     assert dirt(sparsifier, optimizer) == 0
+
+
+def test_weight_norm_is_left_dense():
+    """The weight is computed from its parameters: pruning them would divide zero by zero."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch has a newer one, which was left dense already
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(12, 40)), nn.ReLU(), nn.Linear(40, 4))
+    sparsifier = Sparsifier(model, Static(sparsity=0.9))
+    assert set(sparsifier.counts) == {"2.weight"}
+    assert torch.isfinite(model(torch.randn(2, 12))).all()
+    assert "weight_norm computes the weight from it" in str(granet.plan(model, Static(sparsity=0.9)))
+
+
+def test_deep_r_leaves_what_is_frozen_where_it_is():
+    model = mlp()
+    sparsifier = Sparsifier(model, granet.DeepR(sparsity=0.8, l1=0.01, temperature=1e-3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    train(model, optimizer, 2)
+    model[2].weight.requires_grad_(False)
+    mask, weight = sparsifier.masks["2.weight"].clone(), model[2].weight.clone()
+    train(model, optimizer, 1)
+    both = mask & sparsifier.masks["2.weight"]
+    assert torch.equal(model[2].weight[both], weight[both])

@@ -7,8 +7,9 @@ What comes back goes to `Sparsifier(model, method, masks=...)`; a network whose 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def import_masks(model: nn.Module, given: Mapping[str, Any] | None = None, *, on
 
     Raises:
         ValueError: there are no masks, or one has no parameter, another shape than it, or other values than 0 and 1;
-            or it is of a parameter that `only` and `skip` leave dense.
+            or it is of a parameter that `only` and `skip` leave dense. The model's own masks are then where they were.
 
     >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3))
     >>> _ = prune.random_unstructured(model[0], "weight", amount=6)
@@ -40,7 +41,17 @@ def import_masks(model: nn.Module, given: Mapping[str, Any] | None = None, *, on
     >>> {name: int(mask.sum()) for name, mask in masks.items()}, list(model.state_dict())
     ({'0.weight': 2, '1.weight': 6}, ['0.bias', '0.weight', '1.weight', '1.bias'])
     """
-    found = _taken_from(model) if given is None else _tensors(given)
+    undo: list[Callable[[], None]] = []
+    try:
+        return _chosen(model, _taken_from(model, undo) if given is None else _tensors(given), given, only, skip)
+    except ValueError:
+        for step in undo:
+            step()
+        raise
+
+
+def _chosen(model: nn.Module, found: Mapping[str, Any], given, only, skip) -> dict[str, Tensor]:
+    """A mask for every sparse parameter, those that were found checked."""
     if not found:
         raise ValueError(
             f"{type(model).__name__} carries no masks of torch.nn.utils.prune or torch.ao.pruning; give them as a "
@@ -65,14 +76,15 @@ def import_masks(model: nn.Module, given: Mapping[str, Any] | None = None, *, on
     return masks
 
 
-def _taken_from(model: nn.Module) -> dict[str, Tensor]:
-    """The masks that lie in the model, which is a plain one afterwards."""
+def _taken_from(model: nn.Module, undo: list[Callable[[], None]]) -> dict[str, Tensor]:
+    """The masks that lie in the model, which is a plain one afterwards; what puts each back is appended to `undo`."""
     found: dict[str, Tensor] = {}
     for path, module in list(model.named_modules()):
         prefix = f"{path}." if path else ""
         for leaf in [key.removesuffix("_mask") for key in module._buffers if key.endswith("_mask")]:
             if f"{leaf}_orig" in module._parameters:
-                found[prefix + leaf] = module._buffers[f"{leaf}_mask"].clone()
+                mask = found[prefix + leaf] = module._buffers[f"{leaf}_mask"].clone()
+                undo.append(partial(_prune_again, module, leaf, mask, module._parameters[f"{leaf}_orig"].clone()))
                 prune.remove(module, leaf)
         if not parametrize.is_parametrized(module):
             continue
@@ -84,8 +96,19 @@ def _taken_from(model: nn.Module) -> dict[str, Tensor]:
                 others = ", ".join(type(step).__name__ for step in steps if step is not masked[0])
                 raise ValueError(f"{prefix}{leaf} is parametrized by {others} too: remove that first")
             found[prefix + leaf] = masked[0].mask.clone()
+            undo.append(partial(_mask_again, module, leaf, masked[0], steps.original.clone()))
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
     return found
+
+
+def _prune_again(module: nn.Module, leaf: str, mask: Tensor, dense: Tensor) -> None:
+    prune.custom_from_mask(module, leaf, mask)
+    module._parameters[f"{leaf}_orig"].copy_(dense)
+
+
+def _mask_again(module: nn.Module, leaf: str, step: nn.Module, dense: Tensor) -> None:
+    parametrize.register_parametrization(module, leaf, step)
+    module.parametrizations[leaf].original.copy_(dense)
 
 
 def _tensors(given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -93,7 +116,9 @@ def _tensors(given: Mapping[str, Any]) -> dict[str, Tensor]:
     if "state" in given and "groups" in given:
         return {name: entry["mask"] for name, entry in given["state"].items() if "mask" in entry}
     marked = {key: value for key, value in given.items() if re.search(r"[_.]mask$", key)}
-    return dict(marked or given)
+    # in the state dict of a pruned model other buffers may be called masks, those of attention for example
+    pruned = {key: value for key, value in marked.items() if f"{key[:-5]}_orig" in given or "parametrizations." in key}
+    return dict(pruned or marked or given)
 
 
 def _named(key: str, known: Mapping[str, Any]) -> str:

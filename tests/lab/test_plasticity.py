@@ -14,7 +14,7 @@ from granet.cli import main
 from granet.lab import plasticity_cell, plasticity_grid, plasticity_study
 from granet.lab.plasticity_cell import Bench, exchanged, measure, prune, regenerate
 from granet.lab.plasticity_findings import findings, paragraph
-from granet.lab.plasticity_study import PRESETS, Cell, Study, StudyError, moments
+from granet.lab.plasticity_study import PRESETS, Cell, Study, StudyError, is_run, moments
 from granet.lab.plasticity_table import Row, table
 from granet.optimizer import learning_rate
 from granet.recipe import RecipeError, validate
@@ -307,6 +307,14 @@ def test_errors_are_one_clear_line(tmp_path, monkeypatch, capsys, args, says):
     assert says in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_is_meant_where_a_folder_has_its_name(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plasticity-digits").mkdir()
+    (tmp_path / "other").mkdir()
+    assert not is_run("plasticity-digits") and not is_run("digits") and not is_run("nowhere")
+    assert is_run("other") and is_run(run.path)
 
 
 def test_runs_that_cannot_be_studied_say_why(tmp_path, run):
