@@ -119,6 +119,9 @@ def test_a_file_of_your_own_can_start_from_a_shipped_one(tmp_path):
         ({"train": {"batch_size": 10, "accumulate": 3}}, "cannot be split"),
         ({"name": "../elsewhere"}, r"name: .* got '\.\./elsewhere'"),
         ({"name": ""}, r"name: "),
+        ({"method": {"sparsity": 0.5}}, r"method: has no name \(choices: dense, "),
+        ({"method": [1]}, r"method: is a mapping of keys to values, got \[1\]"),
+        ({"train": {"milestones": 3}}, r"train\.milestones: is a list, got 3"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_nearest_choice(values, says):

@@ -272,6 +272,14 @@ def test_a_directory_of_another_recipe_is_refused(tmp_path):
         Run.of(recipe(), tmp_path)
 
 
+def test_a_damaged_summary_is_named(tmp_path):
+    run = Run.of(recipe(), tmp_path)
+    run.path.mkdir(parents=True)
+    (run.path / "summary.json").write_text("")
+    with pytest.raises(RecipeError, match=r"summary\.json is damaged .* remove it"):
+        _ = run.summary
+
+
 def test_the_directory_one_stands_in_has_a_name(tmp_path, monkeypatch):
     run = Run.of(recipe(), tmp_path)
     run.path.mkdir(parents=True)

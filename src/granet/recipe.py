@@ -325,6 +325,12 @@ def _explain(problem: Mapping[str, Any]) -> str:
             return f"{where}: there is no such key; {suggest(path[-1], section.model_fields)}"
         case "union_tag_invalid":
             return f"{where}: there is no method {given.get('name')!r}; {suggest(given.get('name'), SECTIONS)}"
+        case "union_tag_not_found":
+            return f"{where}: has no name {suggest('', SECTIONS)}"
+        case "dict_type" | "model_type" | "model_attributes_type" | "mapping_type":
+            return f"{where}: is a mapping of keys to values, got {given!r}"
+        case "tuple_type" | "list_type":
+            return f"{where}: is a list, got {given!r}"
         case "literal_error":
             choices = [str(choice) for choice in re.findall(r"'([^']*)'", problem["ctx"]["expected"])]
             return f"{where}: {given!r} is not possible; {suggest(given, choices)}"

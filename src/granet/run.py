@@ -84,9 +84,16 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The results of a finished run, or None."""
+        """The results of a finished run, or None.
+
+        Raises:
+            RecipeError: the file is damaged.
+        """
         file = self.path / "summary.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{file} is damaged ({error}): remove it, and granet resume writes it anew") from None
 
     @property
     def report(self) -> Path:
