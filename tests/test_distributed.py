@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import granet
+from granet.ranks import leave
 
 SETTINGS = {
     "static": {"sparsity": 0.8},
@@ -144,8 +145,7 @@ def equal_to_one_process(rank, world, folder, kind, names):
                 for value in optimizer.state[p].values():
                     if value.shape == p.shape:
                         assert not whole(value)[~whole(sparsifier.trained[key])].any()
-        del forward  # before the process group, which it must not be the last to hold
-    dist.destroy_process_group()
+    leave()
 
 
 def spawn(function, world, tmp_path, *args):
@@ -226,7 +226,7 @@ def differences_are_found(rank, world, folder):
     sparsifier, optimizer = make(method("static"), model=model, seed=rank)
     with pytest.raises(RuntimeError, match="'generator' on rank 1"):
         sparsifier.attach(optimizer)
-    dist.destroy_process_group()
+    leave()
 
 
 def test_differences_between_ranks_are_found_on_all_of_them(tmp_path):
@@ -252,7 +252,7 @@ def what_cannot_be_sharded_is_refused(rank, world, folder):
     masks = granet.Sparsifier(before, chosen, probe=Probe(before, [batch(0)])).masks
     sharded = granet.Sparsifier(model, chosen, masks=masks).masks
     assert all(torch.equal(whole(sharded[name]), mask) for name, mask in masks.items())
-    dist.destroy_process_group()
+    leave()
 
 
 def test_what_cannot_be_sharded_is_refused_with_what_to_do(tmp_path):

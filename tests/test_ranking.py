@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from granet import native, ranking
 from granet.criterion import Layer, given, magnitude
 from granet.ranking import NonFiniteScores
+from granet.ranks import leave
 from granet.topology import count, drop, grow, top
 
 SCORES = st.lists(st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0, 3.5, 7.25]), min_size=1, max_size=40)
@@ -160,7 +161,7 @@ def equal_to_whole(rank, world, folder):
         broken[0].to_local()[0, 0] = float("nan")
     with pytest.raises(NonFiniteScores, match="on some rank"):  # on every rank, none waits for another
         top([Layer(part) for part in broken], given, 10, shards(among))
-    dist.destroy_process_group()
+    leave()
 
 
 def test_shards_choose_what_the_whole_does(tmp_path):

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from granet import recipes
-from granet.ranks import Ranks, current, joined
+from granet.ranks import Ranks, current, joined, leave
 from granet.recipe import validate
 from granet.run import Run, execute
 from granet.trainer import Trainer
@@ -47,29 +47,21 @@ def last_checkpoint(folder, name=""):
     return load_file(path / "model.safetensors"), load_file(path / "state.safetensors")
 
 
-def take_first_step(recipe, rank, folder):
-    """In a function of its own: the last holder of a process group must not be a DistributedDataParallel.
-
-    Its end would wait, with the interpreter's lock, for gloo's thread, which may still wait for that lock.
-    """
-    trainer = Trainer(recipe)
-    trainer.train_step(trainer.replica, *next(iter(trainer.batches())))
-    if rank == 0:
-        torch.save(trainer.model.state_dict(), folder / "first_step.pt")
-
-
 def train_together(rank, world, folder):
     begin(rank, world, folder)
     parts = recipe(accumulate=2, clip_norm=1.0, ema=0.9)
     assert execute(Run.of(parts, folder / "mlp"))["last"] == execute(Run.of(parts, folder / "mlp"))["last"]
 
     norms = recipe("digits-cnn")
-    take_first_step(norms, rank, folder)
+    first = Trainer(norms)
+    first.train_step(first.replica, *next(iter(first.batches())))
+    if rank == 0:
+        torch.save(first.model.state_dict(), folder / "first_step.pt")
     execute(Run.of(norms, folder / "whole"))
     asked = iter(range(1000))
     assert execute(Run.of(norms, folder / "resumed"), stop=lambda: rank == 1 and next(asked) == 16) is None
     assert execute(Run.of(norms, folder / "resumed")) is not None
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

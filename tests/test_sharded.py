@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 import granet
 from granet import sharded, stepping
+from granet.ranks import leave
 
 SETTINGS = {
     "granet": {"sparsity": 0.9, "initial_sparsity": 0.4, "end": 12, "total": 20, "interval": 3},
@@ -93,7 +94,7 @@ def write(rank, world, folder):
                 assert expected.keys() == found.keys()
                 assert all(torch.equal(whole(found[key]), value) for key, value in expected.items())
         assert type(back.sparsifier.masks["0.weight"]) is torch.Tensor
-    dist.destroy_process_group()
+    leave()
 
 
 def go_on(rank, world, folder):
@@ -103,7 +104,7 @@ def go_on(rank, world, folder):
         sharded.load(folder / name, *run.parts())
         assert run.sparsifier.step == SAVED
         run.train(STEPS, rank, world).equals(Run(name, shard=False).train(STEPS))
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

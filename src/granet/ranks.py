@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,4 +185,14 @@ def joined(timeout: timedelta = timedelta(minutes=10)) -> Iterator[Ranks]:
             raise ConnectionError(f"the other processes are gone, or do not answer: {error}") from error
         raise
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Leave the process group, as `destroy_process_group()`, once gloo's threads have let go of the last message.
+
+    They need the interpreter's lock for that (torch 2.13). A process that leaves within milliseconds of its last
+    message hangs, if a DistributedDataParallel is the last to hold the group, or is aborted when the interpreter ends.
+    """
+    time.sleep(0.2)
+    dist.destroy_process_group()

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import granet
 from granet import sharded as checkpoints
+from granet.ranks import leave
 
 
 def sharded(model, mesh=None):
@@ -191,4 +192,4 @@ if __name__ == "__main__":
         shards = sum(hasattr(p, "full_tensor") for p in sparsifier.model.parameters())
         found = {"masks": masks, "weights": weights, "step": sparsifier.step, "shards": shards}
         torch.save(found, folder / f"{run}-{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
