@@ -76,14 +76,14 @@ class Watch:
         """
         if self.kept and step % self.EVERY:
             return
-        if self.kept is not False:
-            if leaks(held()):
-                self.kept = False
-            else:
-                self._looks += moves()
-                self.kept = self._looks >= self.LOOKS or None
-        if self.kept is False:
+        leaking = self.kept is False or leaks(held())
+        if leaking:
             clear(held())
+            # what is found in passing may have been loaded: the optimizer's next steps decide
+            self.kept, self._looks = (None if self.kept else False), 0
+        else:
+            self._looks += moves()
+            self.kept = self._looks >= self.LOOKS or None
 
 
 def _here(work: Work) -> Work:
