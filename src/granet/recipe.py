@@ -304,8 +304,13 @@ def validate(values: Mapping[str, Any], *, source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {_explain(problem)}" for problem in error.errors()]
-        raise RecipeError("\n".join([f"the recipe {source} is not valid:", *lines])) from None
+        raise explained(error, source) from None
+
+
+def explained(error: ValidationError, source: str) -> RecipeError:
+    """The error that says, in one line each, what is wrong with a recipe."""
+    lines = [f"  {_explain(problem)}" for problem in error.errors()]
+    return RecipeError("\n".join([f"the recipe {source} is not valid:", *lines]))
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
@@ -331,6 +336,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
             return f"{where}: is a mapping of keys to values, got {given!r}"
         case "tuple_type" | "list_type":
             return f"{where}: is a list, got {given!r}"
+        case "string_pattern_mismatch":
+            return f"{where}: a name is not empty, has no slash, and no dot or dash first; got {given!r}"
         case "literal_error":
             choices = [str(choice) for choice in re.findall(r"'([^']*)'", problem["ctx"]["expected"])]
             return f"{where}: {given!r} is not possible; {suggest(given, choices)}"

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any
 
 import tyro
-from pydantic import create_model
+from pydantic import ValidationError, create_model
 
 from granet import recipes
-from granet.recipe import Recipe, RecipeError, validate
+from granet.recipe import Recipe, RecipeError, explained, validate
 
 DEFAULT = "digits"
 SHORT = {"--engine": "--train.engine"}
@@ -57,9 +57,12 @@ def parse(args: list[str], options: type, *, prog: str, description: str) -> Req
         frozen=True,
     )
     about = f"{description}\n\nThe options below are those of the recipe {name} with its method {recipe.method.name}."
-    result = tyro.cli(
-        arguments, args=words, prog=f"{prog} [RECIPE]", description=about, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    try:
+        result = tyro.cli(
+            arguments, args=words, prog=f"{prog} [RECIPE]", description=about, config=(tyro.conf.FlagCreatePairsOff,)
+        )
+    except ValidationError as error:  # of the recipe as a whole; that of a section tyro shows itself
+        raise explained(error, name) from None
     settings = validate(result.settings.model_dump(), source=name)
     return Request(settings, recipe, name, result.options)
 

@@ -103,8 +103,8 @@ class Bench:
         for name, mask in (kept or {}).items():
             p = parameters[name]
             masking.clear([(masking.like(mask, p), [p.detach(), *stepping.buffers([trainer.optimizer], p)])])
-        skip = trainer.recipe.model.keep_dense
-        trainer.sparsifier = Sparsifier(trainer.model, Dense(), skip=skip, masks=masks)
+        # what the run left dense, because it was asked to or a pattern does not fit, has no mask and stays so
+        trainer.sparsifier = Sparsifier(trainer.model, Dense(), only=list(masks), masks=masks)
         trainer.sparsifier.step = found.step
         trainer.sparsifier.attach(trainer.optimizer)
         if trainer.ema is not None:
