@@ -182,7 +182,7 @@ def test_a_process_of_its_own_is_the_first_of_one():
     values = torch.tensor([3.0])
     here.mean_([values])
     assert here.sum_(values) is values and values == 3.0
-    assert here.told(7) == 7 and here.any(True) and not here.any(False)
+    assert here.decide(lambda: 7) == 7 and here.any(True) and not here.any(False)
     model = torch.nn.Linear(2, 2)
     assert here.replica(model) is model and list(here.turns(model, [1, 2, 3])) == [1, 2, 3]
 

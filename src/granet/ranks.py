@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -136,13 +136,40 @@ class Ranks:
         """Whether `flag` is True on any rank."""
         return flag if self.world == 1 else bool(self.sum_(torch.tensor(int(flag))))  # on the CPU: no GPU is waited for
 
-    def told(self, number: int) -> int:
-        """The first rank's `number`."""
+    def decide(self, answer: Callable[[], T]) -> T:
+        """What `answer()` gives on the first rank, which alone calls it; the other ranks are told.
+
+        For whatever two ranks might see differently: files, which appear between two looks at them, clocks, the
+        environment, random numbers.
+
+        Raises:
+            Exception: on the first rank what `answer` raised.
+            RankError: on the others, with the message of that error.
+        """
         if self.world == 1:
-            return number
-        said = torch.tensor(number)
-        dist.broadcast(said, src=0)
-        return int(said)
+            return answer()
+        said: list = [None, None]
+        failed = None
+        if self.first:
+            try:
+                said = [answer(), None]
+            except Exception as error:
+                failed, said = error, [None, described(error)]
+        dist.broadcast_object_list(said, src=0)
+        if failed is not None:
+            raise failed
+        if said[1] is not None:
+            raise RankError(f"rank 0 failed: {said[1]}")
+        return said[0]
+
+
+class RankError(ConnectionError):
+    """Another rank failed, and this one with it: the message is that of the other rank's error."""
+
+
+def described(error: BaseException) -> str:
+    """The message of `error` with its type, for the other ranks."""
+    return f"{type(error).__name__}: {error}"
 
 
 def current() -> Ranks:

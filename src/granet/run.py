@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import yaml
 
-from granet import checkpoint
+from granet import checkpoint, ranks
 from granet.recipe import Recipe, RecipeError, validate
 from granet.trainer import Trainer
 
@@ -164,8 +164,9 @@ def execute(
         CheckpointError: no checkpoint could be written, or none read.
         TrainingError: the loss is not finite.
     """
-    if run.summary is not None:
-        return run.summary
+    finished = ranks.current().decide(lambda: run.summary)
+    if finished is not None:
+        return finished
     trainer = Trainer(run.recipe)  # first of all: what cannot be built leaves no directory behind
     if not trainer.ranks.first:
         return _accompany(run, trainer, stop)
@@ -178,7 +179,7 @@ def execute(
             trainer.load_state_dict(found.model, found.state)
             offset = found.state["metrics"]
             logger.info("going on from step %d of %d", trainer.step, trainer.steps)
-        trainer.ranks.told(trainer.step)
+        trainer.ranks.decide(lambda: trainer.step)
         checkpoint.replace(run.path / "environment.json", json.dumps(environment(trainer), indent=1))
         metrics = Metrics(run.path / "metrics.jsonl", offset)
         events = _events(run.path / "tensorboard", trainer.step)
@@ -208,7 +209,7 @@ def execute(
 
 def _accompany(run: Run, trainer: Trainer, stop: Callable[[], bool]) -> dict[str, Any] | None:
     """What `execute` does on all ranks but the first: train from where that one stands, and write nothing."""
-    if step := trainer.ranks.told(0):
+    if step := trainer.ranks.decide(lambda: 0):  # the first rank's step: this rank's answer is not asked for
         found = checkpoint.load(run.checkpoints / f"{step:08d}")
         trainer.load_state_dict(found.model, found.state)
     if not trainer.fit(record=lambda values: None, save=lambda: None, stop=stop):

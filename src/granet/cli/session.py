@@ -25,7 +25,7 @@ def train_all(runs: list[Run]) -> int:
         console = Console(quiet=not here.first)
         show_log(console)
         for run in runs:
-            if run.summary is not None:
+            if here.decide(lambda run=run: run.summary is not None):
                 console.print(f"[bold]{run.path}[/] is finished already", highlight=False, soft_wrap=True)
                 continue
             console.print(f"[bold]{run.path}[/]", highlight=False, soft_wrap=True)
