@@ -175,7 +175,7 @@ def test_exchange_equals_the_naive_version_and_overfills_no_group(problem, ratio
         layer = Layer(torch.tensor(weight), torch.tensor(grad))
         after = exchange(torch.tensor(mask), layer, ratio, lose=magnitude, gain=gradient).numpy()
     active, had = int(mask.sum()), in_groups(mask, m)
-    moved = min(floor(Fraction(str(round(ratio, 12))) * active), mask.size - active)
+    moved = floor(Fraction(str(round(ratio, 12))) * active) if active < mask.size else 0
     kept = naive_top(abs(weight), active - moved, mask, m, [np.full_like(had, n)]) if moved else mask
     held = in_groups(kept, m)
     room = [np.maximum(n - held, 0), np.maximum(n, had) - held]

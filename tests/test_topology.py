@@ -10,7 +10,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from granet.criterion import Layer, gradient, magnitude
-from granet.topology import count, drop, exchange, grow, grow_random, prune_to, random_masks
+from granet.pattern import NM, Block, parse
+from granet.topology import (
+    count,
+    drop,
+    exchange,
+    grow,
+    grow_random,
+    obeying,
+    prune_to,
+    random_masks,
+    rewire,
+    top,
+)
 
 SCORES = st.lists(st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0, 3.5, 7.25]), min_size=1, max_size=40)
 
@@ -44,11 +56,53 @@ def test_exchange_keeps_the_count(scores, ratio, data):
     after = exchange(mask, Layer(weight, grad), ratio, lose=magnitude, gain=gradient)
     assert count(after) == count(before)
     assert torch.equal(mask, before)
-    n = min(floor(Fraction(str(round(ratio, 12))) * count(before)), mask.numel() - count(before))
+    n = floor(Fraction(str(round(ratio, 12))) * count(before))  # however few entries are inactive
     kept = naive_top(weight.abs().tolist(), count(before) - n, before.tolist())
     inactive = [not k for k in kept]
     grown = naive_top(grad.abs().tolist(), n, inactive)
     assert after.tolist() == [k or g for k, g in zip(kept, grown, strict=True)]
+
+
+@settings(deadline=None)
+@cases(
+    st.integers(1, 60), st.floats(0.5, 1), st.floats(0, 1), st.sampled_from([None, NM(2, 4), Block(2, 2)]), st.data()
+)
+def test_dense_layers_exchange_as_large_a_share_as_sparse_ones(groups, density, ratio, pattern, data):
+    """What was dropped may come back, so the number of weights inactive before is no limit (RigL, Algorithm 1)."""
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    layer = Layer(torch.randn(4, 4 * groups, generator=rng), torch.randn(4, 4 * groups, generator=rng))
+    if pattern is not None:
+        layer = pattern.pooled(layer)
+    mask = random_masks({"a": round(density * layer.weight.numel())}, {"a": layer.shape}, rng)["a"]
+    active = count(mask)
+    n = floor(Fraction(str(round(ratio, 12))) * active)
+    with obeying(None if pattern is None else pattern.order):
+        kept = top([layer], magnitude, active - n, [mask])[0]
+        grown = top([layer], gradient, n, [~kept], beside=[(kept, mask)])[0]
+        after = exchange(mask, layer, ratio, lose=magnitude, gain=gradient)
+        anywhere = rewire(mask, layer, ratio, rng, lose=magnitude)
+    assert torch.equal(after, kept | grown)
+    assert count(after) == count(anywhere) == active
+    assert not (kept & ~anywhere).any()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "2x2", "channel"])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 1.0])
+def test_a_layer_that_is_active_everywhere_stays_as_it_is(pattern, ratio):
+    pattern = parse(pattern)
+    layer = pattern.pooled(Layer(torch.randn(8, 8), torch.randn(8, 8)))
+    mask = torch.ones(layer.shape, dtype=torch.bool)
+    with obeying(pattern.order):
+        assert exchange(mask, layer, ratio, lose=magnitude, gain=gradient).all()
+        assert rewire(mask, layer, ratio, torch.Generator(), lose=magnitude).all()
+
+
+def test_half_of_a_dense_layer_is_exchanged_though_a_tenth_is_inactive():
+    """Nine of ten are active and half of them go, four: three of those four come back with the one inactive entry."""
+    weight = torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0])
+    grad = torch.tensor([0.0, 0, 0, 0, 0, 0.1, 0.4, 0.3, 0.2, 0.9])
+    after = exchange(weight != 0, Layer(weight, grad), 0.5, lose=magnitude, gain=gradient)
+    assert after.int().tolist() == [1, 1, 1, 1, 1, 0, 1, 1, 1, 1]
 
 
 def test_an_exchange_a_reader_can_follow():

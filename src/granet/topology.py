@@ -99,12 +99,13 @@ def part(ratio: float, n: int) -> int:
 def exchange(mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain: Criterion) -> Tensor:
     """`mask` after a share `ratio` of its active entries was dropped by `lose` and as many were grown by `gain`.
 
-    The number exchanged is `ratio * active`, rounded down, and at most the number of inactive entries. Entries that
-    were just dropped may be grown again, as in RigL and GraNet: they were never inactive, and keep their value.
+    The number exchanged is `ratio * active`, rounded down. Entries that were just dropped are candidates again, as in
+    RigL and GraNet, so it may be larger than the number of inactive entries; of a mask that is True everywhere the
+    same mask comes back.
     """
     active = count(mask)
-    n = min(part(ratio, active), mask.numel() - active)
-    if n == 0:
+    n = part(ratio, active)
+    if n == 0 or active == mask.numel():
         return mask
     kept = top([layer], lose, active - n, [mask], candidates=active)[0]
     inactive = mask.numel() - active + n
@@ -115,8 +116,8 @@ def exchange(mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain:
 def rewire(mask: Tensor, layer: Layer, ratio: float, rng: torch.Generator, *, lose: Criterion) -> Tensor:
     """`exchange` that grows at random places, those just dropped among them."""
     active = count(mask)
-    n = min(part(ratio, active), mask.numel() - active)
-    if n == 0:
+    n = part(ratio, active)
+    if n == 0 or active == mask.numel():
         return mask
     return grow_random(top([layer], lose, active - n, [mask], candidates=active)[0], n, rng)
 

@@ -40,7 +40,7 @@ class Spy:
         """The mask after the update at step `at`, growth by `score`."""
         mask = self.masks[at - 1]
         active = count(mask)
-        n = min(floor(Fraction(str(round(ratio, 12))) * active), mask.numel() - active)
+        n = floor(Fraction(str(round(ratio, 12))) * active)
         worst = sorted(
             mask.flatten().nonzero().flatten().tolist(), key=lambda i: self.weights[at - 1].flatten()[i].abs()
         )

@@ -46,7 +46,7 @@ class SET(Method):
 
     def _rewire_by_sign(self, mask, layer, rng):
         active = topology.count(mask)
-        n = min(topology.part(self.drop_fraction, active), mask.numel() - active)
+        n = topology.part(self.drop_fraction, active)
         negative = mask & (layer.weight < 0)
         fewer = n * topology.count(negative) // active
         size = criterion.magnitude(layer)
