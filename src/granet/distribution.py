@@ -96,8 +96,39 @@ def scale(counts: Mapping[str, int], total: int) -> dict[str, int]:
     return _round({name: count * factor for name, count in counts.items()}, counts, total)
 
 
-def share(total: int, weights: Mapping[str, float], room: Mapping[str, int]) -> dict[str, int]:
-    """Whole numbers that add up to `total`, in proportion to `weights`, at most `room` each.
+def alike(total: int, shapes: Shapes, most: Mapping[str, int], at_least: Mapping[str, int]) -> dict[str, int]:
+    """Budgets of one density that add up to `total`, but for layers that hold fewer weights or are to keep more.
+
+    Args:
+        total: the active weights of all layers together.
+        shapes: the layers' shapes.
+        most: how many each may have; what such a layer has no room for is shared by the others.
+        at_least: how many some of them keep, as far as `most` allows; the others then get so many fewer.
+
+    >>> shapes = {"a": (10, 10), "b": (10, 10), "c": (10, 10)}
+    >>> alike(60, shapes, {"a": 100, "b": 10, "c": 100}, {"c": 40})
+    {'a': 10, 'b': 10, 'c': 40}
+
+    Raises:
+        ValueError: what is to be kept leaves less than a weight for each of the others.
+    """
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    counts = share(total, sizes, most, least=1)
+    kept = {name: min(n, most[name]) for name, n in at_least.items() if min(n, most[name]) > counts[name]}
+    if not kept:
+        return counts
+    rest, others = total - sum(kept.values()), [name for name in sizes if name not in kept]
+    if rest < len(others):
+        raise ValueError(
+            f"{', '.join(kept)} keep {sum(kept.values())} of the {total} active weights, which leaves too few for the "
+            f"other {len(others)} layers: lower the sparsity"
+        )
+    shared = share(rest, {name: sizes[name] for name in others}, {name: most[name] for name in others}, least=1)
+    return {name: kept.get(name) or shared[name] for name in sizes}
+
+
+def share(total: int, weights: Mapping[str, float], room: Mapping[str, int], *, least: int = 0) -> dict[str, int]:
+    """Whole numbers that add up to `total`, in proportion to `weights`, from `least` to `room` each.
 
     What a layer has no room for is shared by the others, in proportion again; where all weights are zero, by room.
 
@@ -105,12 +136,12 @@ def share(total: int, weights: Mapping[str, float], room: Mapping[str, int]) -> 
     {'a': 3, 'b': 5, 'c': 2}
 
     Raises:
-        ValueError: `total` is more than all the room.
+        ValueError: `total` is more than all the room, or too few for `least` each.
     """
     if total > sum(room.values()):
         raise ValueError(f"{total} weights are more than the room for {sum(room.values())}")
     most = max(weights.values()) or 1.0
-    return _fill(total, {name: weights[name] / most / max(1, n) for name, n in room.items()}, room, least=0)
+    return _fill(total, {name: weights[name] / most / max(1, n) for name, n in room.items()}, room, least)
 
 
 def _allocate(shapes: Shapes, density: float, weight: Callable[[Sequence[int]], float]) -> dict[str, int]:

@@ -59,15 +59,19 @@ class Probe:
                 "pass list(batches), or list(itertools.islice(batches, n)) for the first n"
             )
 
-    def gradients(self, masks: Masks | None = None) -> dict[str, Tensor]:
-        """The mean gradient of the loss over all examples, in training mode, by parameter, float32 at least.
+    def gradients(self, masks: Masks | None = None, *, training: bool = True) -> dict[str, Tensor]:
+        """The mean gradient of the loss over all examples, by parameter, float32 at least.
 
         Inactive weights have a gradient too: the one they would feel at zero.
+
+        Args:
+            masks: the parameters with their active weights.
+            training: the model's mode. In evaluation mode batch norm uses the statistics that it keeps.
 
         Raises:
             ValueError: there are no batches, a loss or gradient is not finite, or the output is no tensor.
         """
-        with _undisturbed(self.model, training=True):
+        with _undisturbed(self.model, training=training):
             return self._mean(self._tensors(masks), self.loss, _gradient)
 
     def hessian_gradient(self, masks: Masks | None = None, temperature: float = 200.0) -> dict[str, Tensor]:

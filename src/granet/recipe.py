@@ -225,6 +225,9 @@ _MEANING = {
     "distribution": "How a sparse start is shared among layers: erk, er or uniform.",
     "scope": "Where weights compete: global, or layerwise.",
     "schedule": "How the sparsity rises: cubic, linear, cosine or sigmoid.",
+    "dense_interval": "Length of a dense phase; 0: as long as a sparse one.",
+    "batch_statistics": "Score with batch norm on the statistics of the batch; false: on those it keeps, which is the "
+    "identity in a new network (snip).",
     "halve": "Step from which half as many weights are exchanged.",
     "soft_bound": "Train with the new weights on top of the target until the next update (EM&S).",
     "gradient_weight": "What |gradient| counts beside |weight| (lambda).",

@@ -185,6 +185,38 @@ def test_snip_on_a_network_that_a_reader_can_follow():
     assert {n: m.tolist() for n, m in masks.items()} == {"0.weight": [[False, True]], "1.weight": [[True]]}
 
 
+def normed(norm):
+    """A small convolutional network with `norm(channels)` after each convolution; its weights are always the same."""
+    torch.manual_seed(4)
+    conv = [part for a in (3, 8) for part in (nn.Conv2d(a, 8, 3, padding=1, bias=False), norm(8), nn.ReLU())]
+    return nn.Sequential(*conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+def test_snip_without_batch_statistics_scores_with_batch_norm_as_the_identity():
+    """Inputs far from a normal distribution, so that what the batch norm does to them matters."""
+    x = 5 + 3 * torch.rand(16, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(16) % 10
+
+    def masks(norm, **options):
+        model = normed(norm)
+        masks = Sparsifier(model, SNIP(sparsity=0.8, **options), probe=Probe(model, [(x, y)])).masks
+        return torch.cat([mask.flatten() for mask in masks.values()])
+
+    plain = masks(lambda n: nn.Identity())
+    assert torch.equal(masks(lambda n: nn.BatchNorm2d(n, eps=0), batch_statistics=False), plain)
+    assert (masks(nn.BatchNorm2d) & plain).sum() < 0.9 * plain.sum()
+
+
+def test_snip_prunes_biases_that_are_asked_for():
+    """A bias counts as a weight whose input is one: those that start at zero have a score of zero and go."""
+    model = normed(nn.BatchNorm2d)
+    nn.init.zeros_(model[-1].bias)
+    probe = Probe(model, [(torch.rand(16, 3, 6, 6), torch.arange(16) % 10)])
+    sparsifier = Sparsifier(model, SNIP(sparsity=0.5), only=["conv", "linear", "8.bias"], probe=probe)
+    assert set(sparsifier.masks) == {"0.weight", "3.weight", "8.weight", "8.bias"}
+    assert sparsifier.counts["8.bias"] == 1  # every layer keeps one
+
+
 def bottleneck():
     """Wide layers around a narrow one."""
     torch.manual_seed(0)

@@ -169,6 +169,22 @@ def test_ac_dc_has_the_phases_of_the_authors_imagenet_run():
         ACDC(sparsity=0.9, begin=10, interval=5, end=19)
 
 
+def test_ac_dc_has_sparse_and_dense_phases_of_different_lengths():
+    """The authors' lengths on CIFAR-100, 20 epochs sparse and 13 dense; a step stands for an epoch."""
+    method = ACDC(sparsity=0.9, begin=10, interval=20, dense_interval=13, end=120)
+    changes = [step for step in range(1, 201) if method.is_update(step)]
+    assert changes == [10, 30, 43, 63, 76, 96, 120]
+    assert [method.sparsity_at(step) for step in (9, 10, 29, 30, 42, 43, 96, 119, 120)] == [
+        *(0.0, 0.9, 0.9, 0.0, 0.0, 0.9, 0.0, 0.0, 0.9)
+    ]
+    alike = ACDC(sparsity=0.9, begin=10, interval=5, dense_interval=5, end=85)
+    default = ACDC(sparsity=0.9, begin=10, interval=5, end=85)
+    assert [alike.compressed(step) for step in range(100)] == [default.compressed(step) for step in range(100)]
+    for wrong, message in ((-1, "dense_interval"), (71, "leave no room")):
+        with pytest.raises(ValueError, match=message):
+            ACDC(sparsity=0.9, begin=10, interval=5, dense_interval=wrong, end=85)
+
+
 def test_deep_r_rewires_what_would_cross_zero(case):
     weights, _, masks, layers, given = case
     method = DeepR(sparsity=0.5, l1=0.8, temperature=0.0)

@@ -10,6 +10,7 @@ import torch
 
 from granet import GMP, SET, GraNet, RigL
 from granet.criterion import Layer
+from granet.distribution import budget
 from granet.topology import count
 
 
@@ -130,13 +131,48 @@ def test_granet_on_a_table_a_reader_can_follow():
     assert after.int().tolist() == [1, 0, 1, 1, 0, 0, 0, 0, 1, 0]
 
 
-def test_granet_uniform_prunes_every_layer_by_the_same_share():
-    shapes = {"a": (30, 30), "b": (10, 20)}
-    layers = {n: Layer(torch.randn(s) * (100 if n == "a" else 1), torch.randn(s)) for n, s in shapes.items()}
-    method = GraNet(sparsity=0.9, initial_sparsity=0.5, end=100, total=200, interval=10, scope="layerwise")
-    masks = method.init(layers, torch.Generator())
-    initial = {name: count(mask) for name, mask in masks.items()}
+UNIFORM = {"first": (40, 30), "second": (30, 40), "head": (10, 30)}  # ERK at 50 %: 0.438, 0.438, 1
+
+
+def granet_uniform(sparsity, shapes=UNIFORM, **more):
+    """The masks of GraNet-uniform at first, and after each of ten updates up to the end of gradual pruning."""
+    rng = torch.Generator().manual_seed(3)
+    method = GraNet(sparsity=sparsity, end=100, total=200, interval=10, scope="layerwise", **more)
+    layers = {name: Layer(torch.randn(s, generator=rng), torch.randn(s, generator=rng)) for name, s in shapes.items()}
+    masks = [method.init(layers, rng)]
     for step in range(10, 101, 10):
-        masks = method.update(step, layers, masks, torch.Generator())
-    for name, mask in masks.items():
-        assert count(mask) == pytest.approx(initial[name] / 5, abs=1)
+        masks.append(method.update(step, layers, masks[-1], rng))
+        total = sum(mask.numel() for mask in masks[-1].values())
+        assert sum(map(count, masks[-1].values())) == budget(total, 1 - method.sparsity_at(step))
+    assert {name: count(mask) for name, mask in masks[-1].items()} == method.final_counts(shapes)
+    return masks
+
+
+def densities(masks):
+    return [round(count(mask) / mask.numel(), 3) for mask in masks.values()]
+
+
+def test_granet_uniform_ends_with_the_same_density_in_every_layer():
+    masks = granet_uniform(0.7)
+    assert densities(masks[0]) == [0.438, 0.438, 1.0]
+    assert densities(masks[-1]) == [0.3, 0.3, 0.3]
+
+
+def test_granet_uniform_can_hold_the_last_layer_at_a_fifth():
+    assert densities(granet_uniform(0.7, last_sparsity=0.8)[-1]) == [0.3, 0.3, 0.3]  # the cap is not reached
+    masks = granet_uniform(0.9, last_sparsity=0.8)[-1]
+    assert count(masks["head"]) == 60
+    assert count(masks["first"]) == count(masks["second"]) == (270 - 60) // 2
+
+
+def test_granet_uniform_leaves_a_layer_that_starts_sparser_than_the_end():
+    """Of 11,000 weights 5,280 stay: the wide layer has 4,500 from the start, so the head keeps the other 780."""
+    first, *_, last = granet_uniform(0.52, {"wide": (100, 100), "head": (10, 100)}, initial_sparsity=0.5)
+    assert [count(mask) for mask in first.values()] == [4500, 1000]
+    assert [count(mask) for mask in last.values()] == [4500, 780]
+
+
+@pytest.mark.parametrize("more", [{"scope": "global", "last_sparsity": 0.8}, {"last_sparsity": 1.5}])
+def test_granet_refuses_a_cap_without_a_meaning(more):
+    with pytest.raises(ValueError, match="last_sparsity"):
+        GraNet(**{"sparsity": 0.9, "end": 10, "total": 20, "scope": "layerwise", **more})

@@ -14,33 +14,42 @@ from granet.methods.base import Method, Steps, require, require_order, require_s
 class ACDC(Method):
     """After a dense warm-up, phases of training sparse and dense take turns; from `end` on the network stays sparse.
 
-    A compressed phase begins by keeping the largest weights and has a fixed topology; in a decompressed one all weights
-    train, those that were pruned from zero. A phase is compressed only if one of its length fits in after it before
-    `end`: the last decompressed phase so lasts one to three times `interval`.
+    A compressed phase lasts `interval` steps; it begins by keeping the largest weights and has a fixed topology. In a
+    decompressed one, of `dense_interval` steps, all weights train, those that were pruned from zero. A compressed phase
+    begins only if a whole decompressed one fits in between it and `end`, so the last decompressed phase takes what is
+    left.
     """
 
     sparsity: float
     begin: Steps  # length of the dense warm-up
-    interval: Steps  # length of a phase
+    interval: Steps  # length of a compressed phase
     end: Steps  # the last compression
+    dense_interval: Steps = 0  # length of a decompressed phase; 0: that of a compressed one
     scope: str = "global"
 
     def __post_init__(self):
         require(self, sparsity=("sparsity",), steps=("begin", "interval", "end"))
         require_order(self, "begin", "end")
         require_scope(self)
-        if self.begin + 2 * self.interval > self.end:
+        if self.dense_interval:
+            require(self, steps=("dense_interval",))
+        if self.begin + self._cycle > self.end:
             raise ValueError(
-                f"ACDC: begin={self.begin} and interval={self.interval} leave no room for a compressed and a "
-                f"decompressed phase before end={self.end}"
+                f"ACDC: begin={self.begin}, interval={self.interval} and dense_interval={self.dense_interval} leave no "
+                f"room for a compressed and a decompressed phase before end={self.end}"
             )
+
+    @property
+    def _cycle(self) -> int:
+        """The length of a compressed and a decompressed phase together."""
+        return self.interval + (self.dense_interval or self.interval)
 
     def compressed(self, step: int) -> bool:
         """Whether the network is sparse in the steps after `step`."""
         if step < self.begin or step >= self.end:
             return step >= self.end
-        since = (step - self.begin) % (2 * self.interval)
-        return since < self.interval and step - since <= self.end - 2 * self.interval
+        since = (step - self.begin) % self._cycle
+        return since < self.interval and step - since <= self.end - self._cycle
 
     def final_counts(self, shapes):
         everything = distribution.uniform(shapes, 1.0)

@@ -57,22 +57,11 @@ class GMP(Method):
     def _counts(self, shapes, n):
         """`n` active weights over the layers: all alike, but for the first and the last."""
         sizes = {name: prod(shape) for name, shape in shapes.items()}
-        least = dict.fromkeys(sizes, 0)
         first, last = next(iter(sizes)), list(sizes)[-1]
-        if self.last_sparsity is not None:
-            least[last] = distribution.budget(sizes[last], 1 - self.last_sparsity)
+        kept = {} if self.last_sparsity is None else {last: distribution.budget(sizes[last], 1 - self.last_sparsity)}
         if self.dense_first:
-            least[first] = sizes[first]
-        alike = distribution.scale(sizes, n)
-        kept = {name: count for name, count in least.items() if count > alike[name]}
-        rest = {name: size for name, size in sizes.items() if name not in kept}
-        if kept and n - sum(kept.values()) < len(rest):
-            raise ValueError(
-                f"GMP: dense_first={self.dense_first}, last_sparsity={self.last_sparsity} keep {sum(kept.values())} of "
-                f"the {n} active weights, which leaves too few for the other {len(rest)} layers: lower the sparsity"
-            )
-        shared = distribution.scale(rest, n - sum(kept.values()))
-        return {name: kept.get(name) or shared[name] for name in sizes}
+            kept[first] = sizes[first]
+        return distribution.alike(n, shapes, sizes, kept)
 
     def sparsity_at(self, step):
         return schedule.ramp(self.schedule)(0.0, self.sparsity, self.begin, self.end)(step)

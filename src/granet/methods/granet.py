@@ -5,6 +5,7 @@ https://arxiv.org/abs/2106.10404
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from granet import criterion, distribution, schedule, topology
 from granet.methods.base import Grows, Method, Steps, require, require_growth, require_order, require_scope
@@ -16,7 +17,9 @@ class GraNet(Grows, Method):
     """Every `interval` steps prune the network a little, then let every layer regenerate what it lost most wrongly.
 
     `initial_sparsity=0.5` trains sparse-to-sparse, `0.0` dense-to-sparse. `scope="layerwise"` is GraNet-uniform:
-    gradual pruning takes the same share of every layer instead of the smallest weights of the whole network.
+    gradual pruning brings all layers to one density, instead of taking the smallest weights of the whole network. A
+    layer that starts sparser than that keeps what it has, and `last_sparsity` caps the sparsity of the last one (0.8 in
+    the paper's code); the other layers then have so many fewer or more that the whole comes to `sparsity`.
     """
 
     sparsity: float
@@ -28,6 +31,7 @@ class GraNet(Grows, Method):
     regeneration: float = 0.5  # r: the share of a layer's active weights exchanged at an update, at first
     distribution: str = "erk"
     scope: str = "global"
+    last_sparsity: float | None = None
     schedule: str = "cubic"
     growth: str = "gradient"
     accumulate: Steps = 1
@@ -41,6 +45,10 @@ class GraNet(Grows, Method):
         distribution.named(self.distribution)
         schedule.ramp(self.schedule)
         require_growth(self)
+        if self.last_sparsity is not None:
+            require(self, sparsity=("last_sparsity",))
+            if self.scope == "global":
+                raise ValueError('GraNet: last_sparsity belongs to scope="layerwise": global pruning ranks all')
         if self.initial_sparsity > self.sparsity:
             raise ValueError(
                 f"GraNet: initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity}: it only prunes"
@@ -50,9 +58,15 @@ class GraNet(Grows, Method):
         return distribution.named(self.distribution)(shapes, 1 - self.initial_sparsity)
 
     def final_counts(self, shapes):
-        initial = self.initial_counts(shapes)
-        n = distribution.budget(sum(distribution.uniform(shapes, 1.0).values()), 1 - self.sparsity)
-        return n if self.scope == "global" else distribution.scale(initial, n)
+        n = distribution.budget(sum(map(prod, shapes.values())), 1 - self.sparsity)
+        return n if self.scope == "global" else self._counts(shapes, n)
+
+    def _counts(self, shapes, n):
+        """`n` active weights over the layers: all alike, as far as they had so many at first, but for the last."""
+        last, kept = list(shapes)[-1], {}
+        if self.last_sparsity is not None:
+            kept[last] = distribution.budget(prod(shapes[last]), 1 - self.last_sparsity)
+        return distribution.alike(n, shapes, self.initial_counts(shapes), kept)
 
     def is_update(self, step):
         return Every(self.interval, self.begin, self.total - 1)(step) or step == self.end
@@ -67,8 +81,7 @@ class GraNet(Grows, Method):
         if self.scope == "global":
             masks = topology.prune_to(masks, n, layers, criterion.magnitude)
         else:
-            counts = distribution.scale(self.initial_counts(topology.shapes_of(layers)), n)
-            masks = topology.prune_each(masks, counts, layers, criterion.magnitude)
+            masks = topology.prune_each(masks, self._counts(topology.shapes_of(layers), n), layers, criterion.magnitude)
 
         # zero-cost neuroregeneration: each layer trades its smallest weights for its steepest gradients (Eq. 2, 3)
         r = self.regeneration_at(step)

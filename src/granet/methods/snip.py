@@ -15,16 +15,19 @@ class SNIP(AtInitialization):
     """Before training, keep the weights of the largest `|g * w|` of the whole network; the topology then stays.
 
     `rounds=1` is the paper's single shot; more rounds score anew what is left, along an exponential schedule.
+    `batch_statistics=False` scores in evaluation mode, where the batch norms of a new network are the identity, as the
+    authors' code does.
     """
 
     rounds: int = 1  # T
+    batch_statistics: bool = True
 
     def __post_init__(self):
         require(self, sparsity=("sparsity",), steps=("rounds",))
 
     def init(self, layers, rng, probe):
         def sensitivity(masks):
-            g = probe.gradients(masks)
+            g = probe.gradients(masks, training=self.batch_statistics)
             # without its normalisation: only the order counts
             return {name: (g[name] * layer.weight).abs() for name, layer in layers.items()}
 
