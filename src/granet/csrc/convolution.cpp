@@ -11,8 +11,8 @@ using torch::stable::parallel_for;
 
 namespace {
 
-// Calls body(i) for every i below `count`, once. A thread takes its own share in order, which it finds in its cache from
-// layer to layer, then what others have left: processors of a shared machine are seldom equally fast.
+// Calls body(i) for every i below `count`, once. A thread takes its own share in order, which it finds in its cache
+// from layer to layer, then what others have left: processors of a shared machine are seldom equally fast.
 template <typename Body>
 void for_each(int64_t count, const Body& body) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
@@ -39,7 +39,7 @@ void for_each(int64_t count, const Body& body) {
   });
 }
 
-// step: op, in, out, residual, ptr, id, offset, value, bias, keep, chunks, column blocks, activation, kind, tile
+// A step with the memory that it names.
 struct Convolution {
   const Slot& in;
   const Slot& out;
@@ -50,20 +50,20 @@ struct Convolution {
   int64_t chunks, column_blocks, kind, rows, longest;
   int32_t activation;
 
-  Convolution(const Machine& m, const int64_t* s)
-      : in(m.slot(s[1])),
-        out(m.slot(s[2])),
-        residual(s[3] >= 0 ? &m.slot(s[3]) : nullptr),
-        matrix{m.ints(s[4]), m.ints(s[5]), m.ints(s[6]), m.floats(s[7])},
-        bias(m.floats(s[8])),
-        keep(m.ints(s[9])),
-        chunks(s[10]),
-        column_blocks(s[11]),
-        kind(s[13]),
-        rows(m.constant(s[5]).numel() / (chunks * column_blocks)),
-        longest(std::clamp<int64_t>(s[14] / kernels().width, 1,
+  Convolution(const Machine& m, const ConvStep& s)
+      : in(m.slot(s.source)),
+        out(m.slot(s.out)),
+        residual(s.residual >= 0 ? &m.slot(s.residual) : nullptr),
+        matrix{m.ints(s.ptr), m.ints(s.id), m.ints(s.offset), m.floats(s.value)},
+        bias(m.floats(s.bias)),
+        keep(m.ints(s.keep)),
+        chunks(s.chunks),
+        column_blocks(s.blocks),
+        kind(s.kind),
+        rows(m.constant(s.id).numel() / (chunks * column_blocks)),
+        longest(std::clamp<int64_t>(s.tile / kernels().width, 1,
                                     kind == kBlock ? kernels().max_block_vectors : kernels().max_vectors)),
-        activation(static_cast<int32_t>(s[12])) {}
+        activation(static_cast<int32_t>(s.activation)) {}
 
   // One position per plane: the planes are gathered into a plain vector first.
   void run_vector() const {
@@ -143,7 +143,7 @@ struct Convolution {
 
 void run_convolutions(const Machine& m, const int64_t* s, int64_t count) {
   std::vector<Convolution> chain;
-  for (int64_t i = 0; i < count; ++i) chain.emplace_back(m, s + i * kRow);
+  for (int64_t i = 0; i < count; ++i) chain.emplace_back(m, read<ConvStep>(s + i * kRow));
   const Convolution& first = chain.front();
   if (first.kind == kVector) return first.run_vector();
   const std::vector<Tile> cut = first.cut();
@@ -153,7 +153,8 @@ void run_convolutions(const Machine& m, const int64_t* s, int64_t count) {
     return;
   }
   // Threads take tiles; chunks of rows only where there are too few tiles.
-  const bool by_row = count == 1 && first.out.blocks * tile_count < 2 * threads && first.out.blocks * tile_count % threads != 0;
+  const bool by_row =
+      count == 1 && first.out.blocks * tile_count < 2 * threads && first.out.blocks * tile_count % threads != 0;
   const int64_t parts = by_row ? first.chunks : 1;
   for_each(first.out.blocks * tile_count * parts, [&](int64_t item) {
     const int64_t block = item / (tile_count * parts), t = item / parts % tile_count, part = item % parts;

@@ -6,7 +6,7 @@
 
 namespace granet {
 
-enum Activation : int32_t { kIdentity = 0, kRelu = 1, kRelu6 = 2, kSilu = 3 };
+enum Activation : int32_t { kIdentity = 0, kRelu = 1, kRelu6 = 2, kSilu = 3, kActivations };
 
 // One sparse matrix in compressed rows. `id[r]` is the output plane of the r-th stored row: rows are sorted by
 // length, so that the exit of the inner loop is predicted.
@@ -30,8 +30,8 @@ struct Epilogue {
 
 struct Kernels {
   const char* name;
-  int32_t width;       // floats in a vector
-  int32_t max_vectors; // longest tile of spmm and sddmm, in vectors
+  int32_t width;              // floats in a vector
+  int32_t max_vectors;        // longest tile of spmm and sddmm, in vectors
   int32_t max_block_vectors;  // longest tile of spmm_block, in vectors
   // out[id[r]][p] = epilogue(sum_k value[k] * x[p + offset[k]]) for rows r0..r1 and `vectors` vectors of positions.
   void (*spmm)(const Rows& rows, int32_t r0, int32_t r1, const float* x, float* out, int64_t out_stride,

@@ -130,7 +130,8 @@ struct Panels {
   void pack(const float* from, int64_t i, int64_t channels, float* to) const {
     const int64_t positions = std::min(g.panel(), g.h * g.w - i % g.panels() * g.panel());
     from += start(i, channels);
-    for (int64_t c = 0; c < channels; ++c) std::memcpy(to + c * g.stride, from + c * g.h * g.w, sizeof(float) * positions);
+    for (int64_t c = 0; c < channels; ++c)
+      std::memcpy(to + c * g.stride, from + c * g.h * g.w, sizeof(float) * positions);
   }
 };
 
@@ -141,8 +142,8 @@ void pointwise_forward(const Geometry& g, const Pattern& pattern, const float* v
     float* const input = scratch(0, g.c * g.stride);
     for (int64_t i = begin; i < end; ++i) {
       panels.pack(x, i, g.c, input);
-      multiply(pattern, values, g.chunks, g.forward_blocks, 0, g.chunks, panels.cut(i), input,
-               y + panels.start(i, g.o), g.h * g.w, bias);
+      multiply(pattern, values, g.chunks, g.forward_blocks, 0, g.chunks, panels.cut(i), input, y + panels.start(i, g.o),
+               g.h * g.w, bias);
     }
   });
 }
@@ -154,8 +155,8 @@ Tensor conv_forward(const Tensor& x, const Tensor& weight, const std::optional<T
   check_float(weight, weight.numel(), "the weight");
   if (bias) check_float(*bias, g.o, "the bias");
   const Pattern pattern(ptr, id, offset, index, g.o * g.forward_blocks);
-  const Tensor y = x.dim() == 2 ? torch::stable::new_empty(x, {g.n, g.o})
-                                : torch::stable::new_empty(x, {g.n, g.o, g.ho, g.wo});
+  const Tensor y =
+      x.dim() == 2 ? torch::stable::new_empty(x, {g.n, g.o}) : torch::stable::new_empty(x, {g.n, g.o, g.ho, g.wo});
   if (g.n == 0) return y;
   const auto values = gather(weight.const_data_ptr<float>(), pattern);
   const float* const bias_data = bias ? bias->const_data_ptr<float>() : nullptr;
@@ -187,8 +188,8 @@ Tensor conv_forward(const Tensor& x, const Tensor& weight, const std::optional<T
                  g.ho * g.wo, bias_data);
       } else {
         float* const output = scratch(1, g.o * g.stride);
-        multiply(pattern, values.get(), g.chunks, g.forward_blocks, first, last, cut, input + g.front,
-                 output + g.front, g.stride, bias_data);
+        multiply(pattern, values.get(), g.chunks, g.forward_blocks, first, last, cut, input + g.front, output + g.front,
+                 g.stride, bias_data);
         // The chunks deal the output channels out one by one: chunk i holds channels i, i + chunks, ...
         for (int64_t c = 0; c < g.o; ++c) {
           const int64_t chunk = c % g.chunks;
@@ -203,6 +204,91 @@ Tensor conv_forward(const Tensor& x, const Tensor& weight, const std::optional<T
     }
   });
   return y;
+}
+
+// Both gradients of a layer, block by block: a block is `batch` images, or a panel of a pointwise layer.
+struct Backward {
+  const Geometry& g;
+  const Pattern& forward;   // rows are output channels: where the weight's gradient is wanted
+  const Pattern& backward;  // rows are input planes
+  const std::optional<Panels> panels;
+  const std::vector<Tile> cut, grad_cut;
+  const bool direct;             // rows of the input's gradient can be written where they belong
+  const float *dy, *x, *values;  // `values` are the weights in the order of `backward`
+  float* dx;
+
+  Backward(const Geometry& geometry, const Pattern& f, const Pattern& b, const float* gradient, const float* input,
+           const float* weights, float* result)
+      : g(geometry),
+        forward(f),
+        backward(b),
+        panels(g.pointwise() ? std::optional<Panels>(g) : std::nullopt),
+        cut(tiles(g.input().positions(), g.longest_tile())),
+        grad_cut(tiles(g.output().positions(), std::min(g.longest_tile(), kernels().max_vectors))),
+        direct(g.batch == 1 && g.phases.size() == 1 && g.sy == 1 && g.sx == 1 && g.pitch == g.w &&
+               g.h * g.w % kernels().width == 0),
+        dy(gradient),
+        x(input),
+        values(weights),
+        dx(result) {}
+
+  int64_t blocks() const { return panels ? panels->count() : g.blocks(); }
+
+  // The output's gradient of a block, packed into planes.
+  const float* pack_gradient(int64_t block) const {
+    float* const gradient = scratch(0, g.o * g.stride);
+    if (panels) {
+      panels->pack(dy, block, g.o, gradient);
+    } else {
+      pack(dy + block * g.batch * g.o * g.ho * g.wo, g.result(block), gradient, g.output(), kWhole, 1, 1, 1, 0, g.o);
+    }
+    return gradient;
+  }
+
+  void input_gradient(int64_t block, const float* gradient) const {
+    if (panels) {
+      multiply(backward, values, g.chunks, g.backward_blocks, 0, g.chunks, panels->cut(block), gradient,
+               dx + panels->start(block, g.c), g.h * g.w, nullptr);
+      return;
+    }
+    float* const image = dx + block * g.batch * g.c * g.h * g.w;
+    if (direct) {
+      multiply(backward, values, g.chunks, g.backward_blocks, 0, g.chunks, cut, gradient + g.front, image, g.h * g.w,
+               nullptr);
+      return;
+    }
+    float* const result = scratch(1, g.planes() * g.stride);
+    multiply(backward, values, g.chunks, g.backward_blocks, 0, g.chunks, cut, gradient + g.front, result + g.front,
+             g.stride, nullptr);
+    unpack(result, g.input(), image, g.image(block), g.phases.data(), g.phases.size(), g.sy, g.sx, 0, g.c);
+  }
+
+  // Adds the block's share of the weight's gradient, at active places, to `sum`.
+  void weight_gradient(int64_t block, const float* gradient, float* sum) const {
+    float* const input = scratch(1, g.planes() * g.stride);
+    if (panels) {
+      panels->pack(x, block, g.c, input);
+    } else {
+      pack(x + block * g.batch * g.c * g.h * g.w, g.image(block), input, g.input(), g.phases.data(), g.phases.size(),
+           g.sy, g.sx, 0, g.c);
+    }
+    const Rows matrix{forward.ptr, forward.id, forward.offset, nullptr};
+    for (const Tile& tile : panels ? panels->cut(block) : grad_cut) {
+      kernels().sddmm(matrix, 0, static_cast<int32_t>(forward.rows), input + g.front + tile.start,
+                      gradient + g.front + tile.start, g.stride, tile.vectors, sum);
+    }
+  }
+};
+
+// Writes the sum of the parts' gradients to the places of the active weights.
+void scatter(const std::vector<std::unique_ptr<float[]>>& parts, const Pattern& pattern, float* to) {
+  torch::stable::parallel_for(0, pattern.nonzeros, 32768, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      float sum = 0;
+      for (const auto& part : parts) sum += part[k];
+      to[pattern.index[k]] = sum;
+    }
+  });
 }
 
 std::tuple<Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& ptr,
@@ -224,77 +310,26 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor& x, cons
 
   std::unique_ptr<float[]> values;
   if (need_x) values = gather(weight.const_data_ptr<float>(), backward);
-  const std::vector<Tile> cut = tiles(g.input().positions(), g.longest_tile());
-  const std::vector<Tile> grad_cut = tiles(g.output().positions(), std::min(g.longest_tile(), kernels().max_vectors));
-  const bool direct = g.batch == 1 && g.phases.size() == 1 && g.sy == 1 && g.sx == 1 && g.pitch == g.w &&
-                      g.h * g.w % kernels().width == 0;
-  const std::optional<Panels> panels = g.pointwise() ? std::optional<Panels>(g) : std::nullopt;
+  const Backward work(g, forward, backward, dy.const_data_ptr<float>(), x.const_data_ptr<float>(), values.get(),
+                      need_x ? dx.mutable_data_ptr<float>() : nullptr);
   // Every part sums its own gradient, so the result depends on the number of threads alone.
-  const int64_t items = panels ? panels->count() : g.blocks();
-  const int64_t parts = std::min<int64_t>(items, torch::stable::get_num_threads());
+  const int64_t blocks = work.blocks(), parts = std::min<int64_t>(blocks, torch::stable::get_num_threads());
   std::vector<std::unique_ptr<float[]>> sums(need_weight ? parts : 0);
-  const float* const dy_data = dy.const_data_ptr<float>();
-  const float* const x_data = x.const_data_ptr<float>();
-  float* const dx_data = need_x ? dx.mutable_data_ptr<float>() : nullptr;
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       if (need_weight) sums[part].reset(new float[std::max<int64_t>(forward.nonzeros, 1)]());
-      for (int64_t block = part * items / parts; block < (part + 1) * items / parts; ++block) {
-        float* const gradient = scratch(0, g.o * g.stride);
-        if (panels) {
-          panels->pack(dy_data, block, g.o, gradient);
-        } else {
-          pack(dy_data + block * g.batch * g.o * g.ho * g.wo, g.result(block), gradient, g.output(), kWhole, 1, 1, 1,
-               0, g.o);
-        }
-        if (need_x && panels) {
-          multiply(backward, values.get(), g.chunks, g.backward_blocks, 0, g.chunks, panels->cut(block), gradient,
-                   dx_data + panels->start(block, g.c), g.h * g.w, nullptr);
-        } else if (need_x) {
-          float* const image = dx_data + block * g.batch * g.c * g.h * g.w;
-          if (direct) {
-            multiply(backward, values.get(), g.chunks, g.backward_blocks, 0, g.chunks, cut, gradient + g.front, image,
-                     g.h * g.w, nullptr);
-          } else {
-            float* const result = scratch(1, g.planes() * g.stride);
-            multiply(backward, values.get(), g.chunks, g.backward_blocks, 0, g.chunks, cut, gradient + g.front,
-                     result + g.front, g.stride, nullptr);
-            unpack(result, g.input(), image, g.image(block), g.phases.data(), g.phases.size(), g.sy, g.sx, 0, g.c);
-          }
-        }
-        if (need_weight) {
-          float* const input = scratch(1, g.planes() * g.stride);
-          if (panels) {
-            panels->pack(x_data, block, g.c, input);
-          } else {
-            pack(x_data + block * g.batch * g.c * g.h * g.w, g.image(block), input, g.input(), g.phases.data(),
-                 g.phases.size(), g.sy, g.sx, 0, g.c);
-          }
-          const Rows matrix{forward.ptr, forward.id, forward.offset, nullptr};
-          for (const Tile& tile : panels ? panels->cut(block) : grad_cut) {
-            kernels().sddmm(matrix, 0, static_cast<int32_t>(forward.rows), input + g.front + tile.start,
-                            gradient + g.front + tile.start, g.stride, tile.vectors, sums[part].get());
-          }
-        }
+      for (int64_t block = part * blocks / parts; block < (part + 1) * blocks / parts; ++block) {
+        const float* const gradient = work.pack_gradient(block);
+        if (need_x) work.input_gradient(block, gradient);
+        if (need_weight) work.weight_gradient(block, gradient, sums[part].get());
       }
     }
   });
-  if (need_weight) {
-    float* const to = dw.mutable_data_ptr<float>();
-    torch::stable::parallel_for(0, forward.nonzeros, 32768, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        float sum = 0;
-        for (int64_t part = 0; part < parts; ++part) sum += sums[part][k];
-        to[forward.index[k]] = sum;
-      }
-    });
-  }
+  if (need_weight) scatter(sums, forward, dw.mutable_data_ptr<float>());
   return {dx, dw};
 }
 
-std::vector<int64_t> cpu() {
-  return {kernels().width, kernels().max_vectors, kernels().max_block_vectors};
-}
+std::vector<int64_t> cpu() { return {kernels().width, kernels().max_vectors, kernels().max_block_vectors}; }
 
 }  // namespace
 

@@ -111,7 +111,8 @@ void clear_around(float* plane, const Planes& layout, int64_t rows, int64_t colu
 
 void pack(const float* from, const Image& image, float* planes, const Planes& layout, const Phase* phases,
           int64_t phase_count, int64_t sy, int64_t sx, int64_t first_channel, int64_t last_channel) {
-  if (image.height == 1 && image.width == 1 && layout.batch > 1 && phase_count == 1 && phases->y == 0 && phases->x == 0) {
+  if (image.height == 1 && image.width == 1 && layout.batch > 1 && phase_count == 1 && phases->y == 0 &&
+      phases->x == 0) {
     // Features of a linear layer: one transpose of the whole block.
     for (int64_t c = first_channel; c < last_channel; ++c) {
       float* plane = planes + c * layout.stride;
@@ -148,7 +149,8 @@ void pack(const float* from, const Image& image, float* planes, const Planes& la
 
 void unpack(const float* planes, const Planes& layout, float* to, const Image& image, const Phase* phases,
             int64_t phase_count, int64_t sy, int64_t sx, int64_t first_channel, int64_t last_channel) {
-  if (image.height == 1 && image.width == 1 && layout.batch > 1 && phase_count == 1 && phases->y == 0 && phases->x == 0) {
+  if (image.height == 1 && image.width == 1 && layout.batch > 1 && phase_count == 1 && phases->y == 0 &&
+      phases->x == 0) {
     kernels().transpose(planes + first_channel * layout.stride + layout.front, layout.stride, to + first_channel,
                         image.image_stride, last_channel - first_channel, image.images);
     return;

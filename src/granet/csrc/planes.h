@@ -37,7 +37,7 @@ struct Phase {
 };
 
 struct Tile {
-  int64_t start;    // first position, in floats
+  int64_t start;  // first position, in floats
   int32_t vectors;
 };
 

@@ -30,13 +30,12 @@ void each_channels(const Slot& slot, int64_t channels, int64_t positions, const 
   });
 }
 
-// step: op, input, slot, channels, height, width, phases, sy, sx
-void run_pack(const Machine& m, const int64_t* s, const std::vector<Tensor>& inputs) {
-  STD_TORCH_CHECK(s[1] >= 0 && s[1] < static_cast<int64_t>(inputs.size()), "granet: no input ", s[1]);
-  const Tensor& x = inputs[s[1]];
-  const Slot& out = m.slot(s[2]);
-  const int64_t channels = s[3], height = s[4], width = s[5];
-  const std::vector<Phase> phases = phases_of(m, s[6]);
+void run_pack(const Machine& m, const PackStep& s, const std::vector<Tensor>& inputs) {
+  STD_TORCH_CHECK(s.input >= 0 && s.input < static_cast<int64_t>(inputs.size()), "granet: no input ", s.input);
+  const Tensor& x = inputs[s.input];
+  const Slot& out = m.slot(s.out);
+  const int64_t channels = s.channels, height = s.height, width = s.width;
+  const std::vector<Phase> phases = phases_of(m, s.phases);
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
                   "granet: the input must be a contiguous float32 tensor on the CPU");
   STD_TORCH_CHECK(x.numel() == out.images * channels * height * width, "granet: the input has the wrong shape");
@@ -45,17 +44,16 @@ void run_pack(const Machine& m, const int64_t* s, const std::vector<Tensor>& inp
   each_channels(out, channels, height * width, [&](int64_t block, int64_t begin, int64_t end) {
     const int64_t first = block * out.layout.batch;
     pack(from + first * image, {channels, height, width, std::min(out.layout.batch, out.images - first), image},
-         out.block(block), out.layout, phases.data(), phases.size(), s[7], s[8], begin, end);
+         out.block(block), out.layout, phases.data(), phases.size(), s.stride_y, s.stride_x, begin, end);
   });
 }
 
-// step: op, slot, channels, height, width, dimensions of the result
-Tensor run_unpack(const Machine& m, const int64_t* s, const Tensor& like) {
-  const Slot& in = m.slot(s[1]);
-  const int64_t channels = s[2], height = s[3], width = s[4];
-  Tensor y = s[5] == 2   ? torch::stable::new_empty(like, {in.images, channels})
-             : s[5] == 3 ? torch::stable::new_empty(like, {in.images, channels, width})
-                         : torch::stable::new_empty(like, {in.images, channels, height, width});
+Tensor run_unpack(const Machine& m, const UnpackStep& s, const Tensor& like) {
+  const Slot& in = m.slot(s.source);
+  const int64_t channels = s.channels, height = s.height, width = s.width;
+  Tensor y = s.dimensions == 2   ? torch::stable::new_empty(like, {in.images, channels})
+             : s.dimensions == 3 ? torch::stable::new_empty(like, {in.images, channels, width})
+                                 : torch::stable::new_empty(like, {in.images, channels, height, width});
   const Phase whole[1] = {{0, 0}};
   const int64_t image = channels * height * width;
   float* to = y.mutable_data_ptr<float>();
@@ -67,12 +65,12 @@ Tensor run_unpack(const Machine& m, const int64_t* s, const Tensor& like) {
   return y;
 }
 
-// step: op, in, out, phases, sy, sx: splits every plane into its phases, for a strided layer that follows
-void run_split(const Machine& m, const int64_t* s) {
-  const Slot& in = m.slot(s[1]);
-  const Slot& out = m.slot(s[2]);
-  const std::vector<Phase> phases = phases_of(m, s[3]);
-  const int64_t count = phases.size(), sy = s[4], sx = s[5], nb = in.layout.batch;
+// Splits every plane into its phases, for a strided layer that follows.
+void run_split(const Machine& m, const SplitStep& s) {
+  const Slot& in = m.slot(s.source);
+  const Slot& out = m.slot(s.out);
+  const std::vector<Phase> phases = phases_of(m, s.phases);
+  const int64_t count = phases.size(), sy = s.stride_y, sx = s.stride_x, nb = in.layout.batch;
   parallel_for(0, in.blocks * in.planes, std::max<int64_t>(1, 16384 / in.layout.stride), [&](int64_t b, int64_t e) {
     for (int64_t i = b; i < e; ++i) {
       const int64_t block = i / in.planes, c = i % in.planes;
@@ -109,15 +107,15 @@ void run_split(const Machine& m, const int64_t* s) {
   });
 }
 
-// step: op, in, out, kernel y, x, stride y, x, padding y, x
-void run_max_pool(const Machine& m, const int64_t* s) {
-  const Slot& in = m.slot(s[1]);
-  const Slot& out = m.slot(s[2]);
-  const int64_t ky = s[3], kx = s[4], sy = s[5], sx = s[6], py = s[7], px = s[8], nb = in.layout.batch;
+void run_max_pool(const Machine& m, const MaxPoolStep& s) {
+  const Slot& in = m.slot(s.source);
+  const Slot& out = m.slot(s.out);
+  const int64_t ky = s.kernel_y, kx = s.kernel_x, sy = s.stride_y, sx = s.stride_x, py = s.padding_y, px = s.padding_x,
+                nb = in.layout.batch;
   const int64_t row = (in.layout.width + 2 * px) * nb, starts = row - (kx - 1) * nb;
   parallel_for(0, in.blocks * in.planes, 1, [&](int64_t b, int64_t e) {
-    float* const best = scratch(0, row);         // the maximum over the window's rows, with its padding columns
-    float* const window = scratch(1, row);       // the maximum over the window, for every column it can start at
+    float* const best = scratch(0, row);    // the maximum over the window's rows, with its padding columns
+    float* const window = scratch(1, row);  // the maximum over the window, for every column it can start at
     std::fill_n(best, row, -std::numeric_limits<float>::infinity());
     for (int64_t i = b; i < e; ++i) {
       const int64_t block = i / in.planes, c = i % in.planes;
@@ -146,10 +144,10 @@ void run_max_pool(const Machine& m, const int64_t* s) {
   });
 }
 
-// step: op, in, out: the mean over all positions
-void run_avg_pool(const Machine& m, const int64_t* s) {
-  const Slot& in = m.slot(s[1]);
-  const Slot& out = m.slot(s[2]);
+// The mean over all positions.
+void run_avg_pool(const Machine& m, const AvgPoolStep& s) {
+  const Slot& in = m.slot(s.source);
+  const Slot& out = m.slot(s.out);
   const int64_t nb = in.layout.batch;
   const float scale = 1.0f / static_cast<float>(in.layout.height * in.layout.width);
   parallel_for(0, in.blocks * in.planes, 16, [&](int64_t b, int64_t e) {
@@ -174,14 +172,14 @@ void run_avg_pool(const Machine& m, const int64_t* s) {
   });
 }
 
-// step: op, a, out, b or -1, activation; the slots share one geometry, gaps hold zeros and every activation keeps 0
-void run_add(const Machine& m, const int64_t* s) {
-  const Slot& a = m.slot(s[1]);
-  const Slot& out = m.slot(s[2]);
-  const float* other = s[3] >= 0 ? m.slot(s[3]).data : nullptr;
+// The slots share one geometry; gaps hold zeros, and every activation keeps 0.
+void run_add(const Machine& m, const AddStep& s) {
+  const Slot& a = m.slot(s.source);
+  const Slot& out = m.slot(s.out);
+  const float* other = s.other >= 0 ? m.slot(s.other).data : nullptr;
   const int64_t total = out.blocks * out.planes * out.layout.stride;
   parallel_for(0, total, 16384, [&](int64_t b, int64_t e) {
-    kernels().add(a.data + b, other ? other + b : nullptr, out.data + b, e - b, static_cast<int32_t>(s[4]));
+    kernels().add(a.data + b, other ? other + b : nullptr, out.data + b, e - b, static_cast<int32_t>(s.activation));
   });
 }
 
@@ -197,9 +195,10 @@ std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<Tensor> constant
   Machine machine{constants, {}};
   float* const memory = arena.mutable_data_ptr<float>();
   for (int64_t i = 0; i < slot_count; ++i) {
-    const int64_t* s = numbers + 2 + kRow * i;
-    const Slot slot{memory + s[0], s[1], s[2], s[3], {s[4], s[5], s[6], s[7], s[8], s[9]}};
-    STD_TORCH_CHECK(s[0] >= 0 && s[0] + slot.planes * slot.blocks * slot.layout.stride <= arena.numel(),
+    const SlotRow s = read<SlotRow>(numbers + 2 + kRow * i);
+    const Slot slot{
+        memory + s.place, s.planes, s.blocks, s.images, {s.height, s.width, s.pitch, s.batch, s.front, s.stride}};
+    STD_TORCH_CHECK(s.place >= 0 && s.place + slot.planes * slot.blocks * slot.layout.stride <= arena.numel(),
                     "granet: slot ", i, " reaches outside the arena");
     machine.slots.push_back(slot);
   }
@@ -217,13 +216,13 @@ std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<Tensor> constant
     STD_TORCH_CHECK(taken >= 1 && i + taken <= step_count, "granet: malformed program");
     const auto start = std::chrono::steady_clock::now();
     switch (s[0]) {
-      case kPack: run_pack(machine, s, inputs); break;
-      case kUnpack: outputs.push_back(run_unpack(machine, s, inputs[0])); break;
+      case kPack: run_pack(machine, read<PackStep>(s), inputs); break;
+      case kUnpack: outputs.push_back(run_unpack(machine, read<UnpackStep>(s), inputs[0])); break;
       case kConv: run_convolutions(machine, s, taken); break;
-      case kSplit: run_split(machine, s); break;
-      case kMaxPool: run_max_pool(machine, s); break;
-      case kAvgPool: run_avg_pool(machine, s); break;
-      case kAdd: run_add(machine, s); break;
+      case kSplit: run_split(machine, read<SplitStep>(s)); break;
+      case kMaxPool: run_max_pool(machine, read<MaxPoolStep>(s)); break;
+      case kAvgPool: run_avg_pool(machine, read<AvgPoolStep>(s)); break;
+      case kAdd: run_add(machine, read<AddStep>(s)); break;
       default: STD_TORCH_CHECK(false, "granet: no operation ", s[0]);
     }
     if (time) {
@@ -236,12 +235,31 @@ std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<Tensor> constant
   return outputs;
 }
 
+// How programs are encoded: integers in a row, fields of a slot, fields of each step, activations, kinds of kernels.
+std::vector<int64_t> encoding() {
+  constexpr int64_t one = sizeof(int64_t);
+  return {kRow,
+          sizeof(SlotRow) / one,
+          sizeof(PackStep) / one,
+          sizeof(UnpackStep) / one,
+          sizeof(ConvStep) / one,
+          sizeof(SplitStep) / one,
+          sizeof(MaxPoolStep) / one,
+          sizeof(AvgPoolStep) / one,
+          sizeof(AddStep) / one,
+          kActivations,
+          kKinds};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(granet, m) {
+  m.def("encoding() -> int[]");
   m.def("run(Tensor[] inputs, Tensor[] constants, Tensor(a!) arena, Tensor program, bool time) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet, CPU, m) { m.impl("run", TORCH_BOX(&run)); }
+
+STABLE_TORCH_LIBRARY_IMPL(granet, CompositeExplicitAutograd, m) { m.impl("encoding", TORCH_BOX(&encoding)); }
 
 }  // namespace granet

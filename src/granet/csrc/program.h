@@ -13,10 +13,46 @@ namespace granet {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kRow = 24;  // integers per slot and per step
+constexpr int64_t kRow = 24;  // integers per slot and per step; the last one of a step counts those joined to it
 
 enum Op : int64_t { kPack = 0, kUnpack, kConv, kSplit, kMaxPool, kAvgPool, kAdd, kOps };
-enum Kind : int64_t { kSparse = 0, kBlock = 1, kVector = 2 };
+enum Kind : int64_t { kSparse = 0, kBlock, kVector, kKinds };
+
+// The rows of a program. granet.engine.encoding has the same names and fields in the same order; `encoding()` tells how
+// many there are, so that a library of another version is found when it is loaded. Slots and constants are given by
+// their numbers, -1 where there is none.
+struct SlotRow {
+  int64_t place, planes, blocks, images, height, width, pitch, batch, front, stride;
+};
+struct PackStep {
+  int64_t op, input, out, channels, height, width, phases, stride_y, stride_x;
+};
+struct UnpackStep {
+  int64_t op, source, channels, height, width, dimensions;
+};
+struct ConvStep {
+  int64_t op, source, out, residual, ptr, id, offset, value, bias, keep, chunks, blocks, activation, kind, tile;
+};
+struct SplitStep {
+  int64_t op, source, out, phases, stride_y, stride_x;
+};
+struct MaxPoolStep {
+  int64_t op, source, out, kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x;
+};
+struct AvgPoolStep {
+  int64_t op, source, out;
+};
+struct AddStep {
+  int64_t op, source, out, other, activation;
+};
+
+template <typename Row>
+Row read(const int64_t* numbers) {
+  static_assert(sizeof(Row) <= sizeof(int64_t) * (kRow - 1) && sizeof(Row) % sizeof(int64_t) == 0);
+  Row row;
+  std::memcpy(&row, numbers, sizeof(Row));
+  return row;
+}
 
 // A set of planes in the arena: `blocks` times `planes` planes.
 struct Slot {

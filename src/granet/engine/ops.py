@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from granet import native
-from granet.engine import reference
+from granet.engine import encoding, reference
 from granet.engine.geometry import Geometry, geometry
 from granet.engine.pattern import Pattern, patterns
 from granet.engine.spec import Spec
@@ -148,6 +148,7 @@ def _backward(ctx, dy):
 def prepare() -> None:
     """Loads the kernels and registers what torch must know about them. Raises native.EngineUnavailable."""
     native.load()
+    encoding.check(torch.ops.granet.encoding())
     pattern = "Tensor ptr, Tensor id, Tensor offset, Tensor index"
     back = "Tensor back_ptr, Tensor back_id, Tensor back_offset, Tensor back_index"
     torch.library.define(

@@ -1,4 +1,4 @@
-"""Compiled inference as a list of steps over planes, and its encoding for the native `run` (csrc/program.cpp)."""
+"""Compiled inference as a list of steps over planes, and their encoding for the native `run`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from granet.engine import ops
+from granet.engine import encoding, ops
+from granet.engine.encoding import ACTIVATIONS, KINDS
 from granet.engine.geometry import LINE, Lanes, geometry, least_lanes, taps_of
 from granet.engine.pattern import Pattern, forward_pattern
 from granet.engine.spec import Spec
 
-ROW = 24  # integers per slot and per step
-PACK, UNPACK, CONV, SPLIT, MAX_POOL, AVG_POOL, ADD = range(7)
-KINDS = {"sparse": 0, "block": 1, "vector": 2}
-ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2, "silu": 3}
 GROUP = 4  # channels that share their places in the "block" kernel
 
 
@@ -181,14 +178,14 @@ class Program:
     def _encode(
         self, choose: Callable[[Layer], Choice], chain: bool, kept: dict[tuple[Layer, Choice], tuple[Pattern, Tensor]]
     ) -> None:
-        steps: list[tuple[list[int], list[Value]]] = []
+        steps: list[tuple[encoding.AnyStep, list[Value]]] = []
         slots: dict[Value, int] = {}
 
         def slot(value: Value) -> int:
             return slots.setdefault(value, len(slots))
 
-        def emit(numbers: list[int], *values: Value) -> None:
-            steps.append((numbers, list(values)))
+        def emit(step: encoding.AnyStep, *values: Value) -> None:
+            steps.append((step, list(values)))
 
         self.inputs = [s for s in self.segment.steps if isinstance(s, Input)]
         for step in self.segment.steps:
@@ -197,32 +194,32 @@ class Program:
             values = (step.out, *step.inputs)
             if isinstance(step, Input):
                 whole = self._constant(torch.zeros(2, dtype=torch.int32), "whole")
-                numbers = [PACK, self.inputs.index(step), out, step.out.channels, *step.out.size, whole, 1, 1]
-                emit(numbers, step.out)
+                number = self.inputs.index(step)
+                emit(encoding.PackStep(number, out, step.out.channels, *step.out.size, whole), step.out)
             elif isinstance(step, Layer):
                 first = len(steps)
                 self._encode_layer(step, choose(step), slot, emit, kept)
                 self.layer_steps[step] = list(range(first, len(steps)))
             elif isinstance(step, MaxPool):
-                emit([MAX_POOL, sources[0], out, *step.kernel, *step.stride, *step.padding], *values)
+                windows = *step.kernel, *step.stride, *step.padding
+                emit(encoding.MaxPoolStep(sources[0], out, *windows), *values)
             elif isinstance(step, AvgPool):
-                emit([AVG_POOL, sources[0], out], *values)
+                emit(encoding.AvgPoolStep(sources[0], out), *values)
             else:
                 other = sources[1] if len(sources) > 1 else -1
-                emit([ADD, sources[0], out, other, ACTIVATIONS[step.activation]], *values)
+                emit(encoding.AddStep(sources[0], out, other, ACTIVATIONS[step.activation]), *values)
         for value in self.segment.outputs:
             dims = 2 if value.size == (1, 1) else 4
-            emit([UNPACK, slot(value), value.channels, *value.size, dims], value)
+            emit(encoding.UnpackStep(slot(value), value.channels, *value.size, dims), value)
         links = self._links(steps) if chain else [0] * len(steps)
         places, self.arena_floats = self._allocate(steps, links)
         rows = []
         for value in slots:
             lanes, blocks = self._lanes[value], -(-value.images // self.batch)
             place = (lanes.pitch, self.batch, lanes.front, lanes.plane)
-            rows.append([places[value], value.channels, blocks, value.images, *value.size, *place])
-        rows += [[*numbers, *[0] * (ROW - 1 - len(numbers)), links[i]] for i, (numbers, _) in enumerate(steps)]
-        flat = [len(slots), len(steps)] + [n for row in rows for n in row + [0] * (ROW - len(row))]
-        self.program = torch.tensor(flat, dtype=torch.int64)
+            rows.append(encoding.SlotRow(places[value], value.channels, blocks, value.images, *value.size, *place))
+        numbers = encoding.encode(rows, [step for step, _ in steps], links)
+        self.program = torch.tensor(numbers, dtype=torch.int64)
 
     def _encode_layer(
         self,
@@ -256,18 +253,27 @@ class Program:
         if step in self._split:
             split = self._split[step]
             phases = torch.tensor(place.phases, dtype=torch.int32).reshape(-1)
-            emit(
-                [SPLIT, slot(source), slot(split), self._constant(phases, "phases", place.phases), *spec.stride],
-                split,
-                source,
-            )
+            number = self._constant(phases, "phases", place.phases)
+            emit(encoding.SplitStep(slot(source), slot(split), number, *spec.stride), split, source)
             source = split
-        numbers = [CONV, slot(source), slot(step.out), slot(step.inputs[1]) if len(step.inputs) > 1 else -1]
-        numbers += [self._constant(t) for t in (pattern.ptr, pattern.id, pattern.offset, value)]
-        numbers.append(-1 if step.bias is None else self._constant(step.bias.float().contiguous()))
-        numbers.append(self._keep(step.out) if lanes.front and kind != "vector" else -1)
-        numbers += [chunks, pattern.blocks, ACTIVATIONS[step.activation], KINDS[kind], vectors * width]
-        emit(numbers, step.out, source, *step.inputs[1:])
+        ptr, ids, offset, values = (self._constant(t) for t in (pattern.ptr, pattern.id, pattern.offset, value))
+        conv = encoding.ConvStep(
+            source=slot(source),
+            out=slot(step.out),
+            residual=slot(step.inputs[1]) if len(step.inputs) > 1 else -1,
+            ptr=ptr,
+            id=ids,
+            offset=offset,
+            value=values,
+            bias=-1 if step.bias is None else self._constant(step.bias.float().contiguous()),
+            keep=self._keep(step.out) if lanes.front and kind != "vector" else -1,
+            chunks=chunks,
+            blocks=pattern.blocks,
+            activation=ACTIVATIONS[step.activation],
+            kind=KINDS[kind],
+            tile=vectors * width,
+        )
+        emit(conv, step.out, source, *step.inputs[1:])
 
     def _keep(self, value: Value) -> int:
         """The constant that is -1 at real positions and 0 in gaps and past the end."""
@@ -285,7 +291,7 @@ class Program:
             self._shared[key] = len(self.constants) - 1
         return len(self.constants) - 1
 
-    def _links(self, steps: list[tuple[list[int], list[Value]]]) -> list[int]:
+    def _links(self, steps: list[tuple[encoding.AnyStep, list[Value]]]) -> list[int]:
         """For each step, how many after it are computed with it, tile by tile, while a tile is in the cache.
 
         Those are 1x1 convolutions: at every position they need nothing but that position of the one before.
@@ -297,16 +303,18 @@ class Program:
         }
         begin = 0
         for i in range(1, len(steps)):
-            (numbers, values), (before, _) = steps[i], steps[i - 1]
+            (step, values), (before, _) = steps[i], steps[i - 1]
             joined = pointwise.get(i) and pointwise.get(i - 1)
-            joined = joined and KINDS["vector"] not in (numbers[13], before[13]) and numbers[14] == before[14]
+            joined = joined and KINDS["vector"] not in (step.kind, before.kind) and step.tile == before.tile
             if joined and len({(v.images, self._lanes[v], v.size) for v in (*values, *steps[i - 1][1])}) == 1:
                 links[begin] += 1
             else:
                 begin = i
         return links
 
-    def _allocate(self, steps: list[tuple[list[int], list[Value]]], links: list[int]) -> tuple[dict[Value, int], int]:
+    def _allocate(
+        self, steps: list[tuple[encoding.AnyStep, list[Value]]], links: list[int]
+    ) -> tuple[dict[Value, int], int]:
         """Each value's place in the arena, reusing the memory of values that are no longer read.
 
         A sum with a residual that no later step reads takes the residual's place.
@@ -317,23 +325,23 @@ class Program:
         read: dict[Value, int] = {}  # by which step, of those done in one go too, a value is read last
         inherits: dict[Value, tuple[Value, int]] = {}
         now = end = 0
-        for i, (numbers, values) in enumerate(steps):
+        for i, (step, values) in enumerate(steps):
             if i > end or i == 0:
                 now, end = i, i + links[i]
             for value in values:
                 born.setdefault(value, now)
                 last[value] = now
                 read[value] = i
-            if numbers[0] == CONV:
+            if isinstance(step, encoding.ConvStep):
                 fed.add((now, values[1]))
-                if len(values) > 2 and numbers[13] != KINDS["vector"]:
+                if len(values) > 2 and step.kind != KINDS["vector"]:
                     inherits[values[0]] = values[2], i
         places: dict[Value, int] = {}
         live: list[tuple[int, int, Value]] = []
         total = 0
         for value in sorted(born, key=born.get):
-            heir, step = inherits.get(value, (None, -1))
-            if heir is not None and read[heir] == step and (born[value], heir) not in fed:
+            heir, reader = inherits.get(value, (None, -1))
+            if heir is not None and read[heir] == reader and (born[value], heir) not in fed:
                 places[value] = places[heir]
                 live = [(start, stop, value if v is heir else v) for start, stop, v in live]
                 continue
