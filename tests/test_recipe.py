@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -5,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from granet import METHODS, GraNet, RigL, recipes
+from granet import METHODS, GraNet, RigL, recipe, recipes
 from granet.data import DATA
 from granet.models import MODELS
 from granet.recipe import SECTIONS, Data, Model, Recipe, RecipeError, Train, in_steps, schema, validate
@@ -207,3 +208,11 @@ def test_the_schema_has_every_key_of_the_shipped_files():
 def test_recipes_need_no_torch():
     code = "import sys; from granet import recipes; recipes.load('digits').resolve(9); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_hyper_parameter_is_explained_where_it_stands(name):
+    """In the docstring of the method, which `help()`, editors, the reference and the command line show."""
+    described = recipe._descriptions(METHODS[name])
+    assert set(described) == {field.name for field in dataclasses.fields(METHODS[name])}
+    assert all(len(text) > 10 for text in described.values())

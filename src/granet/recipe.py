@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Union, get_type_hints
 
+import docstring_parser
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
@@ -213,49 +214,25 @@ class MethodSection(Section):
         return METHODS[values.pop("name")](**values)
 
 
-_MEANING = {
-    "sparsity": "Share of inactive weights at the end of training.",
-    "initial_sparsity": "Share of inactive weights at the start.",
-    "begin": "Step of the first change.",
-    "end": "Step of the last change of the topology, or of the sparsity where it is gradual.",
-    "total": "Length of training.",
-    "interval": "Steps between two updates of the topology.",
-    "regeneration": "Share of a layer's active weights exchanged at an update, at first.",
-    "drop_fraction": "Share of a layer's active weights exchanged at an update, at first.",
-    "distribution": "How a sparse start is shared among layers: erk, er or uniform.",
-    "scope": "Where weights compete: global, or layerwise.",
-    "schedule": "How the sparsity rises: cubic, linear, cosine or sigmoid.",
-    "dense_interval": "Length of a dense phase; 0: as long as a sparse one.",
-    "batch_statistics": "Score with batch norm on the statistics of the batch; false: on those it keeps, which is the "
-    "identity in a new network (snip).",
-    "halve": "Step from which half as many weights are exchanged.",
-    "soft_bound": "Train with the new weights on top of the target until the next update (EM&S).",
-    "gradient_weight": "What |gradient| counts beside |weight| (lambda).",
-    "l1": "Pull of the active weights towards zero (alpha).",
-    "threshold": "Size below which weights are dropped, at first.",
-    "tolerance": "How far the number dropped may be from the one wanted before the threshold moves.",
-    "growth": "What new weights are chosen by: gradient, momentum (a mean over steps), or random.",
-    "accumulate": "Steps whose gradients are averaged for growth.",
-    "by_sign": "Drop the same share of positive and of negative weights, as the paper does.",
-    "dense_first": "Leave the first layer dense (layerwise only).",
-    "last_sparsity": "Most that the last layer is pruned to (layerwise only).",
-    "s_init": "Where each layer's learned threshold starts, before the sigmoid.",
-    "backward_sparsity": "Share of weights without a gradient; null: twice as many have one as are active.",
-    "decay": "L2 penalty of the sparse weights, in place of train.weight_decay.",
-    "rounds": "Times that the network is scored and pruned before training.",
-    "temperature": "What scores divide the network's output by (grasp); how hard weights are shaken (deep-r).",
-}
+def _descriptions(cls: type[Method]) -> dict[str, str]:
+    """What the ``Args:`` of a method's docstring say of its hyper-parameters."""
+    found = {}
+    for parameter in docstring_parser.parse(cls.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE).params:
+        text = " ".join((parameter.description or "").split())
+        found[parameter.arg_name] = text[:1].upper() + text[1:]
+    return found
 
 
 def _method_section(name: str, cls: type[Method]) -> type[MethodSection]:
     """Returns the section of one method: the fields of its class, steps in any unit, ``total`` the whole training."""
     hints, fields = get_type_hints(cls, include_extras=True), {}
+    descriptions = _descriptions(cls)
     for field in dataclasses.fields(cls):
         default = ... if field.default is dataclasses.MISSING else field.default
         if field.name == "total" and default is ...:
             default = "100%"
         kind = Steps if hints[field.name] == StepCount else hints[field.name]
-        fields[field.name] = (kind, Field(default, description=_MEANING.get(field.name)))
+        fields[field.name] = (kind, Field(default, description=descriptions.get(field.name)))
     literal = Annotated[Literal[name], Field(description="Method; `granet ls methods` lists them.")]
     doc = (cls.__doc__ or "").strip().split("\n")[0]
     return create_model(cls.__name__, __base__=MethodSection, __doc__=doc, name=(literal, name), **fields)

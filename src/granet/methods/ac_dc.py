@@ -12,12 +12,19 @@ from granet.methods.base import Method, Steps, require, require_order, require_s
 
 @dataclass(frozen=True, kw_only=True)
 class ACDC(Method):
-    """After a dense warm-up, phases of training sparse and dense take turns; from `end` on the network stays sparse.
+    """Alternate between phases of sparse and of dense training, after a dense warm-up; from `end` on stay sparse.
 
-    A compressed phase lasts `interval` steps; it begins by keeping the largest weights and has a fixed topology. In a
-    decompressed one, of `dense_interval` steps, all weights train, those that were pruned from zero. A compressed phase
-    begins only if a whole decompressed one fits in between it and `end`, so the last decompressed phase takes what is
-    left.
+    A compressed phase keeps the largest weights and trains them with a fixed topology. In a decompressed phase all
+    weights train; those that were pruned start from zero. A compressed phase begins only if a whole decompressed phase
+    fits between it and `end`, so the last decompressed phase takes whatever steps are left.
+
+    Args:
+        sparsity: share of inactive weights among the sparse parameters at the end of training, in [0, 1).
+        begin: length of the dense warm-up, in steps.
+        interval: length of a compressed phase, in steps.
+        end: step of the last compression.
+        dense_interval: length of a decompressed phase, in steps; 0 makes it as long as a compressed one.
+        scope: where weights compete: "global" (the whole network) or "layerwise".
     """
 
     sparsity: float

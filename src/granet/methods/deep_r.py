@@ -14,11 +14,17 @@ from granet.methods.base import Method, require, require_at_least
 
 @dataclass(frozen=True, kw_only=True)
 class DeepR(Method):
-    """At every step the weights that would cross zero are dropped, and as many are re-activated at random.
+    """At every step, drop the weights that would cross zero and reactivate as many at random places.
 
-    A weight is `w = s * theta` with a sign `s` for life; `theta` is pulled towards zero (`l1`) and shaken
-    (`temperature`) after the optimizer's step, and a connection with `theta < 0` is dormant. What is re-activated
-    starts from zero with a random sign.
+    A weight is `w = s * theta` with a sign `s` that it keeps for life. After the optimizer's step `theta` is pulled
+    towards zero (`l1`) and disturbed by noise (`temperature`); a connection with `theta < 0` is dormant. A reactivated
+    connection starts from zero with a random sign.
+
+    Args:
+        sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
+        l1: strength of the pull of the active weights towards zero (alpha).
+        temperature: temperature of the noise (T): its standard deviation in a step is sqrt(2 * learning rate * T).
+        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
     """
 
     sparsity: float

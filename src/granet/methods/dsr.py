@@ -14,10 +14,19 @@ from granet.schedule import Every
 
 @dataclass(frozen=True, kw_only=True)
 class DSR(Method):
-    """Every `interval` steps weights below a threshold go, and as many come back, most in the layers that kept most.
+    """Every `interval` steps, remove weights below a threshold and regrow as many, most in layers that kept most.
 
-    The threshold doubles where fewer than `drop_fraction` of the active weights went and halves where more did, give or
-    take `tolerance`.
+    The threshold doubles if fewer than `drop_fraction` of the active weights were removed and halves if more were,
+    within a tolerance.
+
+    Args:
+        sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
+        total: length of training, in steps.
+        interval: steps between two updates of the topology (N).
+        drop_fraction: share of the active weights that should be removed at an update (N_p).
+        threshold: magnitude below which weights are removed at the first update (H).
+        tolerance: relative deviation from `drop_fraction` that leaves the threshold as it is (delta).
+        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
     """
 
     sparsity: float

@@ -8,7 +8,7 @@ from granet.methods.base import Method
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Method):
-    """The weights that are not zero stay active, those that are zero stay zero, from the first step to the last."""
+    """Keep the zeros that the model has: what is zero at the start stays zero, and all other weights train."""
 
     def init(self, layers, rng):
         masks = {name: layer.weight != 0 for name, layer in layers.items()}

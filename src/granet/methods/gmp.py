@@ -15,11 +15,18 @@ from granet.schedule import Every
 
 @dataclass(frozen=True, kw_only=True)
 class GMP(Method):
-    """Train dense, and every `interval` steps prune the smallest weights, until `sparsity` is reached at `end`.
+    """Start dense and prune the smallest weights every `interval` steps, until `sparsity` is reached at `end`.
 
-    `scope="global"` ranks the weights of the whole network together; `"layerwise"` prunes every layer alike, but for
-    the first, which `dense_first=True` leaves dense, and the last, which `last_sparsity` caps (0.8 in Gale et al.); the
-    other layers then take more, so that the whole comes to `sparsity`.
+    Args:
+        sparsity: share of inactive weights among the sparse parameters at the end of training, in [0, 1).
+        begin: step of the first pruning (t_0).
+        end: step at which the final sparsity is reached (t_f).
+        interval: steps between two prunings (Delta-t).
+        scope: "global" ranks the weights of the whole network together; "layerwise" prunes all layers to one
+            sparsity.
+        schedule: how the sparsity rises: "cubic", "linear", "cosine" or "sigmoid".
+        dense_first: leave the first layer dense (only with scope="layerwise"); the other layers are pruned more.
+        last_sparsity: highest sparsity of the last layer (only with scope="layerwise"); 0.8 in Gale et al. (2019).
     """
 
     sparsity: float

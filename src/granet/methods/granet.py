@@ -14,12 +14,28 @@ from granet.schedule import Cosine, Every
 
 @dataclass(frozen=True, kw_only=True)
 class GraNet(Grows, Method):
-    """Every `interval` steps prune the network a little, then let every layer regenerate what it lost most wrongly.
+    """Every `interval` steps, prune a little, then let each layer regrow the weights with the largest gradients.
 
-    `initial_sparsity=0.5` trains sparse-to-sparse, `0.0` dense-to-sparse. `scope="layerwise"` is GraNet-uniform:
-    gradual pruning brings all layers to one density, instead of taking the smallest weights of the whole network. A
-    layer that starts sparser than that keeps what it has, and `last_sparsity` caps the sparsity of the last one (0.8 in
-    the paper's code); the other layers then have so many fewer or more that the whole comes to `sparsity`.
+    Regrowth costs nothing: each layer drops as many of its smallest weights as it regrows. `initial_sparsity=0.5`
+    trains sparse-to-sparse, `0.0` dense-to-sparse. `scope="layerwise"` is GraNet-uniform: pruning brings all layers to
+    one density instead of removing the smallest weights of the whole network. A layer that starts sparser than that
+    keeps what it has, and the other layers make up for it, so that the whole network reaches `sparsity`.
+
+    Args:
+        sparsity: share of inactive weights among the sparse parameters at the end of training, in [0, 1).
+        initial_sparsity: share of inactive weights at the start (s_i); 0 starts dense.
+        begin: step from which the network is pruned (t_0).
+        end: last step of gradual pruning (t_f).
+        total: length of training, in steps (T); the regeneration ratio falls to zero towards it.
+        interval: steps between two updates of the topology (Delta-T).
+        regeneration: share of a layer's active weights that are dropped and regrown at the first update (r).
+        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        scope: where weights compete in pruning: "global" or "layerwise".
+        last_sparsity: highest sparsity of the last layer (only with scope="layerwise"); 0.8 in the paper's code.
+        schedule: how the sparsity rises: "cubic", "linear", "cosine" or "sigmoid".
+        growth: what new weights are chosen by: "gradient", "momentum" (a mean over steps) or "random".
+        accumulate: number of steps whose gradients are averaged for growth; 1 takes the gradient of the update's
+            step.
     """
 
     sparsity: float

@@ -11,10 +11,14 @@ from granet.methods.base import AtInitialization, require
 
 @dataclass(frozen=True, kw_only=True)
 class GraSP(AtInitialization):
-    """Before training, remove the weights of the largest `-w * (H g)`; the topology then stays.
+    """Before training, remove the weights with the largest `-w * (H g)`; the topology then stays as it is.
 
-    To first order that is the change of the gradient flow `g . g` when the weight goes. Give the probe ten examples of
-    each class, as the paper does.
+    To first order this score is the change of the gradient flow `g . g` when the weight is removed. The paper gives the
+    probe ten examples of each class.
+
+    Args:
+        sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
+        temperature: what the network's output is divided by (T), so that the loss is far from saturated.
     """
 
     temperature: float = 200.0  # T: what the output is divided by, so that the loss is far from saturated

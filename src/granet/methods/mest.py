@@ -13,11 +13,21 @@ from granet.schedule import Every
 
 @dataclass(frozen=True, kw_only=True)
 class MEST(Method):
-    """Every `interval` steps each layer trades its least important weights, by `|w| + lambda * |g|`, for random ones.
+    """Every `interval` steps, each layer replaces its weights of least `|w| + lambda * |g|` by random ones.
 
-    The share traded is `drop_fraction`, half of it from `halve` on, and nothing from `end` on (elastic mutation, EM).
-    With `soft_bound=True` (EM&S) new weights come on top: a layer trains with that share of weights more than the
-    target, and what is least important among all of them goes at the next update.
+    The share that is replaced is `drop_fraction`, half of it from `halve` on, and nothing from `end` on (elastic
+    mutation, EM).
+
+    Args:
+        sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
+        halve: step from which half as many weights are replaced.
+        end: step from which the topology is fixed.
+        interval: steps between two updates of the topology (Delta-T).
+        drop_fraction: share of a layer's active weights that are replaced at an update.
+        gradient_weight: weight of |gradient| beside |weight| in the importance (lambda).
+        soft_bound: EM&S: new weights are added first and train beside the others; the least important of all are
+            removed at the next update.
+        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
     """
 
     sparsity: float

@@ -13,10 +13,20 @@ from granet.schedule import Cosine, Every
 
 @dataclass(frozen=True, kw_only=True)
 class RigL(Grows, Method):
-    """Every `interval` steps until `end`, each layer trades its smallest weights for its steepest gradients.
+    """Every `interval` steps until `end`, each layer replaces its smallest weights by those of largest gradient.
 
-    The paper stops at 75 % of training. Where the topology is updated the optimizer does not step (the paper's
-    Algorithm 1).
+    The paper stops at 75 % of training. Where the topology is updated, the optimizer does not step (Algorithm 1).
+
+    Args:
+        sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
+        end: step from which the topology is fixed (T_end).
+        interval: steps between two updates of the topology (Delta-T).
+        drop_fraction: share of a layer's active weights that are replaced at the first update (alpha); falls to 0
+            along a cosine.
+        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        growth: what new weights are chosen by: "gradient", "momentum" (a mean over steps) or "random".
+        accumulate: number of steps whose gradients are averaged for growth; 1 takes the gradient of the update's
+            step.
     """
 
     sparsity: float

@@ -13,10 +13,21 @@ from granet.schedule import Cosine, Every
 
 @dataclass(frozen=True, kw_only=True)
 class RigLITOP(Grows, Method):
-    """Every `interval` steps to the end, each layer trades its smallest weights for its steepest gradients.
+    """Every `interval` steps to the end, each layer replaces its smallest weights by those of largest gradient.
 
-    New weights have time to grow before they are judged, and many have been active in the end: `Sparsifier.exploration`
-    is the paper's R_s. No optimizer step is left out. `growth="random"` is SET-ITOP.
+    Long intervals give new weights time to grow before they are judged, and over the whole training many weights have
+    been active: `Sparsifier.exploration` is the paper's R_s. No optimizer step is left out. `growth="random"` is
+    SET-ITOP.
+
+    Args:
+        sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
+        total: length of training, in steps.
+        interval: steps between two updates of the topology (Delta-T).
+        drop_fraction: share of a layer's active weights that are replaced at the first update.
+        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        growth: what new weights are chosen by: "gradient", "momentum" (a mean over steps) or "random".
+        accumulate: number of steps whose gradients are averaged for growth; 1 takes the gradient of the update's
+            step.
     """
 
     sparsity: float

@@ -13,11 +13,17 @@ from granet.schedule import Every
 
 @dataclass(frozen=True, kw_only=True)
 class SET(Method):
-    """Every `interval` steps (the paper: every epoch) each layer trades its smallest weights for random ones.
+    """Every `interval` steps (in the paper: every epoch), each layer replaces its smallest weights by random ones.
 
-    The smallest are those nearest to zero; with `by_sign=True`, as in the paper, the same share of the positive and
-    of the negative weights. The last update comes before `total`, the end of training, so that what was grown is
-    trained.
+    The last update comes before `total`, so that the weights it grows are trained.
+
+    Args:
+        sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
+        total: length of training, in steps.
+        interval: steps between two updates of the topology.
+        drop_fraction: share of a layer's active weights that are replaced at an update (zeta).
+        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        by_sign: drop the same share of the positive and of the negative weights, as the paper does.
     """
 
     sparsity: float

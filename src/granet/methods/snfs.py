@@ -15,9 +15,17 @@ from granet.schedule import Cosine, Every
 
 @dataclass(frozen=True, kw_only=True)
 class SNFS(Method):
-    """Every `interval` steps (the paper: every epoch) layers drop small weights, which go where the momentum is large.
+    """Every `interval` steps (in the paper: every epoch), replace small weights by those where the momentum is large.
 
-    The momentum, an exponential mean of dense gradients, is gathered at every step, which costs a dense gradient each.
+    Layers with more momentum get more of the new weights. The momentum is an exponential mean of dense gradients,
+    gathered at every step, which costs a dense gradient each time.
+
+    Args:
+        sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
+        total: length of training, in steps.
+        interval: steps between two updates of the topology.
+        drop_fraction: share of a layer's active weights that are dropped at the first update (p).
+        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
     """
 
     sparsity: float

@@ -12,11 +12,14 @@ from granet.methods.base import AtInitialization, require
 
 @dataclass(frozen=True, kw_only=True)
 class SNIP(AtInitialization):
-    """Before training, keep the weights of the largest `|g * w|` of the whole network; the topology then stays.
+    """Before training, keep the weights of the network with the largest `|g * w|`; the topology then stays as it is.
 
-    `rounds=1` is the paper's single shot; more rounds score anew what is left, along an exponential schedule.
-    `batch_statistics=False` scores in evaluation mode, where the batch norms of a new network are the identity, as the
-    authors' code does.
+    Args:
+        sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
+        rounds: number of rounds of scoring and pruning (T); 1 is the paper's single shot, more follow an
+            exponential schedule.
+        batch_statistics: score with batch norm on the statistics of the batch; False scores in evaluation mode,
+            where the batch norms of a new network are the identity, as the authors' code does.
     """
 
     rounds: int = 1  # T

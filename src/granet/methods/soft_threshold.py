@@ -15,10 +15,14 @@ from granet.schedule import Every
 
 @dataclass(frozen=True, kw_only=True)
 class STR(Method):
-    """The network computes with `sign(w) * max(|w| - sigmoid(s), 0)`; each layer learns its `s`.
+    """The network computes with `sign(w) * max(|w| - sigmoid(s), 0)`, and each layer learns its threshold `s`.
 
-    How sparse the network gets is an outcome, of weight decay above all: it pulls `s` from `s_init` towards 0, which
-    raises the threshold. Every `interval` steps the masks are read off the weights, for records alone.
+    How sparse the network gets is an outcome, above all of weight decay: it pulls `s` from `s_init` towards 0, which
+    raises the threshold.
+
+    Args:
+        s_init: initial value of each layer's threshold, before the sigmoid.
+        interval: steps between two readings of the masks off the weights, for records only.
     """
 
     s_init: float = -5.0

@@ -11,7 +11,12 @@ from granet.methods.base import Method, require
 
 @dataclass(frozen=True, kw_only=True)
 class Static(Method):
-    """A random topology of the given sparsity, which training does not change."""
+    """A random topology of the given sparsity, which training does not change.
+
+    Args:
+        sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
+        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+    """
 
     sparsity: float
     distribution: str = "erk"

@@ -11,10 +11,14 @@ from granet.methods.base import AtInitialization, require
 
 @dataclass(frozen=True, kw_only=True)
 class SynFlow(AtInitialization):
-    """Before training, in many rounds, keep the weights that the most synaptic flow passes through.
+    """Before training, in many rounds, keep the weights through which most synaptic flow passes.
 
-    All layers have the same flow in total, so a small one has much flow a weight; scoring anew in every round of an
-    exponential schedule keeps it from being cut off.
+    All layers have the same total flow, so the weights of a small layer have much flow each. Scoring again in every
+    round of an exponential schedule keeps such a layer from being cut off.
+
+    Args:
+        sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
+        rounds: number of rounds of scoring and pruning (n).
     """
 
     rounds: int = 100  # n

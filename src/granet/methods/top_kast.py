@@ -14,10 +14,19 @@ from granet.schedule import Every
 
 @dataclass(frozen=True, kw_only=True)
 class TopKAST(Method):
-    """Compute with the set A of the largest weights, train the set B around it, look anew every `interval` steps.
+    """Compute with the largest weights (set A) and train a larger set B; both are chosen every `interval` steps.
 
-    The weights of B outside A are not computed with; they are trained by the gradients of the sparse network, so that
-    they may come to be among the largest. Those outside B rest with the values they have.
+    The weights of B outside of A are not computed with, but are trained by the gradients of the sparse network, so that
+    they can become large enough for A. Weights outside of B keep their values.
+
+    Args:
+        sparsity: share of weights outside of A, in [0, 1); 1 - D of the paper.
+        backward_sparsity: share of weights outside of B; 1 - (D + M) of the paper. None makes B twice as large as
+            A.
+        interval: steps between two choices of A and B.
+        decay: L2 penalty of the exploration loss; takes the place of the optimizer's weight decay.
+        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        scope: where weights compete: "global" or "layerwise".
     """
 
     sparsity: float  # 1 - D, of the forward pass
