@@ -201,6 +201,18 @@ def test_a_folder_is_evaluated_on_the_centre_of_each_image(folder, tmp_path):
     assert (x[0, :, 1:-1, 1:-1] == 255).all()
 
 
+def test_images_that_would_fill_the_memory_are_refused(folder, monkeypatch):
+    from PIL import Image
+
+    Image.new("RGB", (1, 20_000)).save(folder.files[0])  # 256x5,120,000 when its shorter side is
+    with pytest.raises(ValueError, match=r"no readable image: 1x20000 pixels"):
+        batches(folder, train=False, workers=0)
+    Image.new("RGB", (300, 300)).save(folder.files[0])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300 * 300 // 3)  # Pillow refuses what has twice as many
+    with pytest.raises(ValueError, match=r"no readable image: .*decompression bomb"):
+        batches(folder, train=False, workers=0)
+
+
 def test_a_folder_refuses_what_it_cannot_do(folder, tmp_path):
     with pytest.raises(ValueError, match=r"leave Augment\.crop at 0"):
         batches(folder, augment=Augment(crop=4))

@@ -1,7 +1,9 @@
 import gzip
+import os
 import pickle
 import re
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +169,74 @@ def test_an_idx_file_cut_short_is_named(tmp_path, packed, keep):
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(ValueError, match=re.escape(str(file))):
         load("fashion-mnist", root=tmp_path, validation=0)
+
+
+def peak(work) -> int:
+    """Bytes that Python objects and arrays take at most while ``work`` is done."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ([0x0803, 4_000_000, 28, 28], "the most"),
+        ([0x0803, 40, 280, 28], "the most"),
+        ([0x0803, 2**32 - 1, 2**32 - 1, 2**32 - 1], "the most"),
+        ([0x0803, 40, 28, 28], "has more"),
+        ([0x0803, 60_000, 28, 28], "is damaged or cut short|only"),
+    ],
+)
+def test_a_packed_file_is_not_unpacked_beyond_its_images(tmp_path, header, says):
+    write_fashion_mnist(tmp_path / "fashion-mnist", packed=True)
+    file = tmp_path / "fashion-mnist" / "train-images-idx3-ubyte.gz"
+    rest = 1_000_000 if "short" in says else 300_000_000
+    with gzip.open(file, "wb", compresslevel=1) as out:
+        out.write(np.array(header, dtype=">u4").tobytes())
+        for _ in range(rest // 1_000_000):
+            out.write(bytes(1_000_000))
+
+    def read():
+        with pytest.raises(ValueError, match=says):
+            load("fashion-mnist", root=tmp_path, validation=0)
+
+    assert peak(read) < 100_000_000
+
+
+class Huge:
+    """Pickled, an array that says of itself that it has a terabyte."""
+
+    def __reduce__(self):
+        return np.ndarray, ((10**12,), "u1")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps({b"data": Huge(), b"labels": []}),
+        b"\x80\x04\x8e" + (2**40).to_bytes(8, "little"),  # so many bytes follow, it says
+        b"\x80\x02]" + b"]" * 100_000 + b"a" * 100_000 + b".",
+    ],
+    ids=["array", "bytes", "nested"],
+)
+def test_a_pickle_that_asks_for_too_much_is_named(tmp_path, content):
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    file = tmp_path / "cifar-10-batches-py" / "data_batch_1"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        load("cifar10", root=tmp_path, validation=0)
+
+
+def test_a_file_larger_than_any_of_cifar_is_not_read(tmp_path):
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    file = tmp_path / "cifar-10-batches-py" / "data_batch_1"
+    os.truncate(file, 10**12)  # a hole in a file takes no room
+    with pytest.raises(ValueError, match=r"data_batch_1 .*1,000,000,000,000 bytes"):
+        load("cifar10", root=tmp_path, validation=0)
 
 
 @pytest.mark.parametrize(

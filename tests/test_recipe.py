@@ -2,6 +2,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ import yaml
 from granet import METHODS, GraNet, RigL, recipe, recipes
 from granet.data import DATA
 from granet.models import MODELS
-from granet.recipe import SECTIONS, Data, Model, Recipe, RecipeError, Train, in_steps, schema, validate
+from granet.recipe import FILE_KEYS, SECTIONS, Data, Model, Recipe, RecipeError, Train, in_steps, schema, validate
 
 TINY = {"data": {"name": "digits"}, "model": {"name": "mlp"}, "method": {"name": "dense"}}
 
@@ -114,8 +115,28 @@ def test_a_file_of_your_own_can_start_from_a_shipped_one(tmp_path):
         ({"model": {"name": "restnet20"}}, r"model\.name: 'restnet20' .* did you mean 'resnet20'\?"),
         ({"data": {"name": "cifar"}}, r"data\.name: 'cifar' .* did you mean 'cifar10"),
         ({"data": None}, r"data: .* got None"),
-        ({"train": {"lr": -1}}, r"train\.lr: .* greater than 0, got -1"),
-        ({"train": {"warmup": "5 epochs"}}, r"train\.warmup: '5 epochs' is no number of steps"),
+        ({"train": {"lr": -1}}, r"train\.lr: must be greater than 0, got -1$"),
+        ({"train": {"lr": float("inf")}}, r"train\.lr: must be a finite number, got inf$"),
+        ({"train": {"gamma": 1}}, r"train\.gamma: must be less than 1, got 1$"),
+        ({"train": {"epochs": 1.5}}, r"train\.epochs: must be a whole number, got 1\.5$"),
+        ({"train": {"lr": "fast"}}, r"train\.lr: must be a number, got 'fast'$"),
+        ({"train": {"nesterov": "maybe"}}, r"train\.nesterov: must be true or false, got 'maybe'$"),
+        ({"train": {"threads": 100_000}}, r"train\.threads: must be 1,024 or less, got 100000$"),
+        ({"train": {"milestones": ["150%"]}}, r"train\.milestones\.0: '150%' is too much: 100%, the whole training"),
+        ({"train": {"warmup": "200%"}}, r"train\.warmup: '200%' is too much: 100%"),
+        ({"train": {"warmup": f"{'9' * 400}ep"}}, r"train\.warmup: '9+\.\.\.9+ep' is too much: 1,000,000,000,000 are"),
+        ({"train": {"warmup": 10**30}}, r"train\.warmup: a number of steps is not negative and at most 1,000"),
+        ({"train": {"warmup": None}}, r"train\.warmup: is no number of steps: write 1000, .*, got None$"),
+        ({"data": {"name": "digits", "validation": "x"}}, r"data\.validation: must be a number, got 'x'$"),
+        ({"method": {"name": "set", "sparsity": 0.9, "interval": "150%"}}, r"method\.interval: '150%' is too much"),
+        ({"seed": 10**30}, r"seed: must be less than 9,223,372,036,854,775,808, got 1000000000"),
+        ({"seed": 10**30_000}, r"seed: must be less than .*, got a number of many digits$"),
+        ({"name": "a" * 300}, r"name: a name is at most 180 bytes long, .*, got 'aaa[a.]*'$"),
+        ({"name": "\U0001f600" * 50}, r"name: a name is at most 180 bytes long"),
+        ({"name": "a\x1b[2J"}, r"name: a name has no control characters, got 'a\\x1b\[2J'$"),
+        ({"data": {"name": "digits", 1: 2}}, r"data\.1: a key must be a text"),
+        ({"sumary": "x"}, r"sumary: there is no such key; "),
+        ({"train": {"warmup": "5 epochs"}}, r"train\.warmup: '5 epochs' is no number of steps: write .*\)$"),
         ({"train": {"optimizer": "adamw", "nesterov": True}}, "nesterov belongs to sgd"),
         ({"train": {"batch_size": 10, "accumulate": 3}}, "cannot be split"),
         ({"name": "../elsewhere"}, r"name: .* got '\.\./elsewhere'"),
@@ -216,3 +237,61 @@ def test_every_hyper_parameter_is_explained_where_it_stands(name):
     described = recipe._descriptions(METHODS[name])
     assert set(described) == {field.name for field in dataclasses.fields(METHODS[name])}
     assert all(len(text) > 10 for text in described.values())
+
+
+def test_messages_are_our_own_and_short():
+    values = dict.fromkeys(("epochs", "lr", "nesterov", "optimizer", "warmup", "device", "engine"), "x" * 10000)
+    values |= {f"key{i}": list(range(1000)) for i in range(100)}
+    with pytest.raises(RecipeError) as error:
+        validate(TINY | {"train": values}, source="test")
+    message = str(error.value)
+    assert "http" not in message and "pydantic" not in message and "Input should" not in message
+    assert message.endswith("... and 86 more")
+    assert max(map(len, message.splitlines())) < 900  # the choices of keys among it
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("methods: {granet: null}", r"methods\.granet is a mapping such as 'granet: \{name: granet, .*; got None"),
+        ("methods: {1: {}}", r"methods\.1 is a mapping"),
+        ("methods: []", r"methods is a mapping from names to settings; got \[\]"),
+        ("base: [digits]", r"base is the name of a recipe; got \['digits'\]"),
+        (f"base: {'x' * 300}", "base is the name of a recipe; got 'xxx"),
+        ("base: digit", r"has no base 'digit'; did you mean 'digits'\?"),
+        ("summary: [1]", r"summary is a line of text; got \[1\]"),
+        (
+            "basis: digits",
+            r"basis: there is no such key; did you mean 'base'\? \(choices: .*, base, summary, methods\)",
+        ),
+        ("a: [" * 3000, "own.yaml cannot be read as a recipe: .*nest"),
+        ("&a [*a]", r"own.yaml cannot be read as a recipe: the alias \*a holds itself"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_in_a_line_or_two(tmp_path, content, says):
+    file = tmp_path / "own.yaml"
+    file.write_text(content)
+    with pytest.raises(RecipeError, match=says) as error:
+        recipes.load(str(file))
+    assert len(str(error.value)) < 1200
+
+
+def test_bases_in_a_circle_are_named_once(tmp_path):
+    for name, base in (("a", "b"), ("b", "folder/../c"), ("c", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RecipeError, match=r"the bases of a\.yaml go in a circle: a -> b -> c -> a$"):
+        recipes.load(str(tmp_path / "a.yaml"))
+
+
+def test_a_moment_that_rounds_to_nothing_is_said_as_it_was_given():
+    recipe = recipes.load("digits", method="granet")
+    with pytest.raises(RecipeError, match=r"end=0 is not a positive number of steps; .* 1 in the training, 1 an epoch: "
+                       r"method\.end '50%' is 0$"):  # fmt: skip
+        recipe.method.build(steps_per_epoch=1, epochs=1)
+
+
+def test_the_keys_of_recipe_files_are_documented():
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    for key in (*FILE_KEYS, *Recipe.model_fields):
+        assert f"`{key}`" in text, key

@@ -276,7 +276,7 @@ def test_a_damaged_summary_is_named(tmp_path):
     run = Run.of(recipe(), tmp_path)
     run.path.mkdir(parents=True)
     (run.path / "summary.json").write_text("")
-    with pytest.raises(RecipeError, match=r"summary\.json is damaged .* remove it"):
+    with pytest.raises(RecipeError, match=r"summary\.json is damaged: .*remove the file"):
         _ = run.summary
 
 

@@ -56,6 +56,20 @@ def test_schedules_of_the_learning_rate():
     assert learning_rate(Train(lr=0.3, schedule="constant", warmup=4), 7, 10) == 0.3
 
 
+def test_what_lies_behind_the_end_of_training_is_warned_of(caplog):
+    late = recipe(milestones=["1ep", "90ep", 7], keep=["50%", "30it"], warmup="2ep")
+    Trainer(late)
+    end = "the training (1 epochs, 20 steps)"
+    assert caplog.messages == [
+        f"train.keep: 30it is after the end of {end} and has no effect",
+        f"train.milestones: 90ep is after the end of {end} and has no effect",
+        f"train.warmup: 2ep is longer than {end}: its lr of 0.05 is never reached",
+    ]
+    caplog.clear()
+    Trainer(recipe(milestones=["90ep"], schedule="cosine", warmup="1ep"))
+    assert caplog.messages == []
+
+
 def test_the_optimizer_takes_the_learning_rate_of_each_step():
     trainer = Trainer(recipe(schedule="multistep", milestones=["5it"], gamma=0.5, log=1))
     rates = [record["lr"] for record in fit(trainer) if record["kind"] == "train"]

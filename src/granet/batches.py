@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NARROW = 100  # sides of an image, the longer to the shorter
 IMAGE_SIZE, RESIZED = 224, 256  # ImageNet's crop, and the shorter side that the evaluation crop is cut from
 
 
@@ -203,8 +204,10 @@ class _Decoder:
         position, row = position_and_row
         try:
             with Image.open(self.files[row]) as file:
+                if max(file.size) > NARROW * min(file.size):  # scaled up by its shorter side it would be huge
+                    raise ValueError(f"{file.width}x{file.height} pixels, one side {NARROW} times the other")
                 image = file.convert("RGB")
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.files[row]} is no readable image: {error}") from error
         if self.train:
             rng = np.random.default_rng([*self.seed, position])

@@ -7,9 +7,10 @@
 import json
 import logging
 import os
-import shutil
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,14 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from granet import files
+from granet.files import replace as replace
+from granet.texts import from_json, short
+
 logger = logging.getLogger(__name__)
 
 FORMAT = "granet checkpoint 1"
+NAMES = ("model.safetensors", "state.safetensors", "state.json")  # the files of a checkpoint
 
 
 class CheckpointError(OSError):
@@ -37,6 +43,41 @@ class Checkpoint:
     model: dict[str, Tensor]
     state: dict[str, Any]
 
+    @property
+    def best(self) -> int | None:
+        """The step of the best checkpoint of the run by then, None if there was none.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, here as below.
+        """
+        with distrusted(self.path):
+            best = self.state["best"]
+            return None if best is None else _whole(best["step"])
+
+    @property
+    def metrics(self) -> int:
+        """The length of the file of records by then, in bytes."""
+        with distrusted(self.path):
+            return _whole(self.state["metrics"])
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks of the sparse parameters, by name."""
+        return self._of_sparsifier("masks")
+
+    @property
+    def ever(self) -> dict[str, Tensor]:
+        """Which weights of the sparse parameters were ever active, by name."""
+        return self._of_sparsifier("ever")
+
+    def _of_sparsifier(self, kind: str) -> dict[str, Tensor]:
+        with distrusted(self.path):
+            found = self.state["sparsifier"][kind]
+            for name, mask in found.items():
+                if mask.dtype != torch.bool or mask.ndim < 2 or not mask.any() or mask.shape != self.model[name].shape:
+                    raise ValueError(f"{kind} of {name!r} are none")
+            return found
+
 
 def save(folder: Path, *, step: int, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
     """Returns the directory of the new checkpoint, ``folder/<step>``, which appears at once and complete.
@@ -46,26 +87,27 @@ def save(folder: Path, *, step: int, model: Mapping[str, Tensor], state: Mapping
     """
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors)
-    files = {"model.safetensors": to_bytes(_separate(model)), "state.safetensors": to_bytes(_separate(tensors))}
-    sums = {name: zlib.crc32(content) for name, content in files.items()}
+    contents = {"model.safetensors": to_bytes(_separate(model)), "state.safetensors": to_bytes(_separate(tensors))}
+    sums = {name: zlib.crc32(content) for name, content in contents.items()}
     head = {"format": FORMAT, "step": step, "crc32": sums | {"state.json": _sum_of(step, tree)}}
-    files["state.json"] = json.dumps(head | {"state": tree}).encode()
+    contents["state.json"] = json.dumps(head | {"state": tree}).encode()
 
     target = folder / f"{step:08d}"
     temporary = folder / f".{target.name}.{os.getpid()}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
+        files.remove(temporary, NAMES)  # of a killed process that had the same number
         temporary.mkdir(parents=True)
-        for name, content in files.items():
-            write_and_sync(temporary / name, content)
-        _sync(temporary)
-        if target.exists():  # left damaged by an earlier attempt, or saved twice at the same step
-            shutil.rmtree(target)
+        for name, content in contents.items():
+            files.write_and_sync(temporary / name, content)
+        files.sync(temporary)
+        # one may be there: left damaged by an earlier attempt, or saved twice at the same step
+        if files.there(target) and not files.remove(target, NAMES):
+            raise files.FileError(f"something that is no checkpoint has its name; move it away: {target}")
         temporary.rename(target)
-        _sync(folder)
+        files.sync(folder)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        size = sum(map(len, files.values())) / 1e6
+        files.remove(temporary, NAMES)
+        size = sum(map(len, contents.values())) / 1e6
         raise CheckpointError(
             f"the checkpoint {target} ({size:.1f} MB) could not be written: {error.strerror or error}. "
             f"Older checkpoints are intact; make room and resume"
@@ -74,18 +116,24 @@ def save(folder: Path, *, step: int, model: Mapping[str, Tensor], state: Mapping
 
 
 def prune(folder: Path, *, keep: int, also: set[int]) -> None:
-    """Removes all checkpoints but the last ``keep`` and those of the steps in ``also``."""
-    for path in paths(folder)[keep:]:
+    """Removes all checkpoints but the last ``keep`` and those of the steps in ``also``.
+
+    What is not a checkpoint as `save` writes it, by its name and by what it holds, is neither counted nor removed.
+    """
+    own = [path for path in paths(folder) if files.only_holds(path, NAMES)]
+    for path in own[keep:]:
         if int(path.name) not in also:
-            shutil.rmtree(path, ignore_errors=True)
+            files.remove(path, NAMES)
     for path in folder.glob(".*.*"):  # of processes that were killed while writing
-        if path.name.rpartition(".")[2] != str(os.getpid()):
-            shutil.rmtree(path, ignore_errors=True)
+        killed = re.fullmatch(r"\.\d{8,}\.(\d+)", path.name, re.ASCII)
+        if killed and int(killed[1]) != os.getpid():
+            files.remove(path, NAMES)
 
 
 def paths(folder: Path) -> list[Path]:
     """Returns the checkpoint directories in ``folder``, the latest first."""
-    return sorted((p for p in folder.glob("*") if p.name.isdecimal() and p.is_dir()), reverse=True)
+    found = [p for p in folder.glob("*") if re.fullmatch(r"\d{8,}", p.name, re.ASCII) and p.is_dir()]
+    return sorted((p for p in found if not p.is_symlink()), key=lambda p: int(p.name), reverse=True)
 
 
 def load(path: Path) -> Checkpoint:
@@ -94,22 +142,43 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing, truncated, altered, or not granet's.
     """
+    head_file = path / "state.json"
     try:
-        head = json.loads((path / "state.json").read_bytes())
-        if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise CheckpointError(f"{path / 'state.json'} is no {FORMAT!r}")
-        if head["crc32"].get("state.json") not in (None, _sum_of(head["step"], head["state"])):
-            raise CheckpointError(f"{path / 'state.json'} is altered: its checksum differs")
-        model, tensors = (
-            _read(path / name, head["crc32"][name]) for name in ("model.safetensors", "state.safetensors")
-        )
-        return Checkpoint(path, head["step"], model, _unpack(head["state"], tensors))
+        files.within(path.parent, path.name)
+        with distrusted(head_file):
+            head = from_json(files.read(head_file))
+            if not isinstance(head, dict) or head.get("format") != FORMAT:
+                raise CheckpointError(f"{head_file} is no {FORMAT!r}")
+            if head["crc32"].get("state.json") not in (None, _sum_of(head["step"], head["state"])):
+                raise CheckpointError(f"{head_file} is altered: its checksum differs")
+            if _whole(head["step"]) != int(path.name) or not isinstance(head["state"], dict):
+                raise ValueError(f"it says step {short(head['step'])}")
+            sums = {name: head["crc32"][name] for name in ("model.safetensors", "state.safetensors")}
+        model, tensors = (_read(path / name, crc32) for name, crc32 in sums.items())
+        with distrusted(head_file):
+            return Checkpoint(path, head["step"], model, _unpack(head["state"], tensors))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is no checkpoint: {Path(error.filename).name} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / 'state.json'} is damaged: {error!r}") from None
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def distrusted(path: Path) -> Iterator[None]:
+    """Inside, whatever a file's content sets off is said of the file: it may be crafted, or of another version.
+
+    Raises:
+        CheckpointError: names ``path``; messages that are granet's own pass unchanged.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        cause = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is damaged: {' '.join(cause.split()):.300}") from None
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
@@ -133,41 +202,15 @@ def load_latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def write_and_sync(path: Path, content: bytes) -> None:
-    """Writes a new file and waits until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace(path: Path, content: str) -> None:
-    """Writes a file such that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_and_sync(temporary, content.encode())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _read(path: Path, crc32: int) -> dict[str, Tensor]:
-    content = path.read_bytes()
+    content = files.read(path)
     if zlib.crc32(content) != crc32:
         raise CheckpointError(f"{path} is truncated or altered ({len(content)} bytes, checksum differs)")
     try:
         # from memory: a mapped file would tie the tensors to a file that may go
         return safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from None
+    except (safetensors.SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: {' '.join(str(error).split()):.300}") from None
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -179,6 +222,12 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return result
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or not 0 <= number < 2**63:
+        raise ValueError(f"{short(number)} is no whole number from 0 up")
+    return number
 
 
 def _sum_of(step: int, tree: Any) -> int:
@@ -219,9 +268,31 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def restore_layout(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Gives an optimizer its state back, its buffers in the memory layout of their parameters (channels-last, say)."""
-    optimizer.load_state_dict(dict(state))
+    """Gives an optimizer its state back, its buffers in the memory layout of their parameters (channels-last, say).
+
+    Its settings (learning rate, momentum, ...) stay those that it was made with.
+
+    Raises:
+        ValueError: a buffer is none of this optimizer, or of another shape than its parameter.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    groups = [mine | {"params": saved["params"]} for mine, saved in zip(own, state["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    known = BUFFERS.get(type(optimizer).__name__)
     for parameter, buffers in optimizer.state.items():
+        if known and buffers and set(buffers) != known:
+            raise ValueError(f"{type(optimizer).__name__} keeps {', '.join(sorted(known))}, not {short(set(buffers))}")
         for name, buffer in buffers.items():
-            if isinstance(buffer, Tensor) and buffer.shape == parameter.shape and buffer.stride() != parameter.stride():
+            if not isinstance(buffer, Tensor):
+                if buffer is not None and not isinstance(buffer, int | float):
+                    raise ValueError(f"the optimizer's {name} is {short(buffer)}")
+                continue
+            if buffer.numel() != 1 and buffer.shape != parameter.shape:
+                shapes = f"{tuple(buffer.shape)}, its parameter of {tuple(parameter.shape)}"
+                raise ValueError(f"the optimizer's {name} is of shape {shapes}")
+            if buffer.shape == parameter.shape and buffer.stride() != parameter.stride():
                 buffers[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
+
+
+BUFFERS = {"SGD": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}
+"""What the optimizers of recipes keep for a parameter, from its first step on."""

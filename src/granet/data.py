@@ -13,6 +13,7 @@ Nothing is downloaded, nothing untrusted is unpickled: a missing dataset raises 
 import gzip
 import importlib.util
 import io
+import math
 import os
 import pickle
 import zlib
@@ -142,32 +143,36 @@ def _read_digits(place: Path) -> tuple[Split, Split]:
     return everything[kept], everything[held]
 
 
-def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
-    """Return the array uint8 of an IDX file, plain or gzipped: magic number, sizes, bytes."""
+def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the array uint8 of an IDX file, plain or gzipped: magic number, sizes, bytes.
+
+    No more of the file is unpacked than an array of `shape` has at most: its first size may be less, the others not.
+    """
     path = next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} lacks {name}.gz (or {name}): copy it there, it is one of four files")
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = np.frombuffer(file.read(4 + 4 * len(shape)), dtype=">u1")
+            if len(header) < 4 + 4 * len(shape) or tuple(header[:4]) != (0, 0, 8, len(shape)):  # 8: unsigned bytes
+                raise ValueError(f"{path} is no IDX file of {len(shape)}-dimensional bytes: fetch it again")
+            found = tuple(int(size) for size in header[4:].view(">u4"))
+            if found[0] > shape[0] or found[1:] != shape[1:]:
+                raise ValueError(f"{path} says it holds an array {found}, where {shape} is the most: fetch it again")
+            size = math.prod(found)
+            content = file.read(size + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from error
-    header = np.frombuffer(content[: 4 + 4 * dimensions], dtype=">u4") if len(content) >= 4 + 4 * dimensions else [0]
-    if header[0] != 0x0800 + dimensions:  # 8: unsigned bytes
-        raise ValueError(f"{path} is no IDX file of {dimensions}-dimensional bytes: fetch it again")
-    shape = tuple(int(size) for size in header[1:])
-    if len(content) != 4 + 4 * dimensions + int(np.prod(shape)):
-        raise ValueError(f"{path} should hold an array {shape}, but has {len(content)} bytes: fetch it again")
-    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    if len(content) != size:
+        more = "more" if len(content) > size else f"only {len(content):,}"
+        raise ValueError(f"{path} should hold {size:,} bytes for an array {found}, but has {more}: fetch it again")
+    return np.frombuffer(content, dtype=np.uint8).reshape(found)
 
 
 def _read_fashion_mnist(folder: Path) -> tuple[Split, Split]:
     def split(part):
-        images, labels = (
-            _read_idx(folder, f"{part}-images-idx3-ubyte", 3),
-            _read_idx(folder, f"{part}-labels-idx1-ubyte", 1),
-        )
-        if images.shape[1:] != (28, 28):
-            raise ValueError(f"{folder}/{part}-images-idx3-ubyte: images are {images.shape[1:]}, not 28x28")
+        images = _read_idx(folder, f"{part}-images-idx3-ubyte", (60_000, 28, 28))
+        labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", (60_000,))
         return _checked(images[:, None], labels, classes=10, path=folder / f"{part}-labels-idx1-ubyte")
 
     return split("train"), split("t10k")
@@ -189,11 +194,15 @@ def _dtype(kind, *_) -> np.dtype:
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads dicts, lists, numbers, strings and uint8 arrays; refuses every other name before it is imported."""
 
-    _reconstruct = np.empty(0).__reduce__()[0]  # NumPy has moved it; old files know it by both names
+    @staticmethod
+    def _reconstruct(*_) -> np.ndarray:
+        """An empty array to be filled; how large it says it is does not matter yet."""
+        return np.empty(0, dtype=np.uint8)
+
     allowed = {  # noqa: RUF012 (nobody writes to it)
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "ndarray"): None,  # only ever named, never called
         ("numpy", "dtype"): _dtype,
         ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),  # bytes in protocol 2 of Python 3
     }
@@ -204,13 +213,19 @@ class _ArrayUnpickler(pickle.Unpickler):
         return self.allowed[module, name]
 
 
+LARGEST = 200_000_000  # bytes of a file of CIFAR's, the largest of which has 154 million
+_TOO_MUCH = (MemoryError, OverflowError, RecursionError)  # what a pickle may ask for
+
+
 def _read_cifar_file(path: Path, *, key: bytes, classes: int) -> Split:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: unpack the official archive again")
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
         batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         images, labels = np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32), batch[key]
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, *_TOO_MUCH) as error:
         raise ValueError(
             f"{path} is no intact file of the CIFAR python archive ({error!r}): unpack it again"
         ) from error

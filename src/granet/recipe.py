@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
@@ -19,21 +18,13 @@ from granet.methods import METHODS
 from granet.methods.base import Method
 from granet.methods.base import Steps as StepCount
 from granet.pattern import parse
+from granet.problems import STEPS, refusal
+from granet.problems import suggest as suggest
+from granet.texts import printable, short
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used: says where, what was given, what is allowed."""
-
-
-def suggest(given: object, choices: Iterable[str]) -> str:
-    """Returns the end of an error message: the choice nearest to ``given``, and all choices.
-
-    >>> suggest("regl", ["granet", "rigl"])
-    "did you mean 'rigl'? (choices: granet, rigl)"
-    """
-    choices = list(choices)
-    near = difflib.get_close_matches(str(given), choices, n=1, cutoff=0.5)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"(choices: {', '.join(choices)})"
 
 
 _STEPS = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>ep|it|%)")
@@ -41,17 +32,19 @@ _STEPS = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>ep|it|%)")
 
 def _check_steps(value: int | str) -> int | str:
     if isinstance(value, str):
-        if value.isdecimal():
-            return int(value)
-        if not _STEPS.fullmatch(value):
-            raise ValueError(
-                f"{value!r} is no number of steps: write 1000, '1000it', '80ep' or '50%' (of the training)"
-            )
-    elif value < 0:
-        raise ValueError(f"a number of steps cannot be negative, got {value}")
+        match = _STEPS.fullmatch(f"{value}it" if value.isascii() and value.isdecimal() else value)
+        if not match:
+            raise ValueError(f"{short(value)} {STEPS}")
+        if float(match["number"]) > (100 if match["unit"] == "%" else MOST):
+            most = "100%, the whole training, is the most" if match["unit"] == "%" else f"{MOST:,} are the most"
+            raise ValueError(f"{short(value)} is too much: {most}")
+        return int(value) if value.isdecimal() else value
+    if not 0 <= value <= MOST:
+        raise ValueError(f"a number of steps is not negative and at most {MOST:,}")
     return value
 
 
+MOST = 10**12  # steps or epochs
 Steps = Annotated[int | str, AfterValidator(_check_steps)]
 
 
@@ -78,7 +71,7 @@ class Section(BaseModel):
     """The base of all sections: frozen, without unknown keys."""
 
     # descriptions are given by Field(description=): to read docstrings, pydantic would wake all lazy modules
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def resolved(self, *, steps_per_epoch: int, epochs: int) -> dict[str, Any]:
         """Returns the fields, with those measured in steps as integers."""
@@ -106,12 +99,12 @@ class Data(Section):
         gt=0,
         description="Share, or number, of the training images held out for validation.",
     )
-    crop: int = Field(0, ge=0, description="Augmentation: shift by up to so many pixels, at random.")
+    crop: int = Field(0, ge=0, le=10_000, description="Augmentation: shift by up to so many pixels, at random.")
     padding: Literal["reflect", "zeros"] = Field(
         "reflect", description="Augmentation: what a shift brings in at the border."
     )
     flip: bool = Field(False, description="Augmentation: mirror half of the images.")
-    cutout: int = Field(0, ge=0, description="Augmentation: side of the square blanked out at random.")
+    cutout: int = Field(0, ge=0, le=10_000, description="Augmentation: side of the square blanked out at random.")
 
 
 class Model(Section):
@@ -141,8 +134,8 @@ class Model(Section):
 class Train(Section):
     """How to train."""
 
-    epochs: int = Field(160, ge=1, description="Passes over the training set.")
-    batch_size: int = Field(128, ge=1, description="Examples in an optimizer step.")
+    epochs: int = Field(160, ge=1, le=1_000_000, description="Passes over the training set.")
+    batch_size: int = Field(128, ge=1, le=1_000_000_000, description="Examples in an optimizer step.")
     accumulate: int = Field(
         1, ge=1, description="Parts a batch is split into, one forward and backward each, to save memory."
     )
@@ -176,13 +169,16 @@ class Train(Section):
         description="Decay of an exponential moving average of the weights, which is then what is evaluated.",
     )
     probe: int = Field(
-        1, ge=1, description="Batches that methods which choose their masks before training look at (snip, grasp)."
+        1,
+        ge=1,
+        le=1_000_000,
+        description="Batches that methods which choose their masks before training look at (snip, grasp).",
     )
     log: Steps = Field("10it", description="Steps between two lines of the training log.")
     evaluate: Steps = Field("1ep", description="Steps between two evaluations on the validation set.")
     checkpoint: Steps = Field("1ep", description="Steps between two checkpoints.")
     keep: tuple[Steps, ...] = Field((), description="Moments whose checkpoints are kept, such as 10ep or 50%.")
-    threads: int | None = Field(None, ge=1, description="Processor threads; None leaves them to torch.")
+    threads: int | None = Field(None, ge=1, le=1024, description="Processor threads; None leaves them to torch.")
     engine: Literal["dense", "sparse"] = Field(
         "dense", description="Arithmetic: 'sparse' runs layers on granet's own kernels where these are faster (CPU)."
     )
@@ -202,6 +198,26 @@ class Train(Section):
             )
         return self
 
+    def never(self, steps_per_epoch: int) -> list[str]:
+        """Returns what lies behind the end of the training and so never happens, each with what to do.
+
+        >>> Train(epochs=50, milestones=("30ep", "90ep")).never(steps_per_epoch=100)
+        ['train.milestones: 90ep is after the end of the training (50 epochs, 5,000 steps) and has no effect']
+        """
+        units, end = {"steps_per_epoch": steps_per_epoch, "epochs": self.epochs}, self.epochs * steps_per_epoch
+        moments = [("keep", moment) for moment in self.keep]
+        if self.schedule == "multistep":
+            moments += [("milestones", moment) for moment in self.milestones]
+        length = f"the training ({self.epochs:,} epochs, {end:,} steps)"
+        found = [
+            f"train.{name}: {moment} is after the end of {length} and has no effect"
+            for name, moment in moments
+            if in_steps(moment, **units) > end
+        ]
+        if in_steps(self.warmup, **units) > end:
+            found.append(f"train.warmup: {self.warmup} is longer than {length}: its lr of {self.lr:g} is never reached")
+        return found
+
 
 class MethodSection(Section):
     """How the topology evolves: a method's hyper-parameters, steps in any unit."""
@@ -211,7 +227,16 @@ class MethodSection(Section):
     def build(self, *, steps_per_epoch: int, epochs: int) -> Method:
         """Returns the method, with all its steps as integers."""
         values = self.resolved(steps_per_epoch=steps_per_epoch, epochs=epochs)
-        return METHODS[values.pop("name")](**values)
+        try:
+            return METHODS[values.pop("name")](**values)
+        except ValueError as error:
+            given = {name: getattr(self, name) for name in values if getattr(self, name) != values[name]}
+            named = [name for name in given if f"{name}=" in str(error)] or list(given)
+            if not named:
+                raise
+            steps = ", ".join(f"method.{name} {given[name]!r} is {values[name]}" for name in named)
+            length = f"{steps_per_epoch * epochs:,} in the training, {steps_per_epoch:,} an epoch"
+            raise RecipeError(f"{error}; in steps, of which there are {length}: {steps}") from None
 
 
 def _descriptions(cls: type[Method]) -> dict[str, str]:
@@ -242,17 +267,28 @@ SECTIONS: dict[str, type[MethodSection]] = {name: _method_section(name, cls) for
 AnyMethod = Annotated[Union[tuple(SECTIONS.values())], Field(discriminator="name")]  # noqa: UP007 (a union made at run time)
 
 
+def _check_name(name: str) -> str:
+    if printable(name) != name or "\n" in name or "\t" in name:
+        raise ValueError("a name has no control characters")
+    if len(name.encode()) > LONGEST:
+        raise ValueError(f"a name is at most {LONGEST} bytes long, since a directory bears it")
+    return name
+
+
+LONGEST = 180  # what follows it in the names of directories and files has its place too
+Name = Annotated[str, Field(pattern=r"^[^\s./\\-][^/\\]*$"), AfterValidator(_check_name)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class Recipe(Section):
     """One training run: data, model, method, training, seed."""
 
-    name: str = Field(
-        "custom", pattern=r"^[^\s./\\-][^/\\]*$", description="Name of the run, which its directory starts with."
-    )
+    name: Name = Field("custom", description="Name of the run, which its directory starts with.")
     data: Data
     model: Model
     method: AnyMethod
     train: Train = Train()
-    seed: int = Field(0, ge=0, description="Seed of weights, topology, data order and augmentation.")
+    seed: Seed = Field(0, description="Seed of weights, topology, data order and augmentation.")
 
     def resolve(self, steps_per_epoch: int) -> Method:
         """Returns the method with every step count resolved; the only place where units become steps."""
@@ -271,12 +307,21 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
 
 
-def validate(values: Mapping[str, Any], *, source: str) -> Recipe:
+FILE_KEYS = {
+    "base": "The recipe that this one starts from: one of the package, or a file beside this one, without its .yaml.",
+    "summary": "One line for `granet ls recipes`.",
+    "methods": "Settings of each method for this task, by name; `method` may name one of them.",
+}
+"""What a recipe file holds beside the sections of a recipe; `granet.recipes` reads it."""
+
+
+def validate(values: Mapping[str, Any], *, source: str, also: Iterable[str] = ()) -> Recipe:
     """Returns the recipe in ``values``.
 
     Args:
         values: the sections, as YAML gives them.
         source: where they come from, for messages.
+        also: keys that are possible there beside the sections, for messages.
 
     Raises:
         RecipeError: all that is wrong, one line each, with the nearest valid choice.
@@ -284,47 +329,14 @@ def validate(values: Mapping[str, Any], *, source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise explained(error, source) from None
+        raise explained(error, source, also) from None
 
 
-def explained(error: ValidationError, source: str) -> RecipeError:
-    """The error that says, in one line each, what is wrong with a recipe."""
-    lines = [f"  {_explain(problem)}" for problem in error.errors()]
-    return RecipeError("\n".join([f"the recipe {source} is not valid:", *lines]))
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    """Returns one line: where in the recipe, what is wrong, what is allowed."""
-    path, given = [str(part) for part in problem["loc"]], problem["input"]
-    section: Any = Recipe
-    for part in path if problem["type"] != "extra_forbidden" else path[:-1]:
-        if part in getattr(section, "model_fields", {}):
-            section = section.model_fields[part].annotation
-        elif part in SECTIONS and path[0] == "method":
-            section = SECTIONS[part]
-    if path[:1] == ["method"] and len(path) > 1 and path[1] in SECTIONS:
-        del path[1]  # pydantic's name of the alternative, which is no key of the file
-    where = ".".join(path) or "the whole"
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"{where}: there is no such key; {suggest(path[-1], section.model_fields)}"
-        case "union_tag_invalid":
-            return f"{where}: there is no method {given.get('name')!r}; {suggest(given.get('name'), SECTIONS)}"
-        case "union_tag_not_found":
-            return f"{where}: has no name {suggest('', SECTIONS)}"
-        case "dict_type" | "model_type" | "model_attributes_type" | "mapping_type":
-            return f"{where}: is a mapping of keys to values, got {given!r}"
-        case "tuple_type" | "list_type":
-            return f"{where}: is a list, got {given!r}"
-        case "string_pattern_mismatch":
-            return f"{where}: a name is not empty, has no slash, and no dot or dash first; got {given!r}"
-        case "literal_error":
-            choices = [str(choice) for choice in re.findall(r"'([^']*)'", problem["ctx"]["expected"])]
-            return f"{where}: {given!r} is not possible; {suggest(given, choices)}"
-        case "missing":
-            return f"{where}: is missing"
-        case _:
-            return f"{where}: {problem['msg'].removeprefix('Value error, ')}, got {given!r}"
+def explained(error: ValidationError, source: str, also: Iterable[str] = ()) -> RecipeError:
+    """The error that says, in one line each, what is wrong with a recipe, or with a section of one."""
+    above = {"Data": ("data",), "Model": ("model",), "Train": ("train",)}
+    above |= {section.__name__: ("method",) for section in SECTIONS.values()}
+    return RecipeError(refusal(f"the recipe {source}", error, Recipe, SECTIONS, above.get(error.title, ()), also))
 
 
 def schema() -> dict[str, Any]:
@@ -332,9 +344,9 @@ def schema() -> dict[str, Any]:
     result = Recipe.model_json_schema()
     method, variant = result["properties"]["method"], {"type": "object", "additionalProperties": {"type": "object"}}
     result["properties"] |= {
-        "base": {"type": "string", "description": "The recipe that this one starts from."},
-        "summary": {"type": "string", "description": "One line for `granet ls recipes`."},
-        "methods": variant | {"description": "Settings of each method for this task, by name."},
+        "base": {"type": "string", "description": FILE_KEYS["base"]},
+        "summary": {"type": "string", "description": FILE_KEYS["summary"]},
+        "methods": variant | {"description": FILE_KEYS["methods"]},
         "method": {"anyOf": [{"type": "string", "description": "One of `methods`."}, method]},
     }
     del result["required"]  # what a file leaves out, its base may have

@@ -4,33 +4,18 @@ Both read run directories (`granet.run` says what is in one), finished or not.
 """
 
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from granet import charts, checkpoint
+from granet import charts, checkpoint, files
+from granet.summary import read_object, read_records, read_summary
 
 if TYPE_CHECKING:
     import altair
     from rich.table import Table
-
-NEEDED = {
-    "name",
-    "method",
-    "model",
-    "data",
-    "seed",
-    "sparsity",
-    "parameters",
-    "flops",
-    "best",
-    "last",
-    "seconds",
-    "layers",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,35 +65,13 @@ def read_run(path: str | Path) -> RunData:
     missing = [name for name in ("recipe.yaml", "metrics.jsonl") if not (path / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{path} is not the directory of a run: it has no {' and no '.join(missing)}")
-    environment, summary = (_object(path / name) for name in ("environment.json", "summary.json"))
-    if summary is not None and (lacks := NEEDED - summary.keys()):
-        raise ValueError(f"{path / 'summary.json'} is damaged: it lacks {', '.join(sorted(lacks))}")
-    records = tuple(_records(path / "metrics.jsonl"))
-    return RunData(path, (path / "recipe.yaml").read_text(encoding="utf-8"), environment or {}, records, summary)
-
-
-def _object(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+    environment, summary = read_object(path / "environment.json"), read_summary(path / "summary.json")
+    records = tuple(read_records(path / "metrics.jsonl"))
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds no object")
-    return value
-
-
-def _records(path: Path) -> Iterable[dict[str, Any]]:
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # after the last \n is nothing, or the beginning of a line
-        try:
-            record = json.loads(line)
-            if record["kind"] in ("train", "eval", "update"):
-                record["step"], record["epoch"] = int(record["step"]), float(record["epoch"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number} is damaged: {error!r}") from error
-        yield record
+        recipe = files.read(path / "recipe.yaml").decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path / 'recipe.yaml'} is damaged: {error}") from None
+    return RunData(path, recipe, environment or {}, records, summary)
 
 
 def summary_table(runs: Sequence[RunData]) -> "Table":

@@ -16,20 +16,22 @@ runs/digits-granet-3f9a1c/
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from granet import checkpoint, ranks
+from granet import checkpoint, files, ranks
 from granet.recipe import Recipe, RecipeError, validate
+from granet.summary import read_summary
+from granet.texts import from_yaml, short
 from granet.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class Run:
             RecipeError: the directory holds a run of another recipe.
         """
         run = Run(runs / f"{recipe.name}-{recipe.digest()}", recipe)
-        if (run.path / "recipe.yaml").exists():
+        if files.there(run.path / "recipe.yaml"):
             where = {"data": {"root"}}  # data may have moved
             if Run.open(run.path).recipe.model_dump(exclude=where) != recipe.model_dump(exclude=where):
                 raise RecipeError(f"{run.path} holds a run of another recipe; give another --runs folder or --name")
@@ -68,19 +70,23 @@ class Run:
         path = path.resolve() if not path.name else path  # the directory one stands in has a name too
         file = path / "recipe.yaml"
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            values = from_yaml(files.read(file))
         except (FileNotFoundError, NotADirectoryError):
             there = sorted(p.parent.name for p in path.parent.glob("*/recipe.yaml"))
             hint = f"; runs in {path.parent}: {', '.join(there)}" if there else ""
             raise FileNotFoundError(f"{path} is no run directory: it has no recipe.yaml{hint}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise RecipeError(f"{file} is damaged: {error}") from None
         return Run(path, validate(values, source=str(file)))
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
+        """The folder of the checkpoints.
+
+        Raises:
+            FileError: it is a link.
+        """
+        return files.within(self.path, "checkpoints")
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -89,11 +95,10 @@ class Run:
         Raises:
             RecipeError: the file is damaged.
         """
-        file = self.path / "summary.json"
         try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{file} is damaged ({error}): remove it, and granet resume writes it anew") from None
+            return read_summary(self.path / "summary.json")
+        except ValueError as error:
+            raise RecipeError(f"{error}: remove the file, and granet resume writes it anew") from None
 
     @property
     def report(self) -> Path:
@@ -109,7 +114,7 @@ class Run:
         """
         import fcntl
 
-        with (self.path / ".lock").open("w") as file:
+        with files.lock_file(self.path / ".lock") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -121,7 +126,7 @@ class Metrics:
     """The file of records: one JSON object a line, cut back to a checkpoint on resume."""
 
     def __init__(self, path: Path, offset: int):
-        self._file = path.open("ab", buffering=0)  # a write that fails is reported at once, and not again on closing
+        self._path, self._file = path, files.appending(path)
         if offset > self._file.tell():
             logger.warning("%s is shorter than at the checkpoint: its records up to there are lost", path)
         self._file.truncate(min(offset, self._file.tell()))
@@ -132,7 +137,7 @@ class Metrics:
         try:
             self._file.write(json.dumps(record).encode() + b"\n")
         except OSError as error:
-            raise OSError(f"{self._file.name} cannot be written: {error.strerror}; make room and resume") from error
+            raise OSError(f"{self._path} cannot be written: {error.strerror}; make room and resume") from error
 
     def sync(self) -> int:
         """Waits until all records are on the disk; returns the length of the file."""
@@ -176,13 +181,13 @@ def execute(
         found = checkpoint.load_latest(run.checkpoints)
         offset = 0
         if found is not None:
-            trainer.load_state_dict(found.model, found.state)
-            offset = found.state["metrics"]
+            _restore(trainer, found)
+            offset = found.metrics
             logger.info("going on from step %d of %d", trainer.step, trainer.steps)
         trainer.ranks.decide(lambda: trainer.step)
         checkpoint.replace(run.path / "environment.json", json.dumps(environment(trainer), indent=1))
         metrics = Metrics(run.path / "metrics.jsonl", offset)
-        events = _events(run.path / "tensorboard", trainer.step)
+        events = _events(run.path, trainer.step)
         with contextlib.closing(metrics), contextlib.closing(events):
 
             def record(values: dict[str, Any]) -> None:
@@ -210,11 +215,25 @@ def execute(
 def _accompany(run: Run, trainer: Trainer, stop: Callable[[], bool]) -> dict[str, Any] | None:
     """What `execute` does on all ranks but the first: train from where that one stands, and write nothing."""
     if step := trainer.ranks.decide(lambda: 0):  # the first rank's step: this rank's answer is not asked for
-        found = checkpoint.load(run.checkpoints / f"{step:08d}")
-        trainer.load_state_dict(found.model, found.state)
+        _restore(trainer, checkpoint.load(run.checkpoints / f"{step:08d}"))
     if not trainer.fit(record=lambda values: None, save=lambda: None, stop=stop):
         return None
     return _summarise(run, trainer)
+
+
+def _restore(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
+    """Puts a checkpoint into the trainer.
+
+    Raises:
+        CheckpointError: it does not fit the recipe, or is not what a trainer has saved.
+    """
+    with checkpoint.distrusted(found.path):
+        trainer.load_state_dict(found.model, found.state)
+        if trainer.step != found.step or not 0 <= found.step <= trainer.steps:
+            raise ValueError(f"it says step {trainer.step} of {trainer.steps}, and its name step {found.step}")
+        numbers = [trainer.training_flops, trainer.seconds, *(asdict(trainer.best).values() if trainer.best else ())]
+        if not all(isinstance(number, int | float) for number in numbers) or not 0 <= sum(numbers[:2]) < math.inf:
+            raise ValueError(f"its costs and its best score are no numbers: {short(numbers)}")
 
 
 def _summarise(run: Run, trainer: Trainer) -> dict[str, Any]:
@@ -317,9 +336,9 @@ class _Events:
         self._writer.close()
 
 
-def _events(folder: Path, step: int) -> _Events | _NoEvents:
+def _events(run: Path, step: int) -> _Events | _NoEvents:
     try:
-        return _Events(folder, step)
+        return _Events(files.subfolder(run, "tensorboard"), step)
     except ModuleNotFoundError:
         logger.info('no TensorBoard events: pip install "granet[train]"')
         return _NoEvents()

@@ -88,6 +88,9 @@ def refuse_foreign(
             if state["folded"]
             else "the state was taken before fold(): load it into a sparsifier that is not folded"
         )
+    for name, mask in (*state["masks"].items(), *state["ever"].items()):
+        if mask.dtype != torch.bool:
+            raise ValueError(f"this is a damaged state of a sparsifier: the mask of {name!r} is {mask.dtype}")
     shapes = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
     mine = {name: tuple(mask.shape) for name, mask in masks.items()}
     if shapes != mine:

@@ -6,6 +6,7 @@ mappings that `granet.run` writes to ``metrics.jsonl``; where it wants to be sav
 
 import copy
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from granet.engine.training import TrainingPlan, accelerate
 from granet.recipe import Recipe, Train
 from granet.selection import plan, unfit
 from granet.sparsifier import Sparsifier
+
+logger = logging.getLogger(__name__)
 
 Record = Callable[[dict[str, Any]], None]
 
@@ -84,6 +87,8 @@ class Trainer:
                 f"batch_size {recipe.train.batch_size} is larger than the training set, {len(dataset.train)} images"
             )
         self.steps = self.steps_per_epoch * recipe.train.epochs
+        for warning in recipe.train.never(self.steps_per_epoch) if self.ranks.first else ():
+            logger.warning(warning)
         units = {"steps_per_epoch": self.steps_per_epoch, "epochs": recipe.train.epochs}
         self.settings = Train.model_construct(**recipe.train.resolved(**units))
         if self.settings.engine == "sparse" and self.ranks.world > 1:
@@ -384,7 +389,8 @@ class Trainer:
             self.sparsifier.load_state_dict(state["sparsifier"])
             self.best = None if state["best"] is None else Best(**state["best"])
             self.training_flops, self.seconds = state["training_flops"], state["seconds"]
-            self._window = [(at, a.to(self.device), b.to(self.device)) for at, a, b in state["window"]]
+            to = [(at, *(x.to(self.device).reshape(()) for x in pair)) for at, *pair in state["window"]]
+            self._window = [(at, loss, accuracy) for at, loss, accuracy in to]
             torch.set_rng_state(state["rng"])
             if state["cuda_rng"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)

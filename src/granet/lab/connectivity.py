@@ -203,10 +203,10 @@ def connectivity_of(runs: str | Path | Run | Iterable[str | Path | Run]) -> Conn
         found = [checkpoint.load(path) for path in reversed(checkpoint.paths(run.checkpoints))]
         if not found:
             raise checkpoint.CheckpointError(f"{run.path} has no checkpoint: there are no masks to compare")
-        masks = [one.state["sparsifier"]["masks"] for one in found]
+        masks = [one.masks for one in found]
         overlaps += _through(label, [one.step for one in found], masks)
         last[label] = masks[-1]
-        layers += _layers(label, masks[-1], found[-1].state["sparsifier"]["ever"])
+        layers += _layers(label, masks[-1], found[-1].ever)
     for a, b in itertools.combinations(last, 2):
         overlaps += [Overlap("between runs", a, b, name, *pair) for name, pair in overlap(last[a], last[b]).items()]
     return Connectivity(tuple(overlaps), tuple(layers))

@@ -18,18 +18,21 @@ Nothing here needs torch.
 """
 
 import itertools
-import tomllib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from granet import recipes
-from granet.recipe import SECTIONS, Recipe, RecipeError, Section, suggest, validate
+from granet.problems import Problem, problems
+from granet.recipe import SECTIONS, Name, Recipe, RecipeError, Section, Seed, suggest, validate
+from granet.texts import from_toml, short
 
 SHOWN = 8  # of many problems, so many are told
+MOST = 10_000  # runs of a sweep
 
 
 class SweepError(ValueError):
@@ -107,12 +110,12 @@ class Reporting(Section):
 class Sweep(Section):
     """A sweep file."""
 
-    name: str
+    name: Name  # of the folder of its tables, too
     summary: str = ""
     recipe: tuple[str, ...] = Field(min_length=1)
     methods: tuple[Entry, ...] = Field(min_length=1)
     grid: Settings = Settings()
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     report: Reporting = Reporting()
 
     @field_validator("recipe", mode="before")
@@ -180,10 +183,12 @@ def load(name: str) -> Sweep:
             raise SweepError(f"there is no sweep {name!r}; {suggest(name, names())}; one of your own ends in .toml")
         path = folder() / f"{name}.toml"
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = from_toml(path.read_bytes())
     except FileNotFoundError:
         raise SweepError(f"there is no file {path}; sweeps of the package: {', '.join(names())}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except OSError as error:
+        raise SweepError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise SweepError(f"{path} cannot be read as TOML: {error}") from None
     return parse({"name": path.stem} | values, source=path)
 
@@ -197,33 +202,38 @@ def parse(values: Mapping[str, Any], *, source: Path) -> Sweep:
     try:
         sweep = Sweep.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {_explain(problem)}" for problem in error.errors()]
+        lines = [f"  {_explain(problem)}" for problem in problems(error)][:SHOWN]
         raise SweepError("\n".join([f"the sweep {source} is not valid:", *lines])) from None
     beside = tuple(str(near) if (near := source.parent / one).is_file() else one for one in sweep.recipe)
     return sweep.model_copy(update={"recipe": beside})
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
-    path = [str(part) for part in problem["loc"]]
-    where = ".".join(path)
-    if problem["type"] == "extra_forbidden":
+def _explain(problem: Problem) -> str:
+    path = problem.path
+    if problem.type == "extra_forbidden":
         kind = {"methods": Entry, "grid": Settings, "report": Reporting}.get(path[0] if path[1:] else "", Sweep)
-        return f"{where}: there is no such key; {suggest(path[-1], kind.model_fields)}"
-    if problem["type"] == "missing":
-        return f"{where}: is missing"
-    text = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {text}, got {problem['input']!r}" if where and problem["type"] != "value_error" else text
+        return f"{problem.where}: there is no such key; {suggest(path[-1], kind.model_fields)}"
+    if problem.type == "string_pattern_mismatch":
+        return (
+            f"{problem.where}: a name is not empty, has no slash, and no dot or dash first; got {short(problem.given)}"
+        )
+    if problem.type == "value_error":
+        return f"{problem.where}: {problem.words}" if path else problem.words
+    return str(problem)
 
 
 def cells(sweep: Sweep) -> list[Cell]:
     """Returns every run of the sweep, the first seed of all before the second of any.
 
     Raises:
-        SweepError: a cell's recipe is not valid, or a key belongs to no method; all are named.
+        SweepError: a cell's recipe is not valid, or a key belongs to no method, all of which are named; or there are
+            more runs than can be meant.
     """
+    _refuse_many(len(sweep.recipe) * len(sweep.methods), "recipes times methods")
     found: list[Cell] = []
     problems: list[str] = []
     used: set[str] = set()
+    planned: list[tuple[str, Entry, Recipe, dict[str, tuple[Any, ...]]]] = []
     for task, entry in itertools.product(sweep.recipe, sweep.methods):
         try:
             base = _base(entry, task)
@@ -237,7 +247,10 @@ def cells(sweep: Sweep) -> list[Cell]:
             if not key.startswith("method.") or key.removeprefix("method.") in known
         }
         used |= grid.keys()
-        axes = grid | entry.axes
+        planned.append((task, entry, base, grid | entry.axes))
+    runs = sum(math.prod(map(len, axes.values())) for *_, axes in planned) * len(sweep.seeds)
+    _refuse_many(runs, "methods, settings and seeds multiplied out")
+    for task, entry, base, axes in planned:
         for combination in itertools.product(*axes.values()):
             settings = dict(zip(axes, combination, strict=True))
             try:
@@ -255,6 +268,11 @@ def cells(sweep: Sweep) -> list[Cell]:
         problems.append(f"grid: no method here has {key}; {suggest(key, sorted(fields))}")
     refuse(problems)
     return sorted(found, key=lambda cell: sweep.seeds.index(cell.recipe.seed))
+
+
+def _refuse_many(number: int, what: str) -> None:
+    if number > MOST:
+        raise SweepError(f"the sweep has {number:,} runs ({what}), and {MOST:,} are the most: take values away")
 
 
 def refuse(problems: list[str]) -> None:

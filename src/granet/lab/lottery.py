@@ -167,7 +167,7 @@ def rewind_step(lottery: Lottery, trainer: Trainer) -> int:
 
 def _pruned(before: checkpoint.Checkpoint, trainer: Trainer, lottery: Lottery, level: int):
     """Masks of the largest of the weights that were active, as many as the level leaves."""
-    masks = before.state["sparsifier"]["masks"]
+    masks = before.masks
     layers = {name: Layer(before.model[name]) for name in masks}
     n = distribution.budget(topology.total_of(layers), 1 - lottery.sparsity_after(level))
     if lottery.scope == "global":

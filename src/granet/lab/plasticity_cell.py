@@ -95,10 +95,11 @@ class Bench:
         trainer = self.trainer
         trainer.settings = self.settings
         trainer.sparsifier.detach()
-        trainer.model.load_state_dict(found.model)
-        # a copy: the optimizer would train on in the buffers of the checkpoint itself
-        checkpoint.restore_layout(copy.deepcopy(found.state["optimizer"]), trainer.optimizer)
-        torch.set_rng_state(found.state["rng"])
+        with checkpoint.distrusted(found.path):
+            trainer.model.load_state_dict(found.model)
+            # a copy: the optimizer would train on in the buffers of the checkpoint itself
+            checkpoint.restore_layout(copy.deepcopy(found.state["optimizer"]), trainer.optimizer)
+            torch.set_rng_state(found.state["rng"])
         parameters = dict(trainer.model.named_parameters())
         for name, mask in (kept or {}).items():
             p = parameters[name]
@@ -141,7 +142,7 @@ class Bench:
     def before(self, found: Checkpoint) -> float:
         """Returns the test accuracy at the checkpoint, nothing pruned; measured once."""
         if found.step not in self._before:
-            self.place(found, found.state["sparsifier"]["masks"])
+            self.place(found, found.masks)
             self._before[found.step] = self.accuracy()
         return self._before[found.step]
 
@@ -233,7 +234,7 @@ def measure(on: Bench, cell: Cell) -> dict[str, Any] | None:
 
 def choose(on: Bench, found: Checkpoint, cell: Cell) -> tuple[Masks, Masks, Masks]:
     """Returns the masks of a cell: before the pruning, of the weights that keep their values, and afterwards."""
-    before = found.state["sparsifier"]["masks"]
+    before = found.masks
     on.place(found, before)
     weights = {name: p.detach() for name, p in on.trainer.model.named_parameters() if name in before}
     before = {name: masking.like(mask, weights[name]) for name, mask in before.items()}

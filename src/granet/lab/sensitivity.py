@@ -162,7 +162,7 @@ def layer_sensitivity(
     network = on.trainer.model if on.trainer.ema is None else on.trainer.ema
     if batch_norm and not any(isinstance(module, _BatchNorm) for module in network.modules()):
         raise ValueError(f"{run.recipe.model.name} has no batch norm whose statistics could be recomputed")
-    before = found.state["sparsifier"]["masks"]
+    before = found.masks
     on.place(found, before)
     unpruned = on.trainer.evaluate(split).accuracy
     batches = on.trainer.probe(batch_norm).batches if batch_norm else []
@@ -193,6 +193,6 @@ def _checkpoint(run: Run, which: str) -> checkpoint.Checkpoint:
         return found
     if which != "best":
         raise ValueError(f"which={which!r}: 'best' or 'last'")
-    if found.state["best"] is None:
+    if found.best is None:
         raise checkpoint.CheckpointError(f"{run.path} has no best checkpoint; try 'last'")
-    return checkpoint.load(run.checkpoints / f"{found.state['best']['step']:08d}")
+    return checkpoint.load(run.checkpoints / f"{found.best:08d}")

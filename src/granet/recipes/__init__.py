@@ -12,21 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from granet.recipe import SECTIONS, Recipe, RecipeError, suggest, validate
-
-
-class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Safe YAML that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            line = node.start_mark.line + 1
-            raise RecipeError(f"{', '.join(map(repr, sorted(twice)))} is given twice in the mapping of line {line}")
-        return super().construct_mapping(node, deep)
+from granet.recipe import FILE_KEYS, SECTIONS, Recipe, RecipeError, suggest, validate
+from granet.texts import from_yaml, short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +47,7 @@ class RecipeFile:
         values = {"name": f"{self.name}-{chosen}"} | dict(self.sections)
         if method is not None:
             values["method"] = {**method, **(settings or {})} if isinstance(method, Mapping) else method
-        return validate(values, source=self.name)
+        return validate(values, source=self.name, also=FILE_KEYS)
 
 
 @cache
@@ -76,27 +63,45 @@ def read(path: Path, *, seen: tuple[Path, ...] = ()) -> RecipeFile:
         RecipeError: no such file, no mapping in it, or bases in a circle.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        values = from_yaml(path.read_bytes())
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe file {path}") from None
-    except (yaml.YAMLError, RecipeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read as a recipe: {error.strerror}") from None
+    except ValueError as error:
         raise RecipeError(f"{path} cannot be read as a recipe: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is no recipe: a mapping such as 'data: {{name: digits}}' is expected")
     base, summary, methods = values.pop("base", None), values.pop("summary", ""), values.pop("methods", {})
+    if not isinstance(summary, str):
+        raise RecipeError(f"{path}: summary is a line of text; got {short(summary)}")
     if not isinstance(methods, Mapping):
-        raise RecipeError(f"{path}: methods is a mapping from names to settings; got {methods!r}")
+        raise RecipeError(f"{path}: methods is a mapping from names to settings; got {short(methods)}")
+    for name, settings in methods.items():
+        if not isinstance(name, str) or not isinstance(settings, Mapping):
+            allowed = f"a mapping such as '{name}: {{name: {name}, sparsity: 0.9}}'"
+            raise RecipeError(f"{path}: methods.{name} is {allowed}; got {short(settings)}")
     if base is not None:
-        near = path.parent / f"{base}.yaml"
-        parent = near if near.exists() else _shipped().get(str(base))
-        if parent is None:
-            raise RecipeError(f"{path} has no base {base!r}; {suggest(base, _shipped())}")
-        if parent in (*seen, path):
-            raise RecipeError(f"{path}: its bases go in a circle through {base!r}")
-        inherited = read(parent, seen=(*seen, path))
+        seen = (*seen, path.resolve())
+        parent = _base(base, path)
+        if parent.resolve() in seen:
+            circle = " -> ".join(one.stem for one in (*seen, parent))
+            raise RecipeError(f"the bases of {seen[0].name} go in a circle: {circle}")
+        inherited = read(parent, seen=seen)
         values = _merge(inherited.sections, values)
         methods = _merge(inherited.methods, methods)
     return RecipeFile(path.stem.removeprefix("_"), summary, values, methods)
+
+
+def _base(base: Any, path: Path) -> Path:
+    """Returns the file that the recipe file ``path`` calls its base: one beside it, or one of the package."""
+    if not isinstance(base, str) or not base or len(base) > 200 or "\0" in base:
+        raise RecipeError(f"{path}: base is the name of a recipe; got {short(base)}")
+    near = path.parent / f"{base}.yaml"
+    parent = near if near.exists() else _shipped().get(base)
+    if parent is None:
+        raise RecipeError(f"{path} has no base {base!r}; {suggest(base, _shipped())}, or {near}")
+    return parent
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
