@@ -1,7 +1,7 @@
 import csv
 import dataclasses
-import shutil
 import json
+import shutil
 import signal
 import subprocess
 import sys
