@@ -1,4 +1,4 @@
-"""Every example runs for a few steps, and does what it says."""
+"""Every example runs for a few steps, and does what it says. Notebooks are run too, shortened."""
 
 import importlib
 from pathlib import Path
@@ -71,3 +71,23 @@ def test_plasticity_of_your_network():
 def test_compile_and_measure():
     dense, fast, difference = run("compile_and_measure", "--batch", "1")
     assert dense > 0 and fast > 0 and difference < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "shorter"),
+    [
+        ("image_classifier", {"steps=300": "steps=20"}),
+        ("plasticity_of_your_network", {'"--epochs", "6"': '"--epochs", "1"'}),
+    ],
+)
+def test_notebooks_run_and_keep_their_pictures(name, shorter):
+    nbformat = pytest.importorskip("nbformat", reason="needs the development tools")
+    nbclient = pytest.importorskip("nbclient", reason="needs the development tools")
+    notebook = nbformat.read(EXAMPLES / "notebooks" / f"{name}.ipynb", 4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    for cell in notebook.cells:
+        for long, short in shorter.items():
+            assert cell.cell_type != "code" or long not in cell.source or cell.source.count(long) == 1
+            cell.source = cell.source.replace(long, short)
+    nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": EXAMPLES / "notebooks"}}).execute()
