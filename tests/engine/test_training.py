@@ -1,12 +1,13 @@
 import copy
 import pickle
+import time
 
 import pytest
 import torch
 from torch import nn
 
 import granet
-from granet.engine import training
+from granet.engine import layer, training
 from granet.engine.training import accelerate
 
 
@@ -38,13 +39,6 @@ def train(method, *, sparse, steps=24):
     return masks, losses, model, plan
 
 
-@pytest.fixture
-def always_sparse(monkeypatch):
-    """Layers run sparse whatever the measurement says, so that the test does not hang on it."""
-    monkeypatch.setattr(training, "NOISE", -1e9)
-    monkeypatch.setattr(training, "HOPELESS", 1.0)
-
-
 METHODS = {
     "granet": granet.GraNet(sparsity=0.9, initial_sparsity=0.5, end=16, total=24, interval=4),
     "rigl": granet.RigL(sparsity=0.8, end=20, interval=5),
@@ -73,10 +67,10 @@ def test_parameters_stay_and_remove_undoes(always_sparse):
     plan = accelerate(sparsifier, x)
     assert torch.equal(torch.random.get_rng_state(), buffers)
     assert all(before[n] is p for n, p in model.named_parameters())
-    assert isinstance(model[2].forward, training.Forward)
+    assert isinstance(model[2].forward, layer.Forward)
     expected = model(x)
     plan.remove()
-    assert "forward" not in model[2].__dict__
+    assert not any("forward" in module.__dict__ for module in model)
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
     assert plan.report().layers == ()
 
@@ -87,7 +81,7 @@ def test_copies_of_an_accelerated_model_are_plain(always_sparse):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with torch.no_grad():
             twin[0].weight.zero_()
-            assert not isinstance(twin[0].forward, training.Forward)
+            assert not isinstance(twin[0].forward, layer.Forward)
             assert not torch.equal(twin(x), model(x))
             model_weight = model[0].weight.clone()
             model[0].weight.zero_()
@@ -96,12 +90,13 @@ def test_copies_of_an_accelerated_model_are_plain(always_sparse):
 
 
 def test_layers_are_planned_anew_as_density_falls(monkeypatch):
+    monkeypatch.setattr(layer, "NOISE", -1e9)
     monkeypatch.setattr(training, "NOISE", -1e9)
     method = granet.GMP(sparsity=0.95, end=12, interval=3)
     *_, plan = train(method, sparse=True, steps=16)
     rows = plan.report().layers
     assert [row.chosen for row in rows].count("sparse") >= 2
-    assert all((row.chosen == "sparse") == (row.density <= training.HOPELESS) for row in rows)
+    assert all((row.chosen == "sparse") == (row.density <= layer.HOPELESS) for row in rows)
     assert min(row.density for row in rows) < 0.2
     assert "run sparse" in str(plan.report())
 
@@ -220,3 +215,114 @@ def test_masks_differ_by_rounding_alone_under_batch_norm(always_sparse):
     assert not torch.equal(scores, fast_scores) and not torch.equal(masks, perturbed_masks)
     assert (fast_scores - scores).abs().max() < (perturbed_scores - scores).abs().max()
     assert (fast_masks != masks).sum() <= (perturbed_masks != masks).sum()
+
+
+def test_the_report_has_every_module_with_parameters_and_the_reason(always_sparse):
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(10, 16)
+            self.lstm = nn.LSTM(16, 16, batch_first=True)
+            self.up = nn.ConvTranspose1d(16, 16, 3, padding=1)
+            self.ring = nn.Conv1d(16, 16, 3, padding=1, padding_mode="circular")
+            self.norm = nn.LayerNorm(16)
+            self.own, self.wrapped, self.unused = Own(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.runs = nn.Linear(16, 16)
+            self.head, self.tied = nn.Linear(16, 4), nn.Linear(16, 16)
+            self.tied.weight = self.runs.weight
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, tokens):
+            x = self.lstm(self.embed(tokens))[0].transpose(1, 2)
+            x = self.norm(self.ring(self.up(x)).transpose(1, 2))
+            x = self.tied(self.runs(self.own(x))) * self.scale
+            return self.head(x + self.wrapped(x))
+
+    model = Model()
+    model.wrapped.forward = lambda x: x
+    sparsifier = granet.Sparsifier(model, granet.Static(sparsity=0.5), skip="head")
+    report = accelerate(sparsifier, torch.randint(0, 10, (4, 8))).report()
+    reasons = {row.name: f"{row.chosen}: {row.why}" for row in report.layers}
+    kinds = "none of Linear, Conv1d, Conv2d"
+    assert reasons == {
+        "": "dense: Model has no sparse weight",
+        "embed": "dense: Embedding has no sparse weight",
+        "lstm": f"dense: a LSTM is {kinds}",
+        "up": f"dense: a ConvTranspose1d is {kinds}",
+        "ring": "dense: padding mode 'circular' is not zeros",
+        "norm": "dense: LayerNorm has no sparse weight",
+        "own": "dense: a Own has a forward of its own",
+        "wrapped": "dense: its forward was exchanged by somebody else",
+        "unused": "dense: the model does not call it with the example inputs",
+        "runs": "sparse: faster",
+        "head": "dense: Linear has no sparse weight",
+        "tied": "dense: it shares its weight with 'runs.weight'",
+    }
+    assert next(row for row in report.layers if row.name == "lstm").density == pytest.approx(0.5, abs=0.2)
+    assert "lstm" in str(report) and "1 more without a matrix of weights: LayerNorm has no sparse weight" in str(report)
+    again = accelerate(sparsifier, torch.randint(0, 10, (4, 8))).report()
+    assert "accelerated by another plan: call remove() of that one first" in str(again)
+
+
+def test_a_method_with_other_weights_has_the_reason_in_every_row():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sparsifier = granet.Sparsifier(model, granet.TopKAST(sparsity=0.5, backward_sparsity=0.2))
+    rows = accelerate(sparsifier, torch.randn(2, 8)).report().layers
+    assert len(rows) == 2 and all("trains other weights" in row.why for row in rows)
+
+
+def test_both_are_warm_before_the_whole_model_is_timed(always_sparse, monkeypatch):
+    """A network whose first calls are slow, as those of a fresh process are, is not reported to gain by that."""
+    calls = {"dense": 0, "sparse": 0}
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    sparsifier = granet.Sparsifier(model, granet.Static(sparsity=0.6))
+    plan = accelerate(sparsifier, torch.randn(4, 8))
+
+    def slow_at_first(name):
+        def call():
+            calls[name] += 1
+            time.sleep(0.05 if calls[name] <= 2 else 0.005)
+
+        return call
+
+    monkeypatch.setattr(plan, "candidates", lambda: {name: slow_at_first(name) for name in calls})
+    plan.replan()
+    report = plan.report()
+    assert calls["dense"] == calls["sparse"] == report.whole["dense"].runs + 2
+    for spread in report.whole.values():
+        assert 5 <= spread.least <= spread.median <= spread.most and spread.median < 40
+    assert f"{report.whole_dense_ms:.2f} ms (median" in str(report) and "x by the median" in str(report)
+
+
+def test_a_model_whose_output_has_no_gradient_is_planned(always_sparse):
+    class Decides(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).argmax(1)
+
+    model = Decides(nn.Linear(8, 8))
+    plan = accelerate(granet.Sparsifier(model, granet.Static(sparsity=0.6)), torch.randn(4, 8))
+    assert plan.report().layers[0].chosen == "sparse"
+
+
+def test_measuring_puts_buffers_back_that_a_forward_changes_in_evaluation_too(always_sparse):
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 8)
+            self.register_buffer("calls", torch.zeros(()))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.a = nn.Linear(8, 8), Counting()
+
+        def forward(self, x):
+            self.a.calls += 1
+            return self.layer(x)
+
+    model = Model()
+    accelerate(granet.Sparsifier(model, granet.Static(sparsity=0.6), skip="a"), torch.randn(4, 8))
+    assert model.a.calls == 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from granet import native
-from granet.engine import encoding, reference
+from granet.engine import eager, encoding, reference
 from granet.engine.geometry import Geometry, geometry
 from granet.engine.pattern import Pattern, patterns
 from granet.engine.spec import Spec
@@ -77,44 +77,23 @@ def default_batch(images: int, size: tuple[int, int], spec: Spec) -> int:
     return width if images >= width and out[0] * out[1] <= 5 * width else 1
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, place: Layout) -> Tensor:
-    """The sparse layer's output for x (NCHW or (rows, features)) and the dense weight, differentiable in all three."""
-    f, b = place.forward, place.backward
-    return torch.ops.granet.conv(
-        x, weight, bias, f.ptr, f.id, f.offset, f.index, b.ptr, b.id, b.offset, b.index, place.numbers
-    )
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, place: Layout, *, whole: bool = False) -> Tensor:
+    """The sparse layer's output for x (NCHW or (rows, features)), differentiable in x, weight and bias any times.
 
-
-class DenseGradient(torch.autograd.Function):
-    """The sparse layer with the gradient of every weight, inactive ones too; that one alone takes dense arithmetic."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, place: Layout) -> Tensor:
-        """The layer's output."""
-        ctx.save_for_backward(x, weight)
-        ctx.place, ctx.has_bias = place, bias is not None
-        return conv(x, weight, bias, place)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of input, weight and bias."""
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx = _input_gradient(dy, x, weight, ctx.place) if need_x else None
-        dw = reference.weight_gradient(dy, x, weight, ctx.place.spec) if need_weight else None
-        db = dy.sum([d for d in range(dy.dim()) if d != 1]) if ctx.has_bias and need_bias else None
-        return dx, dw, db, None
-
-
-def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, place: Layout) -> Tensor:
+    Args:
+        x: the input.
+        weight: the dense weight, zero where it is inactive.
+        bias: one number for each output channel, or None.
+        place: the topology on an input of this shape.
+        whole: whether the gradient of inactive weights is wanted as well; that one product then is a dense one. A
+            gradient that is differentiated again (`create_graph=True`) is whole in any case, as torch computes it.
+    """
     f, b = place.forward, place.backward
     structure = (f.ptr, f.id, f.offset, f.index, b.ptr, b.id, b.offset, b.index, place.numbers)
-    arguments = (dy.contiguous(), x.contiguous(), weight.contiguous())
-    return torch.ops.granet.conv_backward(*arguments, *structure, True, False)[0]
+    return torch.ops.granet.conv(x, weight, bias, *structure, place.spec.numbers, whole)
 
 
-def _conv(x, weight, bias, ptr, id_, offset, index, b_ptr, b_id, b_offset, b_index, numbers):
+def _conv(x, weight, bias, ptr, id_, offset, index, b_ptr, b_id, b_offset, b_index, numbers, spec, whole):
     return torch.ops.granet.conv_forward(x.contiguous(), weight.contiguous(), bias, ptr, id_, offset, index, numbers)
 
 
@@ -123,25 +102,26 @@ def _output_shape(x: Tensor, numbers: list[int]) -> list[int]:
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, *structure, numbers = inputs
+    x, weight, bias, *structure, ctx.numbers, spec, ctx.whole = inputs
     ctx.save_for_backward(x, weight, *structure)
-    ctx.numbers, ctx.has_bias = numbers, bias is not None
+    ctx.spec, ctx.has_bias = Spec.of_numbers(spec), bias is not None
 
 
 def _backward(ctx, dy):
     x, weight, *structure = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    dx, dw = torch.ops.granet.conv_backward(
-        dy.contiguous(),
-        x.contiguous(),
-        weight.contiguous(),
-        *structure,
-        ctx.numbers,
-        need_x,
-        need_weight,
-    )
+    # gradients that will be differentiated again, or of many dy at once, are left to operators that know how
+    composed = torch.is_grad_enabled() or eager.transformed()
+    whole = ctx.whole or composed
+    if composed:
+        dx = reference.input_gradient(dy, x, weight, ctx.spec) if need_x else None
+    else:
+        arguments = (dy.contiguous(), x.contiguous(), weight.contiguous(), *structure, ctx.numbers)
+        dx, dw = torch.ops.granet.conv_backward(*arguments, need_x, need_weight and not whole)
+    if whole and need_weight:
+        dw = reference.weight_gradient(dy, x, weight, ctx.spec)
     db = dy.sum([d for d in range(dy.dim()) if d != 1]) if ctx.has_bias and need_bias else None
-    return (dx if need_x else None, dw if need_weight else None, db, *[None] * 9)
+    return (dx if need_x else None, dw if need_weight else None, db, *[None] * 11)
 
 
 @functools.cache
@@ -153,10 +133,10 @@ def prepare() -> None:
     back = "Tensor back_ptr, Tensor back_id, Tensor back_offset, Tensor back_index"
     torch.library.define(
         "granet::conv",
-        f"(Tensor x, Tensor weight, Tensor? bias, {pattern}, {back}, int[] geometry) -> Tensor",
+        f"(Tensor x, Tensor weight, Tensor? bias, {pattern}, {back}, int[] geometry, int[] spec, bool whole) -> Tensor",
     )
     torch.library.impl("granet::conv", "CPU")(_conv)
-    torch.library.register_fake("granet::conv")(lambda x, weight, bias, *rest: x.new_empty(_output_shape(x, rest[-1])))
+    torch.library.register_fake("granet::conv")(lambda x, weight, bias, *rest: x.new_empty(_output_shape(x, rest[-3])))
     torch.library.register_fake("granet::conv_forward")(
         lambda x, weight, bias, ptr, id_, offset, index, numbers: x.new_empty(_output_shape(x, numbers))
     )

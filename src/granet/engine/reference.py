@@ -19,16 +19,20 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, spec: Spe
 
 def conv_gradients(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     """The gradients of the input and of the weight at active positions (zero elsewhere)."""
-    image, gradient = (t if t.dim() == 4 else t[:, :, None, None] for t in (x, dy))
-    kernel = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype)).view(spec.weight_shape)
-    dx = torch.nn.grad.conv2d_input(
-        image.shape, kernel, gradient, spec.stride, spec.padding, spec.dilation, spec.groups
-    )
-    return dx.view(x.shape), weight_gradient(dy, x, weight, spec) * mask
+    active = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype))
+    return input_gradient(dy, x, active, spec), weight_gradient(dy, x, weight, spec) * mask
+
+
+def input_gradient(dy: Tensor, x: Tensor, weight: Tensor, spec: Spec) -> Tensor:
+    """The gradient of the input, by operators of torch that can be differentiated again."""
+    if x.dim() == 2:
+        return dy @ weight.view(spec.out_channels, spec.in_channels)
+    kernel = weight.view(spec.weight_shape)
+    return torch.nn.grad.conv2d_input(x.shape, kernel, dy, spec.stride, spec.padding, spec.dilation, spec.groups)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, spec: Spec) -> Tensor:
-    """The gradient of every weight, active or not."""
+    """The gradient of every weight, active or not, by operators of torch that can be differentiated again."""
     if x.dim() == 2:
         return (dy.t() @ x).view(weight.shape)
     shape = spec.weight_shape

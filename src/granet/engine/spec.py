@@ -30,6 +30,21 @@ class Spec:
         return out[0], out[1]
 
     @property
+    def numbers(self) -> list[int]:
+        """The spec as an operator takes it; `of_numbers` reads it back."""
+        sizes = (*self.kernel, *self.stride, *self.padding, *self.dilation)
+        return [self.in_channels, self.out_channels, *sizes, self.groups]
+
+    @classmethod
+    def of_numbers(cls, numbers: list[int]) -> Spec:
+        """The spec whose `numbers` these are."""
+        pairs = {
+            key: (numbers[i], numbers[i + 1])
+            for i, key in ((2, "kernel"), (4, "stride"), (6, "padding"), (8, "dilation"))
+        }
+        return cls(in_channels=numbers[0], out_channels=numbers[1], groups=numbers[10], **pairs)
+
+    @property
     def weight_shape(self) -> tuple[int, int, int, int]:
         """The shape of the weight, as Conv2d has it."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel)

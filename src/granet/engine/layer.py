@@ -1,0 +1,235 @@
+"""The exchanged forward of one layer: the sparse kernels where they are the faster and right, else its own forward."""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from granet import masking
+from granet.engine import eager, ops
+from granet.engine.planner import NOISE
+from granet.engine.report import LayerReport
+from granet.engine.spec import spec_of
+
+if TYPE_CHECKING:
+    from granet.engine.training import TrainingPlan
+
+HOPELESS = 0.5  # above this density the sparse kernels are not worth measuring
+ANEW_DENSE = 0.9  # a dense layer is measured again below this share of the density measured, or where it can win first
+ANEW_SPARSE = 0.3  # a sparse layer is: which of the sparse kernels is the fastest may have changed
+ALIKE = 0.85  # densities that differ by less count as equal for layers of one shape
+DIMENSIONS = {nn.Linear: None, nn.Conv1d: 3, nn.Conv2d: 4}  # of the input; a linear layer takes any number
+OUTSIDE = (
+    "granet.accelerate chooses and runs its kernels outside of compiled graphs: "
+    "compile without fullgraph=True, or call plan.remove() first"
+)
+
+
+class Forward:
+    """The exchanged `forward` of one module. A copy of the module gets its own dense forward back.
+
+    Raises:
+        ValueError: the kernels do not compute what the module does; the message says why.
+    """
+
+    def __init__(self, module: nn.Module, name: str, plan: TrainingPlan):
+        self.kind = _kind_of(module)
+        self.module, self.name, self.plan, self.spec = module, name, plan, spec_of(module)
+        self.weight = module.weight  # the parameter that the sparsifier has
+        self.batch: int | None = None  # images innermost, where the layer runs sparse
+        self.runs_sparse = False
+        self.sample: Tensor | None = None  # shape, strides and requires_grad of the input, on the meta device
+        self.row = LayerReport(name, tuple(module.weight.shape), 1.0, None, None, "dense", "not measured yet")
+        self._layouts: dict[tuple[int, ...], ops.Layout] = {}
+        self._seen: tuple[int, int] | None = None  # the weight's memory and version when it was last looked at
+        self._zero = False  # and whether it was zero where it is inactive
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """The layer's output; the argument has the name that it has in torch's own layers."""
+        if torch.compiler.is_exporting():  # asked before torch.compiler.disable, at which a strict export would end
+            return self.dense(input)
+        return self._run(input)
+
+    @torch.compiler.disable(reason=OUTSIDE)
+    def _run(self, x: Tensor) -> Tensor:
+        if self.plan.enabled and eager.plain():
+            self.plan.follow()
+            if self.runs_sparse and not self.unfit(x) and self._is_clean():
+                whole = torch.is_grad_enabled() and self.plan.sparsifier.dense_grad_due
+                return self.sparse(x, self.batch, whole=whole)
+        return self.dense(x)
+
+    def unfit(self, x: Tensor) -> str:
+        """Why the kernels cannot compute the layer for `x`, or an empty string if they can."""
+        m, weight, bias = self.module, self.module._parameters.get("weight"), self.module.bias
+        if weight is not self.weight:
+            return "its weight is not the parameter that the sparsifier has"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is enabled"
+        for tensor in (x, weight) if bias is None else (x, weight, bias):
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+                return f"the kernels take plain tensors, not {type(tensor).__name__}, {tensor.layout}"
+            if tensor.device.type != "cpu":
+                return f"the kernels run on the CPU, not on {tensor.device.type}"
+            if tensor.dtype != torch.float32:
+                return f"the kernels compute in float32, not in {str(tensor.dtype).removeprefix('torch.')}"
+        wanted = DIMENSIONS[self.kind]
+        if x.dim() == 0 or (wanted and x.dim() != wanted):
+            return f"the kernels take no input of shape {tuple(x.shape)}"
+        if self.kind is nn.Linear:
+            return "" if x.shape[-1] == m.in_features else f"the input has {x.shape[-1]} features"
+        if x.shape[1] != m.in_channels:
+            return f"the input has {x.shape[1]} channels"
+        try:
+            self.spec.output_size((1, x.shape[2]) if self.kind is nn.Conv1d else (x.shape[2], x.shape[3]))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def settled(self) -> None:
+        """Takes the weight as it is now for clean: the sparsifier has just seen to it."""
+        self._seen, self._zero = (self.weight.data_ptr(), self.weight._version), True
+
+    def _is_clean(self) -> bool:
+        """Whether inactive weights are zero, which the kernels assume and torch's do not.
+
+        Looked at only where somebody else than the sparsifier's optimizers has changed the weight, by loading it, say.
+        """
+        seen = (self.weight.data_ptr(), self.weight._version)
+        if seen != self._seen:
+            self._seen, self._zero = seen, not masking.leaks([(self._mask, [self.weight.detach()])])
+        return self._zero
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The layer's own forward."""
+        return type(self.module).forward(self.module, x)
+
+    def sparse(self, x: Tensor, batch: int | None, *, whole: bool = False) -> Tensor:
+        """The same on the sparse kernels; `whole` asks for the weight gradient at inactive positions too."""
+        if self.kind is nn.Linear:
+            y = self._conv(x.reshape(-1, self.module.in_features), batch, whole)
+            return y.view(*x.shape[:-1], self.module.out_features)
+        if self.kind is nn.Conv1d:
+            return self._conv(x.unsqueeze(2), batch, whole).squeeze(2)
+        return self._conv(x, batch, whole)
+
+    def _conv(self, x: Tensor, batch: int | None, whole: bool) -> Tensor:
+        key = (batch or 0, *x.shape[1:])
+        found = self._layouts.get(key)
+        if found is None:
+            with torch.inference_mode(False):  # a training step may find it, and save it for its backward
+                found = self._layouts[key] = ops.layout(self._mask, self.spec, tuple(x.shape), batch)
+        return ops.conv(x, self.weight, self.module.bias, found.with_images(x.shape[0]), whole=whole)
+
+    @property
+    def _mask(self) -> Tensor:
+        return self.plan.sparsifier.masks[f"{self.name}.weight" if self.name else "weight"]
+
+    @property
+    def density(self) -> float:
+        """The share of active weights now."""
+        return self._mask.count_nonzero().item() / self._mask.numel()
+
+    def forget(self) -> None:
+        """Drops what belongs to a topology that is no more."""
+        self._layouts.clear()
+        self._seen = None
+
+    @property
+    def worth_measuring(self) -> bool:
+        """Whether the density has fallen so far that another choice may be the faster.
+
+        A sparse kernel's time falls at most in proportion to the density, so where it lost to the dense one it cannot
+        win before the density has fallen by their ratio.
+        """
+        if self.sample is None:
+            return False
+        share = ANEW_SPARSE if self.runs_sparse else ANEW_DENSE
+        if not self.runs_sparse and self.row.sparse_ms:
+            share = min(share, self.row.dense_ms / self.row.sparse_ms)
+        return self.density < share * self.row.density
+
+    def measure(self) -> None:
+        """Measures dense against sparse at the present density and takes the faster."""
+        density = self.density
+        if self.sample is None:
+            return self._settle(density, None, {}, "the model does not call it with the example inputs")
+        with eager.apart():
+            x = torch.zeros_like(self.sample, device="cpu").requires_grad_(self.sample.requires_grad)
+            why = self.unfit(x)
+            if not why and density > HOPELESS:
+                why = f"too dense for the sparse kernels to win (above {HOPELESS:.0%})"
+            if why:
+                return self._settle(density, None, {}, why)
+            x.detach().normal_()
+            dy = torch.randn_like(self.dense(x))
+            wanted = [t for t in (x, self.weight) if t.requires_grad]
+
+            def both(forward: Callable[[Tensor], Tensor]) -> None:
+                y = forward(x)
+                if wanted:
+                    torch.autograd.grad(y, wanted, dy)
+
+            shape = (self.spec, tuple(x.shape), x.stride(), *(t.requires_grad for t in (x, self.weight)))
+            alike = round(math.log(max(density, 1e-9)) / math.log(ALIKE))
+            calls = {(*shape, "dense"): functools.partial(both, self.dense)}
+            for batch in self._batches(x):
+                forward = functools.partial(self.sparse, batch=batch)
+                calls[(*shape, alike, batch)] = functools.partial(both, forward)
+            dense_ms, *sparse_ms = self.plan.timings(calls)
+        self._settle(density, dense_ms, dict(zip(self._batches(x), sparse_ms, strict=True)), "")
+
+    def _settle(self, density: float, dense_ms: float | None, spent: dict[int | None, float], why: str) -> None:
+        self.batch = min(spent, key=spent.get) if spent else None
+        sparse_ms = spent[self.batch] if spent else None
+        self.runs_sparse = bool(spent) and sparse_ms < dense_ms * (1 - NOISE)
+        if spent:
+            why = "faster" if self.runs_sparse else "dense is as fast"
+        chosen = "sparse" if self.runs_sparse else "dense"
+        self.row = LayerReport(self.name, tuple(self.weight.shape), density, dense_ms, sparse_ms, chosen, why)
+        self._layouts = {key: place for key, place in self._layouts.items() if key[0] == (self.batch or 0)}
+
+    def run_dense(self, why: str) -> None:
+        """Takes the choice back, though the layer alone is faster sparse."""
+        self.runs_sparse = False
+        self.row = replace(self.row, chosen="dense", why=why)
+        self.forget()
+
+    def _batches(self, x: Tensor) -> list[int | None]:
+        if x.dim() != 4 or x.shape[0] < ops.cpu()[0]:
+            return [None]
+        out = self.spec.output_size((x.shape[2], x.shape[3]))
+        return [1, ops.cpu()[0]] if out[0] * out[1] <= 256 else [1]
+
+    def __deepcopy__(self, memo: dict) -> Callable[[Tensor], Tensor]:
+        module = memo.get(id(self.module), self.module)
+        return types.MethodType(type(module).forward, module)
+
+    def __reduce__(self) -> tuple:
+        return getattr, (self.module, "forward")  # read before the copy has attributes of its own: its class's forward
+
+
+def is_exchanged(module: nn.Module) -> bool:
+    """Whether the module has another forward than its class's; a copy of an accelerated module has not."""
+    own = module.__dict__.get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def _kind_of(module: nn.Module) -> type[nn.Module]:
+    """Which of torch's layers the module computes. Raises ValueError if a subclass computes it in its own way."""
+    for kind in DIMENSIONS:
+        if isinstance(module, kind):
+            same = all(
+                getattr(type(module), key, None) is getattr(kind, key, None) for key in ("forward", "_conv_forward")
+            )
+            if not same:
+                raise ValueError(f"a {type(module).__name__} has a forward of its own")
+            return kind
+    raise ValueError(f"a {type(module).__name__} is none of {', '.join(kind.__name__ for kind in DIMENSIONS)}")
