@@ -26,6 +26,7 @@ LAYERS = [  # a module may import what stands before it
     "records",
     "quantised",
     "masking",
+    "regrowth",
     "reparameterize",
     "probe",
     "state",

@@ -199,7 +199,7 @@ def test_a_learning_rate_scheduler_may_be_built_before_or_after():
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
 
 
-def test_a_regrown_weight_starts_from_zero_with_fresh_state():
+def test_a_regrown_weight_starts_from_zero_with_moments_of_its_layers_size():
     model = mlp()
     sparsifier = Sparsifier(model, RigL(sparsity=0.7, end=100, interval=5))
     optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
@@ -212,8 +212,11 @@ def test_a_regrown_weight_starts_from_zero_with_fresh_state():
     for name, new in grown.items():
         p = sparsifier._parameters[name]
         assert not p.detach()[new].any()
-        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-            assert not optimizer.state[p][key][new].any()
+        assert not optimizer.state[p]["exp_avg"][new].any()
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            held = optimizer.state[p][key]
+            usual = held[sparsifier.masks[name] & before[name]].mean() * 0.01  # (1 - beta1) ** 2
+            assert (held[new] > usual / 2).all() and (held[new] < usual * 1000).all()
 
 
 @pytest.mark.parametrize("method", ["rigl", "granet", "set", "mest", "snfs", "dsr"])

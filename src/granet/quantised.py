@@ -20,10 +20,22 @@ class Codes:
     Attributes:
         codes: integers of the weight's shape.
         zero: the code of the number 0.
+        table: the number of each code, in ascending order, before it is scaled.
+        scales: a factor for each block of so many codes, in their order.
     """
 
     codes: Tensor
     zero: int
+    table: Tensor | None = None
+    scales: Tensor | None = None
+
+    @property
+    def block(self) -> int:
+        """The number of codes in a block: the smallest power of two that makes as many blocks as there are scales."""
+        size = 1
+        while -(-self.codes.numel() // size) > self.scales.numel():
+            size *= 2
+        return size
 
 
 def found(key: str, value: Tensor, state: Mapping[str, Any]) -> Tensor | Codes:
@@ -41,7 +53,7 @@ def found(key: str, value: Tensor, state: Mapping[str, Any]) -> Tensor | Codes:
             f"the optimizer's {key!r} is {value.dtype}, one for each weight, and which of them means zero is unknown: "
             "what it remembers of inactive weights could not be cleared. Choose another optimizer"
         )
-    return Codes(value, zeros[0])
+    return Codes(value, zeros[0], table, state.get(key.replace("state", "absmax")))
 
 
 def is_quantised(tensor: Tensor | Codes) -> bool:
@@ -70,3 +82,30 @@ def clear(tensor: Tensor | Codes, inactive: Tensor) -> None:
             f"{type(tensor).__name__} cannot hold an exact zero, so the optimizer would go on remembering inactive "
             "weights. Choose one whose state has 8 bits or more"
         )
+
+
+def numbers(tensor: Tensor | Codes) -> Tensor | None:
+    """The numbers of a buffer, of the weight's shape; None where a scale is missing. A plain tensor is given back."""
+    if not isinstance(tensor, Codes):
+        return tensor.dequantize() if is_quantised(tensor) else tensor
+    if tensor.scales is None:
+        return None
+    scales = tensor.scales.repeat_interleave(tensor.block)[: tensor.codes.numel()]
+    return tensor.table[tensor.codes.long()] * scales.view(tensor.codes.shape)
+
+
+@torch.no_grad()
+def put(tensor: Tensor | Codes, values: Tensor) -> None:
+    """Have a buffer hold `values`, as closely as it can; numbers that it held already stay what they were.
+
+    A block of codes whose largest number grows is rounded anew.
+    """
+    if not isinstance(tensor, Codes):
+        tensor.copy_(values)
+        return
+    flat = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % tensor.block))
+    blocks = flat.view(-1, tensor.block)
+    tensor.scales.copy_(torch.maximum(tensor.scales, blocks.abs().amax(1)))
+    parts = (blocks / tensor.scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).flatten()[: values.numel()]
+    middles = (tensor.table[1:] + tensor.table[:-1]) / 2
+    tensor.codes.copy_(torch.bucketize(parts, middles).view(values.shape))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from granet import distributed, masking, state, stepping
+from granet import distributed, masking, regrowth, state, stepping
 from granet.criterion import NonFiniteScores
 from granet.methods.base import Method
 from granet.pattern import Pattern, parse
@@ -298,13 +298,14 @@ class Sparsifier:
 
     def _apply(self, masks: Mapping[str, Tensor]) -> None:
         """Take over new masks: clear what they drop, in the weights, the optimizers' buffers and the followers."""
-        old = self.masks
+        old, before = self.masks, {name: mask.clone() for name, mask in self.trained.items()}  # some change in place
         self._set_masks(masks)
         self.last_update = Update.between(self.step, old, self.masks, self._active)
         for name in filter(self.last_update.grown.get, old):
             self._ever[name] |= self.masks[name]
         self.version += self.last_update.changed
         if self.last_update.changed or self._effective is not None:
+            regrowth.warm(self._optimizers, self._parameters, before, self.trained, self._gradients)
             self._clear_all()
             self._zeros.renew()
 
