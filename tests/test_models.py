@@ -79,6 +79,16 @@ def test_initial_weights_have_the_stated_deviations():
     assert vgg.head.weight.std().item() == pytest.approx(0.01, rel=0.05)
 
 
+def test_the_cifar_networks_of_granet_start_as_in_its_official_code():
+    """ResNet-50 as torch makes its layers, 2.45 times smaller than Kaiming normal; ResNet-20's bias is not zero."""
+    torch.manual_seed(0)
+    resnet20, resnet50, imagenet = (MODELS[name](10, 3) for name in ("resnet20", "resnet50-cifar", "resnet50"))
+    assert resnet20.head.bias.abs().min() > 0
+    assert resnet20.head.bias.abs().max() <= 1 / 64**0.5
+    for network, deviation in ((resnet50, (1 / 3 / 512 / 9) ** 0.5), (imagenet, (2 / 512 / 9) ** 0.5)):
+        assert network.stage4[1].body[3].weight.std().item() == pytest.approx(deviation, rel=0.01)
+
+
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"unknown model 'resnet-50'.*did you mean 'resnet50'"):
         build("resnet-50", classes=10, in_channels=3)

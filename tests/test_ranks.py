@@ -49,7 +49,7 @@ def last_checkpoint(folder, name=""):
 
 def train_together(rank, world, folder):
     begin(rank, world, folder)
-    parts = recipe(accumulate=2, clip_norm=1.0, ema=0.9)
+    parts = recipe(accumulate=2, clip_norm=1.0, ema=0.9, partial_batch=True)
     assert execute(Run.of(parts, folder / "mlp"))["last"] == execute(Run.of(parts, folder / "mlp"))["last"]
 
     norms = recipe("digits-cnn")
@@ -72,7 +72,7 @@ def trained(tmp_path_factory):
 
 
 def test_two_ranks_train_as_one_process_does_on_the_same_batches(trained, tmp_path):
-    summary = execute(Run.of(recipe(accumulate=2, clip_norm=1.0, ema=0.9), tmp_path))
+    summary = execute(Run.of(recipe(accumulate=2, clip_norm=1.0, ema=0.9, partial_batch=True), tmp_path))
     (mine, my_state), (theirs, their_state) = last_checkpoint(tmp_path), last_checkpoint(trained / "mlp")
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():

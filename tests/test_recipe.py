@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from granet import METHODS, GraNet, RigL, recipe, recipes
+from granet import METHODS, GraNet, RigL, RigLITOP, data, recipe, recipes
 from granet.data import DATA
 from granet.models import MODELS
 from granet.recipe import FILE_KEYS, SECTIONS, Data, Model, Recipe, RecipeError, Train, in_steps, schema, validate
@@ -73,7 +73,18 @@ def test_the_settings_of_the_paper():
     resolved = train.resolved(steps_per_epoch=1, epochs=160)
     assert (resolved["milestones"], train.gamma, train.weight_decay) == ((80, 120), 0.1, 5e-4)
 
+    assert (train.partial_batch, cifar.data.padding) == (True, "zeros")
+    assert data.steps_per_epoch(45_000, train.batch_size, drop_last=not train.partial_batch) == 352
+    for name, more in (("rigl", {}), ("set", {"growth": "random"})):  # as the paper's tables have them
+        baseline = recipes.load(f"cifar10-vgg19-{name}")
+        assert baseline.name == f"cifar10-vgg19-{name}" and baseline.data.padding == "reflect"
+        method = baseline.resolve(352)
+        assert method == RigLITOP(sparsity=0.9, total=56_320, interval=1000, drop_fraction=0.5, **more)
+        assert not method.replaces_step and method.regeneration_at(56_320) == 0.005
+
     imagenet = recipes.load("imagenet-resnet50")
+    assert recipes.load("imagenet-resnet50-rigl").resolve(10) == RigLITOP(sparsity=0.8, total=1000, interval=4000)
+    assert not imagenet.train.partial_batch
     resolved = imagenet.train.resolved(steps_per_epoch=1, epochs=100)
     assert (resolved["milestones"], resolved["warmup"]) == ((30, 60, 90), 5)
     assert (imagenet.train.label_smoothing, imagenet.train.weight_decay) == (0.1, 1e-4)

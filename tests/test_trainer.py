@@ -49,6 +49,44 @@ def test_dense_training_is_the_plain_loop_to_the_bit():
     assert equal(model.state_dict(), weights(trainer))
 
 
+@pytest.mark.parametrize("accumulate", [1, 2, 8])
+def test_the_last_smaller_batch_of_an_epoch_is_trained_on_where_asked(accumulate):
+    """Of 1,293 images 20 batches have 64 and the last has 13: with all of them, two epochs are 42 steps."""
+    settings = {"epochs": 2, "schedule": "constant", "lr": 0.01, "partial_batch": True, "log": 1}
+    trainer = Trainer(recipe("mlp", {"name": "dense"}, accumulate=accumulate, **settings))
+    assert trainer.steps == 42 and Trainer(recipe(epochs=2)).steps == 40
+    accuracies = [record["accuracy"] for record in fit(trainer) if record["kind"] == "train"]
+    assert len(accuracies) == 42
+    assert 13 * accuracies[20] == pytest.approx(round(13 * accuracies[20]), abs=1e-4)
+    assert trainer.summary()["flops"]["training"] == trainer.flops.training_step() * 1293 * 2
+    assert trainer.summary()["flops"]["training_dense"] == trainer.flops.training_step() * 1293 * 2
+
+    torch.manual_seed(0)
+    digits = data.load("digits", validation=0.1, seed=0)
+    model = models.build("mlp", classes=10, in_channels=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    options = {"batch_size": 64, "train": True, "mean": digits.mean, "std": digits.std}
+    for epoch in range(2):
+        for x, y in data.epoch_batches(digits.train, epoch=epoch, **options):
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    if accumulate == 1:
+        assert equal(model.state_dict(), weights(trainer))
+    torch.testing.assert_close(weights(trainer), dict(model.state_dict()), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("stopped", [20, 21, 30])
+def test_a_run_goes_on_to_the_bit_around_a_smaller_batch(stopped):
+    whole, first, second = (Trainer(recipe(epochs=2, lr=0.01, partial_batch=True)) for _ in range(3))
+    fit(whole)
+    assert not first.fit(record=lambda _: None, save=lambda: None, stop=lambda: first.step == stopped)
+    second.load_state_dict(weights(first), first.state_dict())
+    fit(second)
+    assert second.step == 42 and equal(weights(whole), weights(second))
+    assert second.training_flops == whole.training_flops
+
+
 def test_schedules_of_the_learning_rate():
     cosine = Train(lr=2.0, schedule="cosine", warmup=2)
     assert [round(learning_rate(cosine, step, 10), 4) for step in (0, 1, 2, 6, 10)] == [1.0, 2.0, 2.0, 1.0, 0.0]

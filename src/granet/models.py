@@ -73,16 +73,23 @@ def _bottleneck(n_in: int, width: int, stride: int) -> Residual:
     return _residual(n_in, 4 * width, stride, *body)
 
 
-def _initialised(network: nn.Module, *, mode: str, linear: Callable[[Tensor], object] | None) -> nn.Module:
+def _initialised(network: nn.Module, *, mode: str, linear: Callable[[nn.Linear], object] | None) -> nn.Module:
     """Return the network with Kaiming-normal convolutions; `linear` None leaves linear layers as torch makes them."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
         elif isinstance(module, nn.Linear) and linear:
-            linear(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            linear(module)
     return network
+
+
+def _kaiming(linear: nn.Linear) -> None:
+    nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")  # the bias as torch makes it
+
+
+def _small(linear: nn.Linear) -> None:
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
 
 
 def _resnet(
@@ -94,11 +101,13 @@ def _resnet(
     width: int = 64,
     small: bool = True,
     bias: bool = True,
-    linear: Callable[[Tensor], object] | None = None,
+    kaiming: bool = True,
+    linear: Callable[[nn.Linear], object] | None = None,
 ) -> nn.Module:
     """Return a residual network; each stage after the first doubles the width and halves the image.
 
     Its stem is one 3x3 convolution, or, if not `small`, a 7x7 one and a pooling, which shrink images to a quarter.
+    Without `kaiming` all layers are initialised as torch does by itself.
     """
     stem = [*_conv(in_channels, width, 3), nn.ReLU()]
     if not small:
@@ -112,7 +121,8 @@ def _resnet(
             channels = expansion * width << stage
         parts[f"stage{stage + 1}"] = nn.Sequential(*blocks)
     parts |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(channels, classes, bias=bias)}
-    return _initialised(nn.Sequential(parts), mode="fan_in", linear=linear)
+    network = nn.Sequential(parts)
+    return _initialised(network, mode="fan_in", linear=linear) if kaiming else network
 
 
 def _vgg(classes: int, in_channels: int, *, depths: tuple[int, ...], widths: tuple[int, ...]) -> nn.Module:
@@ -125,7 +135,7 @@ def _vgg(classes: int, in_channels: int, *, depths: tuple[int, ...], widths: tup
             channels = width
     parts = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(channels, classes)}
     network = nn.Sequential(OrderedDict(features=nn.Sequential(*layers), **parts))
-    return _initialised(network, mode="fan_out", linear=partial(nn.init.normal_, std=0.01))
+    return _initialised(network, mode="fan_out", linear=_small)
 
 
 def _digits_cnn(classes: int, in_channels: int) -> nn.Module:
@@ -164,7 +174,6 @@ def _resized(x: Tensor, size: int) -> Tensor:
     return x if x.shape[-2:] == (size, size) else F.adaptive_avg_pool2d(x, size)
 
 
-_kaiming = partial(nn.init.kaiming_normal_, nonlinearity="relu")
 _resnet18 = partial(_resnet, block=_basic, depths=(2, 2, 2, 2))
 _resnet50 = partial(_resnet, block=_bottleneck, depths=(3, 4, 6, 3))
 
@@ -185,7 +194,9 @@ MODELS: dict[str, Architecture] = {
         partial(_vgg, depths=(2, 2, 4, 4, 4), widths=(64, 128, 256, 512, 512)),
     ),
     "resnet18-cifar": Architecture("ResNet-18 for 32x32 pixels; 11 million weights", _resnet18),
-    "resnet50-cifar": Architecture("ResNet-50 for 32x32 pixels; 24 million weights", partial(_resnet50, bias=False)),
+    "resnet50-cifar": Architecture(
+        "ResNet-50 for 32x32 pixels; 24 million weights", partial(_resnet50, bias=False, kaiming=False)
+    ),
     "resnet18": Architecture("ResNet-18 for 224x224 pixels; 12 million weights", partial(_resnet18, small=False)),
     "resnet50": Architecture("ResNet-50 v1.5 for 224x224 pixels; 26 million weights", partial(_resnet50, small=False)),
 }

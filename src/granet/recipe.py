@@ -136,6 +136,9 @@ class Train(Section):
 
     epochs: int = Field(160, ge=1, le=1_000_000, description="Passes over the training set.")
     batch_size: int = Field(128, ge=1, le=1_000_000_000, description="Examples in an optimizer step.")
+    partial_batch: bool = Field(
+        False, description="Train on an epoch's last batch too where it is smaller than the others."
+    )
     accumulate: int = Field(
         1, ge=1, description="Parts a batch is split into, one forward and backward each, to save memory."
     )

@@ -76,12 +76,14 @@ class Trainer:
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
 
-        dataset = data.load(
+        self.dataset = dataset = data.load(
             recipe.data.name, root=recipe.data.root, validation=recipe.data.validation, seed=recipe.seed
         )
-        self.dataset = dataset
         self.splits = {name: getattr(dataset, name).to(self.device) for name in ("train", "validation", "test")}
-        self.steps_per_epoch = data.steps_per_epoch(len(dataset.train), recipe.train.batch_size, drop_last=True)
+        self.drop_last, world = not recipe.train.partial_batch, self.ranks.world
+        self.steps_per_epoch = data.steps_per_epoch(
+            len(dataset.train), self.share, world=world, drop_last=self.drop_last
+        )
         if not self.steps_per_epoch:
             raise ValueError(
                 f"batch_size {recipe.train.batch_size} is larger than the training set, {len(dataset.train)} images"
@@ -98,9 +100,8 @@ class Trainer:
                 raise ValueError(f"train.{every}: {getattr(recipe.train, every)!r} is less than a step; 1 is the least")
 
         model = models.build(recipe.model.name, classes=dataset.classes, in_channels=dataset.shape[0])
-        layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=layout)
-        self.layout = layout
+        self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=self.layout)
 
         method = recipe.resolve(self.steps_per_epoch)
         pattern = recipe.model.pattern
@@ -119,8 +120,7 @@ class Trainer:
             self.sparsifier.follow(self.ema)
         self.replica = self.ranks.replica(self.model)
 
-        self.training_flops = 0.0
-        self.seconds = 0.0
+        self.training_flops = self.seconds = 0.0
         self.best: Best | None = None
         self.engine: TrainingPlan | None = None  # the layers that run on sparse kernels
         self._costs: tuple[int, float, float] = (-1, 0.0, 0.0)
@@ -186,7 +186,7 @@ class Trainer:
         """Returns the rest of the epoch that the trainer stands in: of every batch this rank's share."""
         epoch, start = divmod(self.step, self.steps_per_epoch)
         augment = {key: getattr(self.recipe.data, key) for key in ("crop", "padding", "flip", "cutout")}
-        order = {"seed": self.recipe.seed, "epoch": epoch, "start": start, "drop_last": True}
+        order = {"seed": self.recipe.seed, "epoch": epoch, "start": start, "drop_last": self.drop_last}
         order |= {"rank": self.ranks.rank, "world": self.ranks.world}
         return self._images("train", batch_size=self.share, train=True, augment=data.Augment(**augment), **order)
 
@@ -195,7 +195,7 @@ class Trainer:
         from granet.probe import Probe
 
         options = {"batch_size": self.settings.batch_size, "train": True, "augment": data.Augment()}
-        images = self._images("train", seed=self.recipe.seed, epoch=0, start=0, drop_last=True, **options)
+        images = self._images("train", seed=self.recipe.seed, epoch=0, start=0, drop_last=self.drop_last, **options)
         example = torch.zeros(1, *self.dataset.shape, device=self.device)
         return Probe(self.model, list(itertools.islice(images, batches)), example=example)
 
@@ -204,9 +204,16 @@ class Trainer:
         options |= {"mean": mean, "std": std, "device": self.device, "workers": self.ranks.workers}
         return data.epoch_batches(self.splits[split], **options)
 
+    def _examples(self, step: int) -> int:
+        """Returns on how many examples the first ``step`` steps train, all ranks together."""
+        epochs, batches = divmod(step, self.steps_per_epoch)
+        of_an_epoch = min(self.steps_per_epoch * self.settings.batch_size, len(self.splits["train"]))
+        return epochs * of_an_epoch + batches * self.settings.batch_size
+
     def train_step(self, forward: nn.Module, x: Tensor, y: Tensor) -> None:
         """Takes one optimizer step on a batch, or on this rank's share of it."""
         settings, sparsifier = self.settings, self.sparsifier
+        size = self._examples(self.step + 1) - self._examples(self.step)  # of this batch, on all ranks
         lr = optimizer.learning_rate(settings, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -217,10 +224,11 @@ class Trainer:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=settings.bf16):
                 logits = forward(part.to(memory_format=self.layout))
                 loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-            (loss / settings.accumulate).backward()
-            total += loss.detach() / settings.accumulate
+            parts_in_all = size / (self.ranks.world * len(labels))  # the mean over ranks is that over the batch
+            (loss / parts_in_all).backward()
+            total += loss.detach() / parts_in_all
             correct += (logits.detach().argmax(1) == labels).sum()
-        correct /= len(y)
+        correct /= size / self.ranks.world
         # batch norms have seen this rank's examples alone: the mean of what they recorded is every rank's from here on
         self.ranks.mean_([total, correct, *(b for b in self.model.buffers() if b.is_floating_point())])
         self._window.append((self.step + 1, total, correct))
@@ -229,7 +237,7 @@ class Trainer:
         if settings.clip_norm:
             sparsifier.clip_grad_norm_(settings.clip_norm)
 
-        self.training_flops += len(y) * self.ranks.world * self._cost(dense_gradient=sparsifier.dense_grad_due)
+        self.training_flops += size * self._cost(dense_gradient=sparsifier.dense_grad_due)
         self.optimizer.step()  # the sparsifier acts here: inactive weights stay zero, the topology is renewed when due
         self.optimizer.zero_grad()
         if self.ema is not None:
@@ -321,8 +329,7 @@ class Trainer:
                 logits = network(x.to(memory_format=self.layout)).float()
             total += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
         network.train(training)
-        loss, accuracy = (self.ranks.sum_(total) / len(self.splits[split])).tolist()
-        return Score(loss, accuracy)
+        return Score(*(self.ranks.sum_(total) / len(self.splits[split])).tolist())
 
     @torch.no_grad()
     def realised_sparsity(self) -> float:
@@ -348,7 +355,7 @@ class Trainer:
                 "inference": self.flops.inference(counts),
                 "inference_dense": self.flops.inference(),
                 "training": self.training_flops,
-                "training_dense": self.flops.training_step() * self.settings.batch_size * self.step,
+                "training_dense": self.flops.training_step() * self._examples(self.step),
             },
             "seconds": self.seconds,
             "steps": self.step,

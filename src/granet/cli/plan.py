@@ -29,7 +29,9 @@ def main(args: list[str]) -> int:
     steps_per_epoch = NOMINAL
     if source.locate(recipe.data.root):
         there = data.load(recipe.data.name, root=recipe.data.root, validation=recipe.data.validation)
-        steps_per_epoch = data.steps_per_epoch(len(there.train), recipe.train.batch_size, drop_last=True)
+        steps_per_epoch = data.steps_per_epoch(
+            len(there.train), recipe.train.batch_size, drop_last=not recipe.train.partial_batch
+        )
     else:
         print(f"{recipe.data.name} is not on this machine: steps are counted as if an epoch had {NOMINAL}\n")
     model = models.build(recipe.model.name, classes=source.classes, in_channels=source.shape[0])

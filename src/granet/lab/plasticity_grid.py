@@ -99,7 +99,9 @@ def plan(what: str | Path | Recipe, study: Study | None = None, *, out: Path | N
     study = study or Study()
     values = recipe.data
     dataset = data.load(values.name, root=values.root, validation=values.validation, seed=recipe.seed)
-    per_epoch = data.steps_per_epoch(len(dataset.train), recipe.train.batch_size, drop_last=True)
+    per_epoch = data.steps_per_epoch(
+        len(dataset.train), recipe.train.batch_size, drop_last=not recipe.train.partial_batch
+    )
     if not per_epoch:
         raise StudyError(f"batch_size {recipe.train.batch_size} is larger than the training set")
     steps = _moments_of(run, study, per_epoch) if run else studies.moments(study, recipe, per_epoch)

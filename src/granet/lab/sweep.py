@@ -81,7 +81,9 @@ def check(cells: list[Cell]) -> None:
         if what not in networks:
             networks[what] = models.build(what[0], classes=what[1], in_channels=what[2])
         try:
-            steps = data.steps_per_epoch(sizes[where], recipe.train.batch_size, drop_last=True)
+            steps = data.steps_per_epoch(
+                sizes[where], recipe.train.batch_size, drop_last=not recipe.train.partial_batch
+            )
             if not steps:
                 raise ValueError(f"batch_size {recipe.train.batch_size} is larger than the training set")
             network, pattern = networks[what], recipe.model.pattern
