@@ -1,10 +1,11 @@
-"""The optimizer and the learning rate that a recipe asks for."""
+"""The optimizer, the learning rate and the moving average that a recipe asks for."""
 
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from granet.recipe import Train
 
@@ -44,3 +45,15 @@ def build(model: nn.Module, settings: Train, *, spared: Iterable[str] = ()) -> t
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999))
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)
+
+
+@torch.no_grad()
+def average_(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Takes the weights of ``model`` after ``step`` steps into their exponential moving average; buffers are copied.
+
+    The first steps weigh more than ``decay`` says, or the random initial weights would stay in the average for long.
+    """
+    update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    update(list(average.parameters()), list(model.parameters()), None)
+    for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from granet import data, flops, models, optimizer, ranks
 from granet.checkpoint import restore_layout
@@ -241,7 +240,7 @@ class Trainer:
         self.optimizer.step()  # the sparsifier acts here: inactive weights stay zero, the topology is renewed when due
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self._average()
+            optimizer.average_(self.ema, self.model, settings.ema, self.step)
 
     def _cost(self, *, dense_gradient: bool) -> float:
         """Returns the FLOPs of training on one example, with the current topology."""
@@ -250,14 +249,6 @@ class Trainer:
             both = (self.flops.training_step(active, trained=trained, dense_gradient=dense) for dense in (False, True))
             self._costs = (self.sparsifier.version, *both)
         return self._costs[1 + dense_gradient]
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        # the first steps weigh more, or the random initial weights would stay in the average for long
-        average = get_ema_multi_avg_fn(min(self.settings.ema, (1 + self.step) / (10 + self.step)))
-        average(list(self.ema.parameters()), list(self.model.parameters()), None)
-        for mine, theirs in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-            mine.copy_(theirs)
 
     def _refuse_non_finite(self) -> None:
         """Raises TrainingError if a loss since the last look was infinite or NaN; waits for the device."""
