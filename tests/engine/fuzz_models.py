@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from granet.engine import ops
-from granet.engine.graph import lower
-from granet.engine.plan import execute
+from granet.engine.capture import trace
+from granet.engine.plan import build
 from granet.engine.program import Choice, Program, choices
 
 
@@ -72,11 +72,11 @@ def network(activation: nn.Module, density: float) -> nn.Module:
 
 def check_every_choice(model: nn.Module, x: torch.Tensor) -> None:
     """The compiled model under every kernel and batch layout against the model itself."""
-    traced = torch.fx.symbolic_trace(model)
+    ((part, args),) = trace(model, x)
     with torch.no_grad():
-        torch.fx.passes.shape_prop.ShapeProp(traced).propagate(x)
-        expected = model(x)
-        stages = lower(traced)
+        expected = part.module(*args)
+        stages, _ = part.stages(args)
+        assert stages.segments
         width = ops.cpu()[0]
         for batch in (1, width, 2 * width):
             for pick in (Choice("sparse", 1), Choice("sparse", 5), Choice("sparse", 12), Choice("block")):
@@ -85,14 +85,13 @@ def check_every_choice(model: nn.Module, x: torch.Tensor) -> None:
                     return pick if pick in choices(layer, batch) or pick.kind == "sparse" else Choice("sparse", 8)
 
                 for chain in (False, True):
-                    programs = {s: Program(s, choose, batch, chain=chain) for s in stages.segments}
-                    arenas = {}
+                    run = build(stages, {s: Program(s, choose, batch, chain=chain) for s in stages.segments})
                     for _ in range(2):  # the second run finds the first one's numbers in the arena
-                        found = execute(stages, programs, (x,), arenas)
+                        found = run(*args)
                         for a, b in zip(found, expected, strict=True):
                             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-                        for pool in arenas.values():
-                            pool[0].fill_(float("nan"))
+                        for segment in run.children():
+                            segment._arenas[0].fill_(float("nan"))
 
 
 if __name__ == "__main__":

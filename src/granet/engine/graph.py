@@ -1,41 +1,36 @@
-"""From a traced model to stages: segments that the kernels run, and single nodes that torch runs."""
+"""From a captured graph of aten operators to stages: segments that the kernels run, and nodes that torch runs."""
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from granet.engine.program import Add, AvgPool, Input, Layer, MaxPool, Segment, Step, Value
-from granet.engine.spec import Spec, spec_of
+from granet.engine.spec import Spec
+from granet.engine.weights import Constants
 
-_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
-_ACTIVATION_CALLS = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    "relu": "relu",
-    "relu_": "relu",
-    F.relu6: "relu6",
-    F.silu: "silu",
-}
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_FLATTENS = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
+aten = torch.ops.aten
+_ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "silu"}
+_ALIASES = (aten.view.default, aten._unsafe_view.default, aten.clone.default, aten.alias.default, aten.detach.default)
+_ALIASES += (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)
+LAYERS = (aten.convolution.default, aten.addmm.default, aten.mm.default)
 
 
 @dataclass
 class Stages:
-    """A model in the order it runs: segments and torch nodes.
+    """A captured graph in the order it runs.
 
     Attributes:
-        graph: the traced module.
-        order: segments and fx nodes, alternating as they come.
-        results: for each segment, the fx nodes whose results its outputs are, in order.
+        graph: the graph.
+        order: segments and nodes of the graph, each after all that it needs.
+        results: for each segment and each of its outputs, the nodes whose results that output is.
     """
 
-    graph: fx.GraphModule
+    graph: fx.Graph
     order: list[Segment | fx.Node] = field(default_factory=list)
     results: dict[Segment, list[list[fx.Node]]] = field(default_factory=dict)
 
@@ -45,62 +40,63 @@ class Stages:
         return [s for s in self.order if isinstance(s, Segment)]
 
 
-def lower(traced: fx.GraphModule, left_dense: frozenset[str] = frozenset()) -> Stages:
-    """The stages of a traced model whose nodes carry tensor shapes (meta["tensor_meta"]).
+def lower(graph: fx.Graph, constants: Constants, names: dict[fx.Node, str]) -> Stages:
+    """The stages of a functional graph of aten operators whose nodes carry tensors' shapes (meta["val"]).
 
     Args:
-        traced: the model, in eval mode.
-        left_dense: names of modules that torch must run.
+        graph: the graph, without mutations.
+        constants: the values of its parameters and buffers.
+        names: the placeholders of parameters and their names.
     """
-    return _Lowering(traced, left_dense).run()
+    return _Lowering(graph, constants, names).run()
 
 
 class _Lowering:
-    def __init__(self, traced: fx.GraphModule, left_dense: frozenset[str]):
-        self.stages = Stages(traced)
-        self.modules = dict(traced.named_modules())
-        self.left_dense = left_dense
+    def __init__(self, graph: fx.Graph, constants: Constants, names: dict[fx.Node, str]):
+        self.stages = Stages(graph)
+        self.constants, self.weight_names = constants, names
         self.segment: Segment | None = None
         self.values: dict[fx.Node, Value] = {}  # nodes whose result is inside the open segment
         self.maker: dict[Value, Step] = {}
         self.names: dict[Value, list[fx.Node]] = {}
 
     def run(self) -> Stages:
-        for node in self.stages.graph.graph.nodes:
-            if node.op in ("placeholder", "get_attr", "output") or not self._take(node):
+        for node in self.stages.graph.nodes:
+            if node.op != "call_function" or not self._take(node):
                 if any(n in self.values for n in node.all_input_nodes):
                     self._close()
                 self.stages.order.append(node)
         return self.stages
 
-    # Segments
+    # Segments: one runs when it is closed, after all nodes whose results enter it and before all that read it.
 
     def _close(self) -> None:
-        segment, inside = self.segment, self.values
+        segment, inside = self.segment, set(self.values)
         if segment is None:
             return
-        made = set(inside)
+        results = []
         for value, nodes in self.names.items():
-            later = [n for n in nodes if any(user not in made for user in n.users)]
-            if later and not isinstance(self.maker[value], Input):
+            later = [n for n in nodes if any(user not in inside for user in n.users)]
+            if isinstance(self.maker[value], Input):  # further names of a tensor that torch made: torch makes them, too
+                self.stages.order.extend(nodes[1:] if later else ())
+            elif later:
                 segment.outputs.append(value)
-                self.stages.results.setdefault(segment, []).append(later)
+                results.append(later)
+        if segment.outputs:
+            self.stages.order.append(segment)
+            self.stages.results[segment] = results
         self.segment, self.values, self.maker, self.names = None, {}, {}, {}
 
-    def _open(self, images: int) -> Segment:
+    def _open(self, images: int) -> None:
         if self.segment is not None and self.segment.images != images:
             self._close()
         if self.segment is None:
             self.segment = Segment(images)
-            self.stages.order.append(self.segment)
-        return self.segment
 
-    def _value(self, node: fx.Node) -> Value:
+    def _enter(self, node: fx.Node, extent: tuple[int, int, tuple[int, int]]) -> Value:
         """The value of a node's result inside the open segment, brought in as an input if it is not there yet."""
         if node not in self.values:
-            shape = _shape(node)
-            images, channels, size = _extent(shape)
-            self._add(node, Input(Value(images, channels, size, shape), [], key=node))
+            self._add(node, Input(Value(*extent, shape_of(node)), [], key=node))
         return self.values[node]
 
     def _add(self, node: fx.Node, step: Step) -> None:
@@ -109,7 +105,7 @@ class _Lowering:
         self._alias(node, step.out)
 
     def _alias(self, node: fx.Node, value: Value) -> None:
-        value.shape = _shape(node)
+        value.shape = shape_of(node)
         self.values[node] = value
         self.names.setdefault(value, []).append(node)
 
@@ -117,120 +113,143 @@ class _Lowering:
 
     def _take(self, node: fx.Node) -> bool:
         """True if the node became part of a segment."""
-        shape = _shape(node)
-        if shape is None or 0 in shape or node.meta["tensor_meta"].dtype != torch.float32:
+        target = node.target
+        if target is operator.getitem:  # of batch normalization or a pool, whose first result it is
+            return node.args[0] in self.values and node.args[1] == 0 and self._same(node, node.args[0])
+        if not _plain(node) or node in self.constants:
             return False
-        if node.op == "call_module":
-            return self._take_module(node, self.modules[node.target])
         first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if first is None:
+        if first is None or node.kwargs.keys() - {"memory_format"}:
             return False
-        if node.target in _ACTIVATION_CALLS:
-            return self._activate(node, first, _ACTIVATION_CALLS[node.target])
-        if node.target in _ADDS:
+        if target is aten.convolution.default:
+            return self._convolution(node)
+        if target in (aten.addmm.default, aten.mm.default):
+            return self._linear(node)
+        if target is aten.add.Tensor:
             return self._sum(node)
         if first not in self.values:
             return False
-        value = self.values[first]
-        if node.target in _FLATTENS and value.size == (1, 1) and len(shape) == 2 and shape[0] == value.images:
-            self._alias(node, value)
-            return True
-        if node.target == "contiguous":
-            self._alias(node, value)
-            return True
-        if node.target is F.adaptive_avg_pool2d and _pair(node.args[1]) == (1, 1):
+        if target in _ACTIVATIONS:
+            return self._activate(node, first, _ACTIVATIONS[target])
+        if target is aten.hardtanh.default:
+            return node.args[1:] == (0.0, 6.0) and self._activate(node, first, "relu6")
+        if target in _ALIASES:
+            return self._fits(shape_of(node), self.values[first]) and self._same(node, first)
+        if target is aten._native_batch_norm_legit_no_training.default:
+            return self._batch_norm(node, first)
+        if target is aten.max_pool2d_with_indices.default:
+            return self._max_pool(node, first)
+        if target is aten.mean.dim:
             return self._average(node, first)
-        if node.target in (torch.mean, "mean"):
-            dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-            spatial = isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]
-            return len(_shape(first)) == 4 and spatial and self._average(node, first)
         return False
 
-    def _take_module(self, node: fx.Node, module: nn.Module) -> bool:
-        first = node.args[0]
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-            return node.target not in self.left_dense and self._layer(node, first, module)
-        activation = _ACTIVATION_MODULES.get(type(module))
-        if activation:
-            return self._activate(node, first, activation)
-        if first not in self.values:
-            return False
-        value = self.values[first]
-        if isinstance(module, nn.Identity | nn.Dropout | nn.Dropout1d | nn.Dropout2d):
-            self._alias(node, value)
-            return True
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            return self._batch_norm(node, first, module)
-        if isinstance(module, nn.MaxPool2d):
-            return self._max_pool(node, first, module)
-        if isinstance(module, nn.AdaptiveAvgPool2d) and _pair(module.output_size) == (1, 1):
-            return self._average(node, first)
-        flattens = isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim in (-1, 3)
-        if flattens and value.size == (1, 1) and len(_shape(first)) == 4:
-            self._alias(node, value)
-            return True
-        return False
-
-    def _layer(self, node: fx.Node, first: fx.Node, module: nn.Module) -> bool:
-        try:
-            spec = spec_of(module)
-        except ValueError:
-            return False
-        shape = _shape(first)
-        if module.weight.dtype != torch.float32 or module.weight.device.type != "cpu":
-            return False
-        if (isinstance(module, nn.Conv2d) and len(shape) != 4) or (isinstance(module, nn.Conv1d) and len(shape) != 3):
-            return False
-        extent = _extent(shape, linear=isinstance(module, nn.Linear))
-        images, value = extent[0], self.values.get(first)
-        if value is not None and (value.images, value.channels, value.size) != extent:
-            self._close()
-        self._open(images)
-        if isinstance(module, nn.Linear) and first not in self.values:
-            count, channels, size = _extent(shape, linear=True)
-            self._add(first, Input(Value(count, channels, size, shape), [], key=first))
-            source = self.values[first]
-        else:
-            source = self._value(first)
-        out_shape = _shape(node)
-        value = Value(images, spec.out_channels, spec.output_size(source.size), out_shape)
-        weight = module.weight.detach().reshape(spec.weight_shape)
-        bias = None if module.bias is None else module.bias.detach()
-        layer = Layer(value, [source], name=str(node.target), spec=spec, weight=weight, bias=bias)
-        self._add(node, layer)
+    def _same(self, node: fx.Node, first: fx.Node) -> bool:
+        self._alias(node, self.values[first])
         return True
 
+    @staticmethod
+    def _fits(shape: tuple[int, ...], value: Value) -> bool:
+        """Whether a tensor of this shape holds the value's numbers in their order, the same axis being its channels."""
+        if value.shape == shape:
+            return True
+        if value.size != (1, 1):
+            plain = (value.images, value.channels, *value.size)
+            return value.size[0] == 1 and shape in (plain, (*plain[:2], plain[3]))
+        while len(shape) > 2 and shape[-1] == 1 and shape[-1] != value.channels:
+            shape = shape[:-1]
+        return len(shape) > 1 and shape[-1] == value.channels and math.prod(shape[:-1]) == value.images
+
+    def _input(self, node: fx.Node, extent: tuple[int, int, tuple[int, int]]) -> Value:
+        """The value of a layer's input, in a segment of as many images."""
+        value = self.values.get(node)
+        if value is not None and (value.images, value.channels, value.size) != extent:
+            self._close()
+        self._open(extent[0])
+        return self._enter(node, extent)
+
+    def _layer(self, node: fx.Node, source: Value, spec: Spec, weight: Tensor, bias: Tensor | None, name: str) -> None:
+        out = Value(source.images, spec.out_channels, spec.output_size(source.size), shape_of(node))
+        weight = weight.reshape(spec.weight_shape)
+        self._add(node, Layer(out, [source], name=name, spec=spec, weight=weight, bias=bias))
+
+    def _convolution(self, node: fx.Node) -> bool:
+        x, w, b, stride, padding, dilation, transposed, _, groups = node.args
+        if transposed or w not in self.constants or not _plain(w) or not (b is None or b in self.constants):
+            return False
+        shape, kernel = shape_of(x), shape_of(w)
+        if len(shape) not in (3, 4) or len(kernel) != len(shape) or 0 in shape or not _plain(x):
+            return False
+
+        def pair(numbers: list[int], filler: int) -> tuple[int, int]:
+            numbers = numbers * (len(shape) - 2) if len(numbers) == 1 else numbers
+            return (filler, *numbers) if len(numbers) == 1 else tuple(numbers)
+
+        spec = Spec(
+            in_channels=shape[1],
+            out_channels=kernel[0],
+            kernel=pair(list(kernel[2:]), 1),
+            stride=pair(stride, 1),
+            padding=pair(padding, 0),
+            dilation=pair(dilation, 1),
+            groups=groups,
+        )
+        source = self._input(x, _extent(shape))
+        bias = None if b is None else self.constants[b]
+        self._layer(node, source, spec, self.constants[w], bias, self.name_of(w, node))
+        return True
+
+    def _linear(self, node: fx.Node) -> bool:
+        b, x, w = node.args if node.target is aten.addmm.default else (None, *node.args)
+        if w not in self.constants or not _plain(w) or not _plain(x) or not (b is None or b in self.constants):
+            return False
+        if b is not None and shape_of(b) != shape_of(w)[1:]:
+            return False
+        inputs, outputs = shape_of(w)
+        source = self._input(x, (shape_of(x)[0], inputs, (1, 1)))
+        spec = Spec(in_channels=inputs, out_channels=outputs)
+        bias = None if b is None else self.constants[b]
+        self._layer(node, source, spec, self.constants[w].t(), bias, self.name_of(w, node))
+        return True
+
+    def name_of(self, weight: fx.Node, node: fx.Node) -> str:
+        """The name of the module that has this weight."""
+        while weight not in self.weight_names and len(weight.all_input_nodes) > 0:
+            weight = weight.all_input_nodes[0]
+        name = self.weight_names.get(weight, node.name)
+        return name.removesuffix(".weight")
+
     def _fusible(self, node: fx.Node) -> Step | None:
-        """The step that made `node`'s result, if nothing else reads it and nothing was fused after its sum."""
-        if node not in self.values or len(node.users) != 1:
-            return None
-        step = self.maker[self.values[node]]
-        return step if isinstance(step, Layer | Add) and not step.activation else None
+        """The step that made `node`'s result, if nothing else reads it and no activation was fused yet."""
+        while True:
+            value = self.values.get(node)
+            if value is None or len(node.users) != 1:
+                return None
+            step, names = self.maker[value], self.names[value]
+            if names[0] is node:
+                return step if isinstance(step, Layer | Add) and not step.activation else None
+            node = names[names.index(node) - 1]
 
     def _activate(self, node: fx.Node, first: fx.Node, activation: str) -> bool:
-        if first not in self.values:
-            return False
-        step = self._fusible(first)
-        value = self.values[first]
+        step, value = self._fusible(first), self.values[first]
         if step is not None:
             step.activation = activation
             self._alias(node, value)
         else:
-            out = Value(value.images, value.channels, value.size, _shape(node))
+            out = Value(value.images, value.channels, value.size, shape_of(node))
             self._add(node, Add(out, [value], activation=activation))
         return True
 
     def _sum(self, node: fx.Node) -> bool:
-        if len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
+        if len(node.args) != 2 or not all(isinstance(a, fx.Node) and _plain(a) for a in node.args):
             return False
         a, b = node.args
-        if _shape(a) != _shape(b) or not (a in self.values or b in self.values):
+        known = self.values.get(a) or self.values.get(b)
+        if shape_of(a) != shape_of(b) or known is None or a in self.constants or b in self.constants:
             return False
-        if (a not in self.values or b not in self.values) and len(_shape(a)) not in (2, 4):
+        extent = (known.images, known.channels, known.size)
+        if not all(self._holds(n, extent) for n in (a, b)):
             return False
-        left, right = self._value(a), self._value(b)
-        if (left.images, left.channels, left.size) != (right.images, right.channels, right.size):
-            return False
+        left, right = self._enter(a, extent), self._enter(b, extent)
         place = {id(s): i for i, s in enumerate(self.segment.steps)}
         makers = [(place[id(self.maker[v])], n, v, o) for n, v, o in ((a, left, right), (b, right, left))]
         _, name, value, other = max(makers, key=lambda m: m[0])
@@ -239,19 +258,32 @@ class _Lowering:
             step.inputs.append(other)
             self._alias(node, value)
         else:
-            self._add(node, Add(Value(left.images, left.channels, left.size, _shape(node)), [left, right]))
+            self._add(node, Add(Value(left.images, left.channels, left.size, shape_of(node)), [left, right]))
         return True
 
-    def _batch_norm(self, node: fx.Node, first: fx.Node, module: nn.Module) -> bool:
+    def _holds(self, node: fx.Node, extent: tuple[int, int, tuple[int, int]]) -> bool:
+        """Whether a node's tensor has its numbers where a value of this extent has them."""
+        value = self.values.get(node)
+        if value is not None:
+            return (value.images, value.channels, value.size) == extent
+        return self._fits(shape_of(node), Value(*extent, (*extent[:2], *extent[2])))
+
+    def _batch_norm(self, node: fx.Node, first: fx.Node) -> bool:
+        _, w, b, mean, var, _, eps = node.args
         value = self.values[first]
-        if module.running_mean is None or _extent(_shape(first)) != (value.images, value.channels, value.size):
+        parts = [n for n in (w, b, mean, var) if n is not None]
+        if not all(n in self.constants and _plain(n) for n in parts):
             return False
-        scale = torch.rsqrt(module.running_var.detach() + module.eps)
-        if module.weight is not None:
-            scale = scale * module.weight.detach()
-        shift = -module.running_mean.detach() * scale
-        if module.bias is not None:
-            shift = shift + module.bias.detach()
+        if _extent(shape_of(first)) != (value.images, value.channels, value.size):
+            return False
+        if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+            return False
+        scale = torch.rsqrt(self.constants[var] + eps)
+        if w is not None:
+            scale = scale * self.constants[w]
+        shift = -self.constants[mean] * scale
+        if b is not None:
+            shift = shift + self.constants[b]
         step = self._fusible(first)
         if isinstance(step, Layer) and len(step.inputs) == 1:
             step.weight = step.weight * scale[:, None, None, None]
@@ -260,43 +292,61 @@ class _Lowering:
         else:
             channels = value.channels
             spec = Spec(in_channels=channels, out_channels=channels, groups=channels)
-            out = Value(value.images, channels, value.size, _shape(node))
-            weight = scale.reshape(spec.weight_shape)
-            self._add(node, Layer(out, [value], name=str(node.target), spec=spec, weight=weight, bias=shift))
+            self._layer(node, value, spec, scale, shift, self.name_of(w if w is not None else mean, node))
         return True
 
-    def _max_pool(self, node: fx.Node, first: fx.Node, module: nn.MaxPool2d) -> bool:
-        if _pair(module.dilation) != (1, 1) or module.ceil_mode or module.return_indices or len(_shape(first)) != 4:
+    def _max_pool(self, node: fx.Node, first: fx.Node) -> bool:
+        kernel, stride, padding, dilation, ceil = [*node.args[1:], *((), 0, 1, False)[len(node.args) - 2 :]]
+        value, shape = self.values[first], shape_of(node)
+        used = any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users)
+        if used or ceil or _pair(dilation) != (1, 1) or len(shape_of(first)) != 4:
             return False
-        value, shape = self.values[first], _shape(node)
+        if shape_of(first) != (value.images, value.channels, *value.size):
+            return False
         out = Value(value.images, value.channels, (shape[2], shape[3]), shape)
-        window = {"kernel": module.kernel_size, "stride": module.stride, "padding": module.padding}
+        window = {"kernel": kernel, "stride": stride or kernel, "padding": padding}
         self._add(node, MaxPool(out, [value], **{k: _pair(v) for k, v in window.items()}))
         return True
 
     def _average(self, node: fx.Node, first: fx.Node) -> bool:
-        value = self.values[first]
-        self._add(node, AvgPool(Value(value.images, value.channels, (1, 1), _shape(node)), [value]))
+        value, dims = self.values[first], node.args[1]
+        if shape_of(first) != (value.images, value.channels, *value.size) or not isinstance(dims, list | tuple):
+            return False
+        if sorted(d % 4 for d in dims) != [2, 3]:
+            return False
+        self._add(node, AvgPool(Value(value.images, value.channels, (1, 1), shape_of(node)), [value]))
         return True
 
 
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape) if hasattr(meta, "shape") else None
+def val_of(node: fx.Node) -> object:
+    """The tensor without storage that stands for a node's result; the first one where there are several."""
+    val = node.meta.get("val")
+    return val[0] if isinstance(val, list | tuple) and val else val
 
 
-def _extent(shape: tuple[int, ...], *, linear: bool = False) -> tuple[int, int, tuple[int, int]]:
-    """Images, channels and (height, width) of a tensor of this shape; a linear layer's features are the last axis."""
-    if linear or len(shape) == 2:
-        count = 1
-        for n in shape[:-1]:
-            count *= n
-        return count, shape[-1], (1, 1)
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's result."""
+    return tuple(val_of(node).shape)
+
+
+def _plain(node: fx.Node) -> bool:
+    """Whether a node's result is a float32 tensor on the CPU of known shape that holds something."""
+    val = val_of(node)
+    if not isinstance(val, Tensor) or val.dtype != torch.float32 or val.device.type != "cpu":
+        return False
+    return val.layout == torch.strided and all(type(n) is int and n > 0 for n in val.shape)
+
+
+def _extent(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, int]]:
+    """Images, channels and (height, width) of a tensor of this shape whose second axis is the channels."""
+    if len(shape) == 2:
+        return shape[0], shape[1], (1, 1)
     return shape[0], shape[1], (1, shape[2]) if len(shape) == 3 else (shape[2], shape[3])
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _pair(value: int | list[int]) -> tuple[int, ...]:
+    value = (value, value) if isinstance(value, int) else tuple(value)
+    return value * 2 if len(value) == 1 else value
 
 
 def tensors_of(value: object) -> list[Tensor]:

@@ -2,222 +2,329 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
+import torch._dynamo
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils._pytree import tree_map
 
 from granet import native
+from granet.engine.capture import Part, Settings, capture, recording, separate
 from granet.engine.graph import tensors_of
-from granet.engine.plan import Arenas, Plan, execute
 from granet.engine.planner import interleaved, milliseconds
-from granet.engine.report import InferenceReport, LayerReport
-from granet.engine.search import check, difference, search, verdict
-from granet.reparameterize import fold, is_reparameterized
+from granet.engine.report import InferenceReport
+from granet.engine.search import NOISE
+from granet.engine.snapshot import untouched
 
 log = logging.getLogger(__name__)
 
-SHAPES = 8  # input shapes a compiled model keeps a plan for
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+SHAPES = 8  # kinds of inputs a compiled model keeps a plan for
 
-Signature = tuple[tuple[tuple[int, ...], torch.dtype, str], ...]
+Signature = tuple[object, ...]
 
 
 class CompiledModel(nn.Module):
     """A model compiled for inference. See `compile`.
 
-    The first call with inputs of a new shape measures and packs for that shape, which takes as long as `compile` did.
+    It holds the model itself as `model` and always computes with the weights and attributes that the model has now. The
+    first call with inputs of a new shape measures and packs for that shape, which takes as long as `compile` did.
+
+    The model itself runs, as if it were not compiled, in training mode, under autocast, for inputs that require a
+    gradient, and for inputs of further shapes than were allowed. Otherwise outputs carry no gradient.
     """
 
-    def __init__(self, model: nn.Module, traced: fx.GraphModule | None, *, tolerance: float, shapes: int):
+    def __init__(self, model: nn.Module, *, tolerance: float, shapes: int):
         super().__init__()
         self.model = model
-        # beside the registered modules: they share the model's parameters, which a state_dict shall hold once
-        self.__dict__.update(_traced=traced, _swapped=None)
-        self._tolerance = tolerance
+        self._settings = Settings(tolerance)
         self._shapes = shapes
-        self._plans: dict[Signature, tuple[Plan | None, InferenceReport]] = {}
-        self._arenas: dict[Signature, Arenas] = {}
-        self._warned = False
-        self._lock = threading.Lock()
+        self._reports: dict[Signature, InferenceReport] = {}
+        self._warned: set[str] = set()
+        self._begin()
 
-    def report(self, *inputs: Tensor) -> InferenceReport:
+    def _begin(self) -> None:
+        self._lock = threading.RLock()
+        self._captured: Callable[..., object] | None = None
+
+    def report(self, *inputs: object, **named: object) -> InferenceReport:
         """What was measured and chosen for inputs of these shapes; without any, for the example inputs.
 
         Raises:
             ValueError: if the model was not compiled for such inputs.
         """
-        if not inputs:
-            return next(iter(self._plans.values()))[1]
-        signature = signature_of(inputs)
-        if signature not in self._plans:
-            raise ValueError(f"not compiled for {_words(signature)}; it is for {self._known()}")
-        return self._plans[signature][1]
+        if not inputs and not named:
+            return next(iter(self._reports.values()))
+        signature = signature_of(inputs, named)
+        if signature not in self._reports:
+            known = "; ".join(map(_words, self._reports))
+            raise ValueError(f"not compiled for {_words(signature)}; it is for {known}")
+        return self._reports[signature]
 
     @torch.compiler.disable
-    def forward(self, *inputs: Tensor) -> object:
+    def forward(self, *inputs: object, **named: object) -> object:
         """The model's output."""
-        if self._traced is None:
-            with torch.no_grad():
-                return (self.model if self._swapped is None else self._swapped)(*inputs)
-        signature = signature_of(inputs)
-        if signature not in self._plans and not self._prepare(signature, inputs):
-            plan = None
-        else:
-            plan = self._plans[signature][0]
+        if self._plain_call(inputs, named):
+            return self.model(*inputs, **named)
+        signature = signature_of(inputs, named)
         with torch.no_grad():
-            if plan is None:
-                return self.model(*inputs)
-            return execute(plan.stages, plan.programs, inputs, self._arenas.setdefault(signature, {}))
+            report = self._reports.get(signature)
+            if report is None:
+                return self._first_call(signature, inputs, named)
+            if report.chosen == "dense":
+                return self.model(*inputs, **named)
+            return self._run(inputs, named)
 
-    def _prepare(self, signature: Signature, inputs: Sequence[Tensor]) -> bool:
-        """Compiles for inputs of a new shape; False if there are as many shapes already as are allowed."""
-        with self._lock:
-            if signature in self._plans:
-                return True
-            if len(self._plans) >= self._shapes:
-                if not self._warned:
-                    log.warning(
-                        "compiled for %d shapes, called with yet another, %s: such inputs run the dense model; "
-                        "compile(..., shapes=%d) allows more",
-                        len(self._plans), _words(signature), 2 * self._shapes,
-                    )  # fmt: skip
-                    self._warned = True
-                return False
-            reason = _unsupported(self.model, inputs)
-            if reason is not None:
-                self._plans[signature] = None, _dense_report(self.model, inputs, reason)
-                return True
-            traced = fx.GraphModule(self._traced, copy.deepcopy(self._traced.graph))
-            with torch.no_grad():
-                ShapeProp(traced).propagate(*inputs)
-                self._plans[signature] = search(self.model, traced, inputs, self._tolerance)
+    def _plain_call(self, inputs: tuple, named: dict) -> bool:
+        """Whether the model itself has to answer, whatever was compiled."""
+        if self.model.training:
             return True
+        if torch.is_autocast_enabled("cpu"):
+            self._warn("autocast", "under autocast the model itself runs: the kernels compute in float32")
+            return True
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of([inputs, named])):
+            self._warn("gradient", "an input requires a gradient: the model itself runs, and gives it")
+            return True
+        return False
 
-    def _known(self) -> str:
-        return "; ".join(map(_words, self._plans))
+    def _warn(self, kind: str, text: str, *args: object) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            log.warning(text, *args)
+
+    def _first_call(self, signature: Signature, inputs: tuple, named: dict) -> object:
+        """The output for inputs of a new signature, which is compiled for if there are not as many as allowed."""
+        with self._lock:
+            if signature in self._reports:
+                return self.forward(*inputs, **named)
+            if len(self._reports) >= self._shapes:
+                self._warn(
+                    "shapes",
+                    "compiled for %d shapes, called with yet another, %s: such inputs run the dense model; "
+                    "compile(..., shapes=%d) allows more",
+                    len(self._reports), _words(signature), 2 * self._shapes,
+                )  # fmt: skip
+                return self.model(*inputs, **named)
+            reason = _unsupported(self.model, tensors_of([inputs, named]))
+            copies = tree_map(_copy, (inputs, named))  # the model may change its inputs
+            parts: list[Part] = []
+            if reason is None:
+                try:
+                    with recording() as parts:
+                        output = self._dynamo()(*inputs, **named)
+                except TorchDynamoException as error:
+                    said = str(error).strip().partition("\n")[0][:120]
+                    reason = f"torch.compile cannot follow the model ({type(error).__name__}: {said})"
+            if reason is not None:
+                output = self.model(*inputs, **named)
+            self._reports[signature] = self._judge(parts, *copies, reason)
+            return output
+
+    def _judge(self, parts: list[Part], inputs: tuple, named: dict, reason: str | None) -> InferenceReport:
+        """The report of the whole: its parts as measured, and the whole as called where that does no harm."""
+        quiet = not _hooked(self.model)
+        if reason is None and not parts:
+            reason = "torch.compile found nothing to capture in it"
+        if reason is not None:
+            return _dense_report(lambda: self.model(*tree_map(_copy, inputs), **named) if quiet else None, reason)
+        reports = [part.report for part in dict.fromkeys(parts)]
+        rows = tuple(row for report in reports for row in report.layers)
+        wins = [report for report in reports if report.chosen == "sparse"]
+        whole = replace(
+            reports[0],
+            layers=rows,
+            dense_ms=sum(part.report.dense_ms for part in parts),
+            fast_ms=sum(part.report.fast_ms for part in parts),
+            chosen="sparse" if wins else "dense",
+            why="; ".join(dict.fromkeys(report.why for report in wins or reports)),
+            error=max(report.error for report in reports),
+            nbytes=sum(report.nbytes for report in wins),
+            arena_nbytes=sum(report.arena_nbytes for report in wins),
+        )
+        if len(parts) > 1:
+            whole = replace(whole, why=f"{whole.why}; captured in {len(parts)} parts, {len(wins)} of which run sparse")
+        if not wins or not quiet:
+            return whole
+        with untouched(self.model):
+            calls = [
+                lambda: self.model(*tree_map(_copy, inputs), **tree_map(_copy, named)),
+                lambda: self._run(*tree_map(_copy, (inputs, named))),
+            ]
+            dense_ms, fast_ms = interleaved(calls, repeats=3, enough=0.3)
+        if fast_ms < dense_ms * (1 - NOISE):
+            return replace(whole, dense_ms=dense_ms, fast_ms=fast_ms)
+        why = f"the compiled model took {fast_ms:.2f} ms, no less than dense"
+        return replace(
+            whole, dense_ms=dense_ms, fast_ms=dense_ms, chosen="dense", why=why, nbytes=0, arena_nbytes=0
+        )
+
+    def _run(self, inputs: tuple, named: dict) -> object:
+        try:
+            return self._dynamo()(*inputs, **named)
+        except TorchDynamoException as error:
+            self._warn("dynamo", "torch.compile cannot follow the model any more: it runs dense (%s)", error)
+            return self.model(*inputs, **named)
+
+    def _dynamo(self) -> Callable[..., object]:
+        if self._captured is None:
+            model, settings = self.model, self._settings
+
+            def call(*inputs: object, **named: object) -> object:
+                return model(*inputs, **named)
+
+            def backend(module: fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
+                return capture(module, example_inputs, settings)
+
+            compiled = torch.compile(separate(call), backend=backend, dynamic=False)
+
+            def guarded(*inputs: object, **named: object) -> object:
+                with _hook_guards():
+                    return compiled(*inputs, **named)
+
+            self._captured = guarded
+        return self._captured
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_arenas": {}, "_lock": None}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_captured")}
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__({**state, "_lock": threading.Lock()})
+        super().__setstate__(state)
+        self._begin()
 
 
-def signature_of(inputs: Sequence[object]) -> Signature:
-    """Shapes, types and devices of a model's inputs."""
-    return tuple((tuple(t.shape), t.dtype, t.device.type) for t in tensors_of(list(inputs)))
+_hook_lock = threading.Lock()
+_hook_depth = [0, True]
+
+
+@contextmanager
+def _hook_guards() -> Iterator[None]:
+    """Has Dynamo notice hooks that are added to modules later, which by default it does not."""
+    config = torch._dynamo.config
+    with _hook_lock:
+        if _hook_depth[0] == 0:
+            _hook_depth[1] = config.skip_nnmodule_hook_guards
+            config.skip_nnmodule_hook_guards = False
+        _hook_depth[0] += 1
+    try:
+        yield
+    finally:
+        with _hook_lock:
+            _hook_depth[0] -= 1
+            if _hook_depth[0] == 0:
+                config.skip_nnmodule_hook_guards = _hook_depth[1]
+
+
+def signature_of(inputs: Sequence[object], named: Mapping[str, object]) -> Signature:
+    """The structure of a call's arguments, with the tensors' shapes, types and devices, and the other values."""
+    return _describe(tuple(inputs)), _describe(dict(named))
+
+
+def _describe(value: object) -> tuple:
+    if isinstance(value, Tensor):
+        return Tensor, tuple(value.shape), value.dtype, value.device.type
+    if isinstance(value, list | tuple):
+        return (type(value), *map(_describe, value))
+    if isinstance(value, dict):
+        return (dict, *((key, _describe(value[key])) for key in sorted(value, key=repr)))
+    return type(value), value if isinstance(value, int | float | str | None) else None
 
 
 def _words(signature: Signature) -> str:
-    return ", ".join("x".join(map(str, shape)) for shape, _, _ in signature)
+    words: list[str] = []
+
+    def walk(described: tuple, name: str = "") -> None:
+        kind, *rest = described
+        if kind is Tensor:
+            words.append(name + "x".join(map(str, rest[0])))
+        elif kind is dict:
+            for key, item in rest:
+                walk(item, f"{key}=")
+        elif issubclass(kind, list | tuple):
+            for item in rest:
+                walk(item)
+        else:
+            words.append(name + (kind.__name__ if rest == [None] and kind is not type(None) else repr(rest[0])))
+
+    for described in signature:
+        walk(described)
+    return ", ".join(words) or "no inputs"
+
+
+def _copy(leaf: object) -> object:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _hooked(model: nn.Module) -> bool:
+    everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    return bool(everywhere) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def compile(
-    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, tolerance: float = 1e-3, shapes: int = SHAPES
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[object] | Mapping[str, object],
+    *,
+    tolerance: float = 1e-3,
+    shapes: int = SHAPES,
 ) -> CompiledModel:
     """A module that computes what `model` does, faster where the model's zeros allow it.
 
-    Every layer is measured on the example inputs with torch's dense kernels and with the sparse ones; where the whole
-    does not come out faster than the dense model, the dense model is what runs, and the report says so. Inputs of
-    another shape are measured when they first come. A model that torch.fx cannot trace runs as it is, with those of
-    its layers on sparse kernels that are faster so.
+    The model is captured by torch.compile, which follows its Python: branches, hooks, arguments of any kind and state
+    that it keeps are as in the model, and code that cannot be captured runs in between. Every layer is measured on the
+    example inputs with torch's dense kernels and with the sparse ones; where the whole does not come out faster than
+    the dense model, or its outputs differ, the dense model is what runs, and the report says so. Outputs are compared
+    on the example and on random inputs of its shape and range. Inputs of another shape are measured when they first
+    come.
+
+    The model's attributes, buffers and random state are left as they were; hooks on it run as in a call of the model.
 
     Args:
         model: a model in eval mode with float32 parameters on the CPU.
-        example_inputs: a tensor or a tuple of tensors of the shapes that will be run.
+        example_inputs: a tensor, a tuple or list of the positional arguments, or a mapping of the keyword arguments,
+            of the shapes that will be run.
         tolerance: largest difference to the dense output allowed, relative to that output's largest value.
-        shapes: how many input shapes to compile for; any further ones run the dense model.
+        shapes: how many kinds of inputs to compile for; any further ones run the dense model.
 
     Raises:
         ValueError: if the model is in training mode, or `shapes` is less than 1.
-        RuntimeError: if the compiled model's output differs from the dense model's by more than `tolerance`.
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        inputs, named = (), dict(example_inputs)
+    else:
+        inputs, named = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs), {}
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first, so that batch-norm can be folded")
     if shapes < 1:
         raise ValueError(f"shapes is the number of input shapes to compile for, at least 1, not {shapes}")
-    if is_reparameterized(model):
-        model = copy.deepcopy(model)
-        fold(model)
-    reason = _unsupported(model, inputs)
-    traced = None
-    if reason is None:
-        try:
-            traced = fx.symbolic_trace(model)
-        # tracing runs the model's own Python on stand-ins, which fails in as many ways as there are models
-        except (fx.proxy.TraceError, TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError) as error:
-            said = str(error).partition("\n")[0][:120]
-            untraceable = f"torch.fx cannot trace the model ({type(error).__name__}: {said})"
-    fast = CompiledModel(model, traced, tolerance=tolerance, shapes=shapes)
-    if traced is not None:
-        fast._prepare(signature_of(inputs), inputs)
-    elif reason is not None:
-        fast._plans[signature_of(inputs)] = None, _dense_report(model, inputs, reason)
-    else:
-        fast.__dict__["_swapped"], report = _swap(model, inputs, untraceable, tolerance=tolerance, shapes=shapes)
-        fast._plans[signature_of(inputs)] = None, report
+    fast = CompiledModel(model, tolerance=tolerance, shapes=shapes).eval()
+    inputs, named = tree_map(_copy, (inputs, named))
+    with untouched(model), torch.no_grad():
+        fast._first_call(signature_of(inputs, named), inputs, named)
     return fast
 
 
-def _swap(
-    model: nn.Module, inputs: Sequence[Tensor], untraceable: str, *, tolerance: float, shapes: int
-) -> tuple[nn.Module | None, InferenceReport]:
-    """A twin of the model that shares its tensors and runs single layers compiled, or None where that does not pay."""
-    seen: dict[str, Tensor] = {}
-    layers = {name: module for name, module in model.named_modules() if type(module) in LAYERS}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, args[0].detach().clone()))
-        for name, module in layers.items()
-    ]
-    try:
-        with torch.no_grad():
-            expected = model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared)
-    rows, packed = [], [0, 0]
-    for name, module in layers.items():
-        shape, density = tuple(module.weight.shape), module.weight.count_nonzero().item() / module.weight.numel()
-        if name not in seen:
-            why = "not called with the example inputs"
-            rows.append(LayerReport(name, shape, density, None, None, "dense", why))
-            continue
-        fast = compile(nn.Sequential(module).eval(), seen[name], tolerance=tolerance, shapes=shapes)
-        found = fast.report()
-        sparse = found.chosen == "sparse"
-        if sparse:
-            twin.get_submodule(name).forward = fast.forward
-            packed = [packed[0] + found.nbytes, packed[1] + found.arena_nbytes]
-        sparse_ms = found.fast_ms if sparse else None
-        rows.append(LayerReport(name, shape, density, found.dense_ms, sparse_ms, found.chosen, found.why))
-    with torch.no_grad():
-        error = difference(expected, twin(*inputs))
-        check(error, tolerance)
-        times = interleaved([lambda: model(*inputs), lambda: twin(*inputs)], repeats=3, enough=0.5)
-    report = verdict(rows, *times, error, tuple(packed), note=f", layer by layer: {untraceable}")
-    return (twin if report.chosen == "sparse" else None), report
-
-
-def _unsupported(model: nn.Module, inputs: Sequence[object]) -> str | None:
+def _unsupported(model: nn.Module, inputs: Sequence[Tensor]) -> str | None:
     if not native.available():
         return "the sparse kernels are not available on this machine"
-    for tensor in (*model.parameters(), *tensors_of(list(inputs))):
+    if isinstance(model, torch.jit.ScriptModule):
+        return "a scripted model cannot be captured"
+    for tensor in (*model.parameters(), *inputs):
         if tensor.device.type != "cpu":
             return f"the kernels run on the CPU, not on {tensor.device.type}"
+        if tensor.is_quantized:
+            return "the kernels compute in float32, not with quantised tensors"
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             return f"the kernels compute in float32, not in {str(tensor.dtype).removeprefix('torch.')}"
+        if type(tensor) not in (Tensor, nn.Parameter) and not isinstance(tensor, nn.Parameter):
+            return f"the kernels take plain tensors, not {type(tensor).__name__}"
     return None
 
 
-def _dense_report(model: nn.Module, inputs: Sequence[Tensor], reason: str) -> InferenceReport:
+def _dense_report(call: Callable[[], object], reason: str) -> InferenceReport:
     with torch.no_grad():
-        spent = milliseconds(lambda: model(*inputs), repeats=3)
+        spent = milliseconds(call, repeats=3)
     return InferenceReport((), spent, spent, "dense", reason, 0.0)

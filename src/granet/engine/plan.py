@@ -1,54 +1,79 @@
-"""A traced model's plan, and running it: torch nodes one by one, segments in one native call each."""
+"""Stages as a program: a graph of torch operators in which each segment is one call of the kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
-from granet.engine.graph import Stages
+from granet.engine.graph import Stages, val_of
 from granet.engine.program import Program, Segment
 
-Arenas = dict[Segment, list[Tensor]]
+
+class SegmentRunner(nn.Module):
+    """Runs one segment; what comes back has the shapes and strides that torch's operators would have given.
+
+    Args:
+        program: the segment, packed.
+        results: for each output, the nodes whose results it is.
+    """
+
+    def __init__(self, program: Program, results: list[list[fx.Node]]):
+        super().__init__()
+        self.program = program
+        self._arenas: list[Tensor] = []  # working memory between calls; two threads never hold the same
+        self._forms = []
+        for nodes in results:
+            vals = [val_of(node) for node in nodes]
+            self._forms.append([(tuple(v.shape), None if v.is_contiguous() else v.stride()) for v in vals])
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        """The segment's results, one for each node."""
+        try:
+            arena = self._arenas.pop()
+        except IndexError:
+            arena = self.program.arena()
+        found = self.program.run(list(inputs), arena)
+        self._arenas.append(arena)
+        results = []
+        for tensor, forms in zip(found, self._forms, strict=True):
+            for shape, stride in forms:
+                shaped = tensor.view(shape)
+                if stride is not None:
+                    shaped = torch.empty_strided(shape, stride).copy_(shaped)
+                results.append(shaped)
+        return results
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A compiled model: its stages and the program of each segment."""
-
-    stages: Stages
-    programs: dict[Segment, Program]
-
-
-def execute(stages: Stages, programs: dict[Segment, Program], inputs: Sequence[object], arenas: Arenas) -> object:
-    """The model's output. `arenas` keeps working memory between calls; two threads never hold the same."""
-    values: dict[fx.Node, object] = {}
-    interpreter = fx.Interpreter(stages.graph, garbage_collect_values=False)
-    arguments = iter(inputs)
-
-    def lookup(node: fx.Node) -> object:
-        return values[node]
-
+def build(stages: Stages, programs: dict[Segment, Program]) -> fx.GraphModule:
+    """A module that takes the arguments of the stages' graph and gives its results."""
+    graph, made = fx.Graph(), {}
+    root = nn.Module()
+    for node in stages.graph.nodes:
+        if node.op == "placeholder":
+            made[node] = graph.node_copy(node, made.__getitem__)
     for item in stages.order:
-        if not isinstance(item, fx.Node):
-            program = programs[item]
-            pool = arenas.setdefault(item, [])
-            try:
-                arena = pool.pop()
-            except IndexError:
-                arena = program.arena()
-            found = program.run([values[s.key] for s in program.inputs], arena)
-            pool.append(arena)
-            for tensor, nodes in zip(found, stages.results.get(item, []), strict=True):
-                for node in nodes:
-                    shape = node.meta["tensor_meta"].shape
-                    values[node] = tensor.view(shape)
-        elif item.op == "placeholder":
-            values[item] = next(arguments, item.args[0] if item.args else None)
-        elif item.op == "output":
-            return fx.map_arg(item.args[0], lookup)
-        else:
-            args, kwargs = fx.map_arg(item.args, lookup), fx.map_arg(item.kwargs, lookup)
-            values[item] = getattr(interpreter, item.op)(item.target, args, kwargs)
-    raise AssertionError("a traced model ends with an output")
+        if isinstance(item, Segment):
+            program, results = programs[item], stages.results[item]
+            name = f"segment{len(root._modules)}"
+            root.add_module(name, SegmentRunner(program, results))
+            found = graph.call_module(name, tuple(made[s.key] for s in program.inputs))
+            for i, node in enumerate(n for nodes in results for n in nodes):
+                made[node] = graph.call_function(operator.getitem, (found, i))
+                if isinstance(node.meta["val"], list | tuple):  # of several results the first is the one asked for
+                    made[node] = graph.call_function(_first, (made[node],))
+        elif item.op != "placeholder":
+            made[item] = graph.node_copy(item, made.__getitem__)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _random(node))
+    return fx.GraphModule(root, graph)
+
+
+def _first(tensor: Tensor) -> tuple[Tensor]:
+    return (tensor,)
+
+
+def _random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or (
+        node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+    )

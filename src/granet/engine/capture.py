@@ -1,0 +1,270 @@
+"""Capture by torch.compile: graphs of aten operators become parts that run on the kernels where that is faster.
+
+Dynamo follows the model's Python and guards what it relied on; AOTAutograd makes mutations and aliases explicit. What
+comes here is a pure function of its arguments, parameters and buffers among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo import register_backend
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+
+from granet import native
+from granet.engine.graph import Stages, lower
+from granet.engine.plan import build
+from granet.engine.planner import milliseconds
+from granet.engine.report import InferenceReport
+from granet.engine.search import Decision, compare, search
+from granet.engine.weights import Constants, Watch
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-3
+_calls = threading.local()
+
+
+@dataclass
+class Settings:
+    """What the parts of one compiled model have in common.
+
+    Attributes:
+        tolerance: the largest difference of outputs allowed, relative to the largest value.
+        decisions: how a graph is computed, by the graph's text: a graph seen before is packed without measuring.
+    """
+
+    tolerance: float = TOLERANCE
+    decisions: dict[str, Decision] = field(default_factory=dict)
+
+
+class Part:
+    """One captured graph, measured and packed at its first call.
+
+    Args:
+        module: the graph of aten operators.
+        weights: for each argument the name of the parameter or buffer it is, or None.
+        settings: those of the whole model.
+    """
+
+    _boxed_call = True  # the convention by which AOTAutograd hands over a list that the callee empties
+
+    def __init__(self, module: fx.GraphModule, weights: Sequence[str | None], settings: Settings):
+        self.module, self.settings = module, settings
+        holders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self._weights = {n: i for i, (n, w) in enumerate(zip(holders, weights, strict=True)) if w is not None}
+        self._names = {n: weights[i] for n, i in self._weights.items()}
+        self._packed: tuple[Watch, fx.GraphModule] | None = None
+        self._places: set[int] = set()  # of the arguments that are packed
+        self._stale: Watch | None = None  # of weights that were new at the last call
+        self.decision: Decision | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def report(self) -> InferenceReport:
+        """What was measured."""
+        return self.decision.report
+
+    def __call__(self, args: list[object]) -> object:
+        """The graph's outputs."""
+        arguments = tuple(args)
+        args.clear()
+        if self.decision is None:
+            with self._lock:
+                if self.decision is None:
+                    self._prepare(arguments)
+        recorded = getattr(_calls, "parts", None)
+        if recorded is not None:
+            recorded.append(self)
+        run = self._current(arguments) if self.report.chosen == "sparse" else self.module
+        with torch.no_grad():
+            return run(*arguments)
+
+    def _current(self, args: tuple[object, ...]) -> Callable[..., object]:
+        """The packed plan if its weights are those of this call, else the graph on torch's kernels.
+
+        Weights are packed anew when a second call comes with them, so that weights that change at every call cost no
+        packing.
+        """
+        packed = self._packed
+        if packed is not None and packed[0].same(args):
+            return packed[1]
+        with self._lock:
+            if self._packed is not packed:
+                return self.module
+            stale = self._stale
+            if stale is not None and stale.same(args):
+                self._pack(args)
+            elif packed is not None or stale is not None:
+                self._stale = Watch(args, self._places)
+                self._packed = None
+            return self.module
+
+    def _prepare(self, args: tuple[object, ...]) -> None:
+        key = self._key()
+        self.decision = self.settings.decisions.get(key)
+        if self.decision is None:
+            try:
+                with torch.no_grad():
+                    self.decision = self._measure(args)
+            except Exception as error:  # whatever cannot be lowered or measured runs as it is, and says why
+                log.warning("a part of the model is not compiled", exc_info=True)
+                said = str(error).partition("\n")[0][:120]
+                self.decision = self._dense(args, f"it could not be compiled ({type(error).__name__}: {said})")
+            self.settings.decisions[key] = self.decision
+        elif self.report.chosen == "sparse":
+            self._pack(args)
+
+    def _key(self) -> str:
+        holders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        shapes = [str(getattr(node.meta.get("val"), "shape", None)) for node in holders]
+        return f"{self.module.code}\n{shapes}\n{list(self._names.values())}\n{torch.get_num_threads()} threads"
+
+    def _measure(self, args: tuple[object, ...]) -> Decision:
+        if not native.available():
+            return self._dense(args, "the sparse kernels are not available on this machine")
+        stages, constants = self.stages(args)
+        if not any(segment.layers for segment in stages.segments):
+            return self._dense(args, "it has no layer that the kernels compute")
+        inputs = set(range(len(args))) - set(self._weights.values())
+        cases = [args, tuple(_random_like(a) if i in inputs else a for i, a in enumerate(args))]
+        decision, fast = search(stages, self.module, cases, self.settings.tolerance, self._names)
+        if fast is not None:
+            self._keep(args, constants, fast)
+        return decision
+
+    def _keep(self, args: tuple[object, ...], constants: Constants, fast: fx.GraphModule) -> None:
+        self._places = constants.used
+        self._packed = Watch(args, self._places), fast
+
+    def stages(self, args: tuple[object, ...]) -> tuple[Stages, Constants]:
+        """The graph lowered for the weights among these arguments, and which of those it looked at."""
+        constants = Constants(self._weights, args)
+        with torch.no_grad():
+            return lower(self.module.graph, constants, self._names), constants
+
+    def _dense(self, args: tuple[object, ...], why: str) -> Decision:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            spent = milliseconds(lambda: self.module(*args), repeats=3)
+        return Decision((), InferenceReport((), spent, spent, "dense", why, 0.0))
+
+    def _pack(self, args: tuple[object, ...]) -> None:
+        """Packs the weights of this call as was decided; where that fails, torch's kernels go on computing."""
+        self._stale = None
+        try:
+            with torch.no_grad():
+                stages, constants = self.stages(args)
+                fast = build(stages, self.decision.programs(stages))
+                error = compare(self.module, fast, args)
+            if not error <= self.settings.tolerance:
+                raise ValueError(f"the outputs differ by {error:.1e} of the largest value")
+            self._keep(args, constants, fast)
+        except Exception as error:  # as in _prepare
+            log.warning("weights that have changed were not packed: the dense model runs", exc_info=True)
+            self.decision = self._dense(args, f"changed weights could not be packed ({error})")
+
+
+def _random_like(value: object) -> object:
+    """Random numbers in a tensor's shape and range (normal ones where it is constant); anything else as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
+        return value
+    low, high = value.min().item(), value.max().item()
+    made = torch.empty_like(value)
+    with torch.random.fork_rng(devices=[]):
+        return made.uniform_(low, high) if -1e30 < low < high < 1e30 else made.normal_()
+
+
+@contextmanager
+def recording() -> Iterator[list[Part]]:
+    """The parts that run in this thread inside of the block, in order."""
+    before = getattr(_calls, "parts", None)
+    _calls.parts = []
+    try:
+        yield _calls.parts
+    finally:
+        _calls.parts = before
+
+
+def capture(
+    module: fx.GraphModule,
+    example_inputs: list[object],
+    settings: Settings,
+    part: Callable[[fx.GraphModule, list[str | None], Settings], Callable[..., object]] = Part,
+) -> Callable[..., object]:
+    """What Dynamo shall call instead of a graph it has captured; `part` makes it from the graph of aten operators."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
+        log.info("gradients are enabled: the graph runs on torch's kernels; use torch.no_grad() for inference")
+        return module.forward
+    names = [_name(node) for node in module.graph.nodes if node.op == "placeholder"]
+
+    def compiler(graph: fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
+        same = len(names) == sum(node.op == "placeholder" for node in graph.graph.nodes)
+        return part(graph, names, settings) if same else make_boxed_func(graph.forward)
+
+    def plain(graph: fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
+        return make_boxed_func(graph.forward)
+
+    try:
+        return aot_module_simplified(
+            module, example_inputs, fw_compiler=plain, bw_compiler=plain, inference_compiler=compiler
+        )
+    except Exception:  # a graph that AOTAutograd does not take runs as Dynamo has it
+        log.warning("a part of the model is not compiled", exc_info=True)
+        return module.forward
+
+
+def _name(node: fx.Node) -> str | None:
+    """The name of the parameter or buffer that a placeholder of Dynamo's graph stands for."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    name = name() if callable(name) else name
+    if not re.search(r"_(parameters|buffers)\[['\"]\w+['\"]\]$", name):
+        return None
+    return ".".join(re.findall(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]", name))
+
+
+@register_backend(name="granet")
+def backend(module: fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
+    """`torch.compile(model, backend="granet")`: inference on sparse kernels where measured to be faster.
+
+    Under torch.no_grad(); where gradients are needed the model runs on torch's kernels.
+    """
+    return capture(module, example_inputs, Settings())
+
+
+def trace(model: nn.Module, *inputs: object) -> list[tuple[Part, tuple[object, ...]]]:
+    """The parts of a model and the arguments they are called with, without measuring: for tools and tests."""
+    found: list[tuple[Part, tuple[object, ...]]] = []
+
+    def part(graph: fx.GraphModule, weights: list[str | None], settings: Settings) -> Callable[..., object]:
+        made = Part(graph, weights, settings)
+
+        def call(args: list[object]) -> object:
+            found.append((made, tuple(args)))
+            return graph(*args)
+
+        call._boxed_call = True
+        return call
+
+    def call(*inputs: object) -> object:
+        return model(*inputs)
+
+    own = separate(call)
+    with torch.no_grad():
+        torch.compile(own, backend=lambda m, e: capture(m, e, Settings(), part), dynamic=False)(*inputs)
+    return found
+
+
+def separate(function: types.FunctionType) -> types.FunctionType:
+    """A twin of a function for which Dynamo keeps what it compiles apart: it does so by code object."""
+    return types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
+    )
