@@ -14,12 +14,10 @@ from pathlib import Path
 
 import torch
 from engine_inference import MODELS, make, processor
-from torch import fx
-from torch.fx.passes.shape_prop import ShapeProp
 
 from granet import native
 from granet.engine import ops
-from granet.engine.graph import lower
+from granet.engine.capture import trace
 from granet.engine.search import fastest_program, step_times
 
 PEAKS = r"""
@@ -111,10 +109,9 @@ def layers(name: str, sparsity: float, batch: int) -> list[tuple[str, int, float
     model, x = make(name, sparsity, "uniform"), torch.randn(batch, *MODELS[name][1])
     found: dict[str, list[float]] = {}
     with torch.no_grad():
-        traced = fx.symbolic_trace(model)
-        ShapeProp(traced).propagate(x)
-        for segment in lower(traced).segments:
-            program, _ = fastest_program(segment, chains=(False,))
+        ((part, args),) = trace(model, x)
+        for segment in part.stages(args)[0].segments:
+            program, _, _ = fastest_program(segment, chains=(False,))
             inputs = [torch.randn(s.out.shape) for s in segment.steps if not s.inputs]
             times = torch.tensor([step_times(program, inputs) for _ in range(5)]).min(dim=0).values
             taken = set()

@@ -12,8 +12,9 @@ from fuzz_models import check_every_choice, network
 from torch import nn
 
 from granet.engine import inference, ops
-from granet.engine.graph import lower
-from granet.engine.plan import execute
+from granet.engine.capture import trace
+from granet.engine.graph import tensors_of
+from granet.engine.plan import build
 from granet.engine.program import Program, choices
 
 
@@ -154,7 +155,7 @@ class Unusual(nn.Module):
 
 
 class Untraceable(nn.Module):
-    """What torch.fx cannot follow: a branch on the data. A weight is read from outside its layer, too."""
+    """What no single graph can hold: a branch on the data. A weight is read from outside its layer, too."""
 
     def __init__(self):
         super().__init__()
@@ -165,18 +166,16 @@ class Untraceable(nn.Module):
         return self.head(y.mean([2, 3])) * self.head.weight.abs().max()
 
 
-def test_layers_of_an_untraceable_model_run_sparse_one_by_one():
+def test_a_model_with_a_branch_on_its_data_is_captured_in_parts():
     torch.manual_seed(0)
     model, x = Untraceable().eval(), torch.rand(1, 192, 28, 28)
     fast = inference.compile(model, x)
     report = fast.report()
     assert report.chosen == "sparse"
     assert report.fast_ms < report.dense_ms
-    assert "cannot trace" in report.why
+    assert "captured in" in report.why
     chosen = {row.name: row.chosen for row in report.layers}
-    assert chosen.keys() == {"features.0", "features.3", "head", "unused"}
     assert chosen["features.0"] == chosen["features.3"] == "sparse"
-    assert "not called" in next(row.why for row in report.layers if row.name == "unused")
     for other in (x, -x, torch.rand(2, 192, 12, 12)):
         torch.testing.assert_close(fast(other), model(other).detach(), atol=1e-4, rtol=1e-4)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
@@ -203,7 +202,7 @@ def test_models_with_unsupported_parts(model, x, monkeypatch):
             module.running_var.uniform_(0.5, 2)
     fast = inference.compile(model, x)
     assert fast.report().chosen == "sparse"
-    expected, found = inference.tensors_of([model(x)]), inference.tensors_of([fast(x)])
+    expected, found = tensors_of([model(x)]), tensors_of([fast(x)])
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(b, a.detach(), atol=1e-4, rtol=1e-4)
 
@@ -279,12 +278,11 @@ def test_an_output_of_one_position(kernel, size, padding, stride, images):
     with torch.no_grad():
         model[0].weight.mul_(torch.rand_like(model[0].weight) < 0.2)
     x = torch.randn(images, 16, size, size)
-    traced = torch.fx.symbolic_trace(model)
-    torch.fx.passes.shape_prop.ShapeProp(traced).propagate(x)
-    stages = lower(traced)
+    ((part, args),) = trace(model, x)
+    stages, _ = part.stages(args)
     for batch in (1, ops.cpu()[0]):
         for pick in choices(stages.segments[0].layers[0], batch):
             programs = {s: Program(s, lambda layer, pick=pick: pick, batch) for s in stages.segments}
             with torch.no_grad():
-                found = execute(stages, programs, (x,), {})
+                (found,) = build(stages, programs)(*args)
                 torch.testing.assert_close(found, model(x), atol=1e-5, rtol=1e-4)

@@ -15,11 +15,11 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_map
 
 from granet import native
+from granet.engine import search
 from granet.engine.capture import Part, Settings, capture, recording, separate
 from granet.engine.graph import tensors_of
 from granet.engine.planner import interleaved, milliseconds
 from granet.engine.report import InferenceReport
-from granet.engine.search import NOISE
 from granet.engine.snapshot import untouched
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class CompiledModel(nn.Module):
 
     def __init__(self, model: nn.Module, *, tolerance: float, shapes: int):
         super().__init__()
+        self.training = False  # and not eval(), which would reach into the model: a dropout may be on for good reason
         self.model = model
         self._settings = Settings(tolerance)
         self._shapes = shapes
@@ -156,12 +157,10 @@ class CompiledModel(nn.Module):
                 lambda: self._run(*tree_map(_copy, (inputs, named))),
             ]
             dense_ms, fast_ms = interleaved(calls, repeats=3, enough=0.3)
-        if fast_ms < dense_ms * (1 - NOISE):
+        if fast_ms < dense_ms * (1 - search.NOISE):
             return replace(whole, dense_ms=dense_ms, fast_ms=fast_ms)
         why = f"the compiled model took {fast_ms:.2f} ms, no less than dense"
-        return replace(
-            whole, dense_ms=dense_ms, fast_ms=dense_ms, chosen="dense", why=why, nbytes=0, arena_nbytes=0
-        )
+        return replace(whole, dense_ms=dense_ms, fast_ms=dense_ms, chosen="dense", why=why, nbytes=0, arena_nbytes=0)
 
     def _run(self, inputs: tuple, named: dict) -> object:
         try:
@@ -300,7 +299,7 @@ def compile(
         raise ValueError("the model is in training mode; call model.eval() first, so that batch-norm can be folded")
     if shapes < 1:
         raise ValueError(f"shapes is the number of input shapes to compile for, at least 1, not {shapes}")
-    fast = CompiledModel(model, tolerance=tolerance, shapes=shapes).eval()
+    fast = CompiledModel(model, tolerance=tolerance, shapes=shapes)
     inputs, named = tree_map(_copy, (inputs, named))
     with untouched(model), torch.no_grad():
         fast._first_call(signature_of(inputs, named), inputs, named)
