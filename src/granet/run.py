@@ -186,9 +186,10 @@ def execute(
             logger.info("going on from step %d of %d", trainer.step, trainer.steps)
         trainer.ranks.decide(lambda: trainer.step)
         checkpoint.replace(run.path / "environment.json", json.dumps(environment(trainer), indent=1))
-        metrics = Metrics(run.path / "metrics.jsonl", offset)
-        events = _events(run.path, trainer.step)
-        with contextlib.closing(metrics), contextlib.closing(events):
+        with (
+            contextlib.closing(Metrics(run.path / "metrics.jsonl", offset)) as metrics,
+            contextlib.closing(_events(run.path, trainer.step)) as events,
+        ):
 
             def record(values: dict[str, Any]) -> None:
                 metrics.write(values)
@@ -262,14 +263,14 @@ def load_weights(run: Run, trainer: Trainer, which: str) -> int:
     if found is None:
         raise checkpoint.CheckpointError(f"{run.path} has no checkpoint yet")
     if which == "best":
-        best = found.state["best"]
+        best = found.best
         if best is None:
             raise checkpoint.CheckpointError(
                 f"{run.path} has no best checkpoint: it has not been evaluated at its target sparsity yet; try 'last'"
             )
-        if best["step"] != found.step:
-            found = checkpoint.load(run.checkpoints / f"{best['step']:08d}")
-    trainer.load_state_dict(found.model, found.state)
+        if best != found.step:
+            found = checkpoint.load(run.checkpoints / f"{best:08d}")
+    _restore(trainer, found)
     return found.step
 
 

@@ -6,6 +6,7 @@ terminal, `short` what of a value may stand in a message.
 """
 
 import json
+import re
 import reprlib
 import tomllib
 import unicodedata
@@ -136,6 +137,15 @@ def printable(text: str) -> str:
 def _shows(character: str) -> bool:
     # all but control, format (writing directions), surrogate, and unassigned characters, and ends of lines but one
     return character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
+
+
+def worded(text: str) -> str:
+    """Returns a message of the library as the command line says it: ``skip=`` is the option ``--model.keep-dense``.
+
+    >>> worded("leave it dense with skip='fc.weight'")
+    "leave it dense with --model.keep-dense 'fc.weight'"
+    """
+    return re.sub(r"\b(only=None, )?skip=(?=(\S?))", lambda m: "--model.keep-dense" + " " * bool(m[2]), text)
 
 
 _SHORT = reprlib.Repr()

@@ -72,5 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(message: str) -> int:
     rank = f" on rank {os.environ['RANK']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-    print(f"granet: error{rank}: {message}", file=sys.stderr)
+    from granet.texts import printable, worded
+
+    print(printable(f"granet: error{rank}: {worded(message)}"), file=sys.stderr)
     return 2

@@ -5,6 +5,8 @@ from typing import Literal
 
 import tyro
 
+from granet.cli.terminal import say
+
 DESCRIPTION = """Speed of a network on granet's sparse kernels, layer by layer, beside dense. CPU only.
 
 examples:
@@ -37,5 +39,5 @@ def main(args: list[str]) -> int:
 
     from granet import bench
 
-    print(bench.main(**vars(arguments)))
+    say(bench.main(**vars(arguments)))
     return 0

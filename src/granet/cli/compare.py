@@ -28,9 +28,8 @@ def main(args: list[str]) -> int:
     if not arguments.runs:
         raise ValueError("which runs? `granet compare runs/*`")
 
-    from rich.console import Console
-
     from granet.cli.session import show
+    from granet.cli.terminal import Console
 
     show(list(arguments.runs), arguments.report, Console())
     return 0

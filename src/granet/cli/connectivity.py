@@ -5,6 +5,8 @@ from pathlib import Path
 
 import tyro
 
+from granet.cli.terminal import say
+
 DESCRIPTION = """Overlap of masks between runs and through the checkpoints of a run, units cut off, exploration R_s.
 
 examples:
@@ -30,9 +32,9 @@ def main(args: list[str]) -> int:
     from granet.lab.connectivity import connectivity_of
 
     found = connectivity_of(arguments.runs)
-    print(found)
+    say(found)
     if found.overlaps:
-        print()
+        say()
         for what, path in found.write(arguments.out).items():
-            print(f"{what}: {path}")
+            say(f"{what}: {path}")
     return 0

@@ -6,6 +6,8 @@ from typing import Literal
 
 import tyro
 
+from granet.cli.terminal import say
+
 DESCRIPTION = """Accuracy of a run's checkpoint.
 
 examples:
@@ -36,7 +38,7 @@ def main(args: list[str]) -> int:
     trainer = Trainer(run.recipe)
     step = load_weights(run, trainer, arguments.checkpoint)
     score = trainer.evaluate(arguments.split)
-    print(
+    say(
         f"{arguments.split} accuracy {score.accuracy:.2%}  loss {score.loss:.4f}  "
         f"sparsity {trainer.sparsifier.sparsity:.2%}  ({arguments.checkpoint} checkpoint, step {step})"
     )

@@ -56,10 +56,9 @@ def train(request: Request) -> int:
     """Trains what is not trained yet."""
     import dataclasses
 
-    from rich.console import Console
-
     from granet.cli.progress import Watcher, show_log, stoppable
     from granet.cli.session import show
+    from granet.cli.terminal import Console
     from granet.lab import lottery
 
     console = Console()

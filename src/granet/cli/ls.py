@@ -5,6 +5,8 @@ from typing import Literal
 
 import tyro
 
+from granet.cli.terminal import say
+
 DESCRIPTION = """List what there is.
 
 examples:
@@ -26,9 +28,9 @@ def main(args: list[str]) -> int:
     rows, hint = {"recipes": _recipes, "methods": _methods, "models": _models, "data": _data}[arguments.what]()
     width = max(len(name) for name, _ in rows)
     for name, about in rows:
-        print(f"{name:{width}}  {about}")
+        say(f"{name:{width}}  {about}")
     if hint:
-        print(f"\n{hint}")
+        say(f"\n{hint}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from granet.cli.arguments import parse
+from granet.cli.terminal import say
 
 DESCRIPTION = """Every parameter of a recipe's network: sparse or not and why, its shape, its first and last budget.
 
@@ -24,6 +25,7 @@ def main(args: list[str]) -> int:
 
     from granet import data, models
     from granet.selection import plan, unfit
+    from granet.texts import worded
 
     source = data.DATA[recipe.data.name]
     steps_per_epoch = NOMINAL
@@ -33,9 +35,9 @@ def main(args: list[str]) -> int:
             len(there.train), recipe.train.batch_size, drop_last=not recipe.train.partial_batch
         )
     else:
-        print(f"{recipe.data.name} is not on this machine: steps are counted as if an epoch had {NOMINAL}\n")
+        say(f"{recipe.data.name} is not on this machine: steps are counted as if an epoch had {NOMINAL}\n")
     model = models.build(recipe.model.name, classes=source.classes, in_channels=source.shape[0])
     pattern, skip = recipe.model.pattern, recipe.model.keep_dense
     skip = (*skip, *unfit(model, pattern, skip=skip))
-    print(plan(model, recipe.resolve(steps_per_epoch), skip=skip, pattern=pattern))
+    say(worded(str(plan(model, recipe.resolve(steps_per_epoch), skip=skip, pattern=pattern))))
     return 0

@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from granet.cli.arguments import parse
+from granet.cli.terminal import say
 from granet.lab import plasticity_study as studies
 
 DESCRIPTION = """Pruning plasticity: prune a network once at moments of its training, and see how well it recovers.
@@ -83,9 +84,9 @@ def main(args: list[str]) -> int:
         out = Path("plasticity") / Path(name).stem
 
     import yaml
-    from rich.console import Console
 
     from granet.cli.progress import stoppable
+    from granet.cli.terminal import Console
     from granet.lab import plasticity_grid as lab
 
     console = Console()
@@ -105,14 +106,14 @@ def main(args: list[str]) -> int:
     if table.rows:
         from granet.lab.plasticity_findings import findings, paragraph
 
-        print(f"\n{table}\n\n{paragraph(table)}\n")
+        say(f"\n{table}\n\n{paragraph(table)}\n")
         for finding in findings(table):
-            print(f"- {finding.claim}: {finding.verdict}. {finding.figures}")
+            say(f"- {finding.claim}: {finding.verdict}. {finding.figures}")
         for what, path in table.write(plan.out).items():
             console.print(f"{what}: {path}", markup=False, highlight=False, soft_wrap=True)
     for ended in failed[:3]:
-        print(f"\n{ended.what} failed:\n" + "\n".join(ended.error.splitlines()[-5:]))
+        say(f"\n{ended.what} failed:\n" + "\n".join(ended.error.splitlines()[-5:]))
     if stopped:
-        print(f"stopped with {table.missing} cells to go; the same command goes on")
+        say(f"stopped with {table.missing} cells to go; the same command goes on")
         return 130
     return 1 if failed else 0

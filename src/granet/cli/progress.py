@@ -6,10 +6,10 @@ import time
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from granet.cli.terminal import Console
 from granet.trainer import Trainer
 
 
@@ -23,11 +23,11 @@ class Watcher:
         self._shown = 0.0
         self._task = None
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.completed}/{task.total} steps"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             console=console,
             disable=not console.is_terminal,
             transient=True,

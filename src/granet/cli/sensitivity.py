@@ -6,6 +6,8 @@ from typing import Literal
 
 import tyro
 
+from granet.cli.terminal import say
+
 DESCRIPTION = """Layer sensitivity: accuracy of a run's network with one layer at a time pruned, nothing retrained.
 
 examples:
@@ -35,6 +37,7 @@ def main(args: list[str]) -> int:
     """Prints the table, writes numbers and figure; returns the exit code."""
     arguments = tyro.cli(Arguments, args=args, prog="granet sensitivity", description=DESCRIPTION)
 
+    from granet import files
     from granet.lab.sensitivity import layer_sensitivity
 
     found = layer_sensitivity(
@@ -44,8 +47,8 @@ def main(args: list[str]) -> int:
         batch_norm=arguments.batch_norm,
         split=arguments.split,
     )
-    print(found)
-    print()
-    for what, path in found.write(arguments.out or arguments.run / "sensitivity").items():
-        print(f"{what}: {path}")
+    say(found)
+    say()
+    for what, path in found.write(arguments.out or files.within(arguments.run, "sensitivity")).items():
+        say(f"{what}: {path}")
     return 0

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from granet import ranks
 from granet.cli.progress import Watcher, show_log, stoppable
+from granet.cli.terminal import Console
 from granet.run import Run, execute
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ def train_all(runs: list[Run]) -> int:
         show_log(console)
         for run in runs:
             if here.decide(lambda run=run: run.summary is not None):
-                console.print(f"[bold]{run.path}[/] is finished already", highlight=False, soft_wrap=True)
+                console.print(Text.assemble((str(run.path), "bold"), " is finished already"), soft_wrap=True)
                 continue
-            console.print(f"[bold]{run.path}[/]", highlight=False, soft_wrap=True)
+            console.print(str(run.path), style="bold", soft_wrap=True)
             with stoppable() as stop, Watcher(run.recipe.name, console) as watch:
                 finished = execute(run, watch=watch, stop=stop)
             if finished is None:

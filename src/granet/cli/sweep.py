@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from granet.cli.terminal import Console
     from granet.lab.grid import Sweep
     from granet.lab.sweep import Done
+
+from granet.cli.terminal import say
 
 DESCRIPTION = """Train a grid of recipes, methods, settings and seeds, and set them side by side.
 
@@ -52,8 +53,7 @@ def main(args: list[str]) -> int:
         Arguments, args=args, prog="granet sweep", description=DESCRIPTION, config=(tyro.conf.FlagCreatePairsOff,)
     )
 
-    from rich.console import Console
-
+    from granet.cli.terminal import Console
     from granet.lab import grid
 
     sweep = grid.load(arguments.sweep)
@@ -69,7 +69,7 @@ def main(args: list[str]) -> int:
     todo = lab.planned(cells, arguments.runs)
     if arguments.dry_run:
         for done in todo:
-            print(f"{'finished' if done.summary else 'to train'}  {_title(sweep, done)}  {done.run.path}")
+            say(f"{'finished' if done.summary else 'to train'}  {_title(sweep, done)}  {done.run.path}")
         return 0
     options = {key: yaml.safe_load(value) for key, value in arguments.option.items()}
     ended: list[Done] = []
@@ -86,13 +86,13 @@ def main(args: list[str]) -> int:
         console.print("\n".join(done.error.splitlines()[-5:]), markup=False, highlight=False, soft_wrap=True)
     if failed:
         where = failed[0].run.path / "error.txt"
-        print(
+        say(
             f"\n{len(failed)} of {len(todo)} runs failed; what they said last is in {where}"
             + " and so on" * (len(failed) > 1)
         )
     if stopped:
         missing = sum(done.summary is None for done in ended)
-        print(f"stopped with {missing} of {len(todo)} runs to go; the same command goes on")
+        say(f"stopped with {missing} of {len(todo)} runs to go; the same command goes on")
         return 130
     return 1 if failed else 0
 
@@ -104,10 +104,10 @@ def show(sweep: "Sweep", ended: "list[Done]", out: Path, console: "Console") -> 
     lines = table.rows(sweep, ended)
     if not lines:
         return
-    print(f"\n{table.text(sweep, lines)}")
+    say(f"\n{table.text(sweep, lines)}")
     found = table.gaps(sweep, lines)
     if found:
-        print("\n" + "\n".join(map(str, found)))
+        say("\n" + "\n".join(map(str, found)))
     written = page.write(sweep, lines, ended, out)
     console.print(
         "\n" + "\n".join(f"{what}: {path}" for what, path in written.items()), highlight=False, soft_wrap=True
@@ -179,18 +179,16 @@ class Board:
 
 def last_epoch(metrics: Path) -> float | None:
     """Returns how far the run is that writes ``metrics``, in epochs; None before its first record."""
-    import json
-    import os
+    from granet import files
+    from granet.texts import from_json
 
     try:
-        with metrics.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
+        lines = files.tail(metrics, 8192).split(b"\n")
+    except OSError:
         return None
     for line in reversed(lines[:-1]):  # behind the last line end is nothing, or a line half written
         try:
-            return json.loads(line)["epoch"]
-        except (ValueError, KeyError):  # cut off at the front
+            return float(from_json(line)["epoch"])
+        except (ValueError, LookupError, TypeError, OverflowError):  # cut off at the front
             continue
     return None

@@ -133,18 +133,19 @@ def _begin(level: Level, found: list[Level], lottery: Lottery) -> None:
     before = checkpoint.load_latest(found[level.number - 1].run.checkpoints)
     if before is None:
         raise checkpoint.CheckpointError(f"{found[level.number - 1].run.path} has no checkpoint to prune")
-    state = trainer.state_dict()
-    masks = _pruned(before, trainer, lottery, level.number)
-    weights = before.model
-    if lottery.mode == "weights":
-        early = _early(found[0].run, at)
-        weights, state["optimizer"] = early.model, early.state["optimizer"]
-    if state["ema"] is not None:  # the average goes back with the weights, and is as sparse
-        average = (early if lottery.mode == "weights" else before).state["ema"]
-        state["ema"] = {name: x.where(masks[name], 0) if name in masks else x for name, x in average.items()}
-    state["sparsifier"] |= {"masks": masks, "ever": masks, "step": at}
-    # what it cost to come here counts
-    state |= {key: before.state[key] for key in ("training_flops", "seconds")} | {"metrics": 0}
+    with checkpoint.distrusted(before.path):
+        state = trainer.state_dict()
+        masks = _pruned(before, trainer, lottery, level.number)
+        weights = before.model
+        if lottery.mode == "weights":
+            early = _early(found[0].run, at)
+            weights, state["optimizer"] = early.model, early.state["optimizer"]
+        if state["ema"] is not None:  # the average goes back with the weights, and is as sparse
+            average = (early if lottery.mode == "weights" else before).state["ema"]
+            state["ema"] = {name: x.where(masks[name], 0) if name in masks else x for name, x in average.items()}
+        state["sparsifier"] |= {"masks": masks, "ever": masks, "step": at}
+        # what it cost to come here counts
+        state |= {key: before.state[key] for key in ("training_flops", "seconds")} | {"metrics": 0}
     checkpoint.save(level.run.checkpoints, step=at, model=weights, state=state)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from granet import checkpoint, masking, optimizer, stepping, topology
+from granet import checkpoint, files, masking, optimizer, stepping, topology
 from granet.checkpoint import Checkpoint
 from granet.criterion import Layer, magnitude
 from granet.distribution import budget
@@ -21,6 +21,7 @@ from granet.methods import METHODS, Dense
 from granet.recipe import SECTIONS, RecipeError
 from granet.run import Run
 from granet.sparsifier import Sparsifier
+from granet.texts import from_json
 from granet.trainer import Trainer
 
 Masks = Mapping[str, Tensor]
@@ -175,12 +176,21 @@ def run_cell(cell: dict[str, Any], folder: str) -> dict[str, Any] | None:
     return result
 
 
+RESULT = (
+    "pretrained_sparsity", "seed", "step", "epoch", "lr", "rate", "density_before", "density", "accuracy_before",
+    "accuracy_retrained", "plasticity", "accuracy_unpruned", "accuracy_final", "final_gap", "seconds",
+)  # fmt: skip
+
+
 def read(file: Path) -> dict[str, Any] | None:
     """Returns a cell's result; None if there is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # written at once or not at all: a damaged one is made again
+        result = from_json(files.read(file))
+    except (FileNotFoundError, ValueError):  # written at once or not at all: a damaged one is made again
         return None
+    kinds = dict.fromkeys(RESULT, (int, float)) | dict.fromkeys(("arm", "scope"), str)
+    sound = isinstance(result, dict) and all(isinstance(result.get(key), kind) for key, kind in kinds.items())
+    return result if sound else None
 
 
 def measure(on: Bench, cell: Cell) -> dict[str, Any] | None:

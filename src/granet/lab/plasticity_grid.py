@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from granet import checkpoint, data
+from granet import checkpoint, data, files
 from granet.lab import grid, pool, sweep
 from granet.lab import plasticity_study as studies
 from granet.lab.plasticity_cell import read, run_cell
@@ -48,7 +48,9 @@ class Plan:
         if self.run is not None:
             return [sweep.Done(grid.Cell(self.recipe.name, "given", self.recipe), self.run, self.run.summary)]
         trained = studies.pretraining(self.study, self.recipe, self.steps)
-        return sweep.planned([grid.Cell(self.recipe.name, one.name, one) for one in trained], self.out / "runs")
+        return sweep.planned(
+            [grid.Cell(self.recipe.name, one.name, one) for one in trained], files.within(self.out, "runs")
+        )
 
     @property
     def cells(self) -> list[Cell]:
@@ -59,7 +61,7 @@ class Plan:
     def table(self) -> Table:
         """Returns the table of the cells that are made."""
         recipes = {str(done.run.path): done.run.recipe for done in self.pretraining}
-        results = [read(cell.file(self.out / "cells", recipes[cell.run])) for cell in self.cells]
+        results = [read(cell.file(files.within(self.out, "cells"), recipes[cell.run])) for cell in self.cells]
         settings = self.recipe.train.resolved(steps_per_epoch=self.steps_per_epoch, epochs=self.recipe.train.epochs)
         drops = settings["milestones"] if settings["schedule"] == "multistep" else ()
         return table(
@@ -105,7 +107,7 @@ def plan(what: str | Path | Recipe, study: Study | None = None, *, out: Path | N
     if not per_epoch:
         raise StudyError(f"batch_size {recipe.train.batch_size} is larger than the training set")
     steps = _moments_of(run, study, per_epoch) if run else studies.moments(study, recipe, per_epoch)
-    place = out or (run.path / "plasticity" if run else Path("plasticity") / name)
+    place = out or (files.within(run.path, "plasticity") if run else Path("plasticity") / name)
     retrain = studies.retraining(study, recipe, per_epoch)
     return Plan(study, recipe, run, place, steps, retrain, per_epoch, len(dataset.test))
 
@@ -174,12 +176,12 @@ def make(
     todo = [
         cell
         for cell in cells
-        if cell.run in finished and not cell.file(plan.out / "cells", finished[cell.run]).exists()
+        if cell.run in finished and not cell.file(files.within(plan.out, "cells"), finished[cell.run]).exists()
     ]
     count = len(cells) - len(todo)
     if jobs is None and executor == "local" and torch.cuda.is_available():
         there["jobs"] = 1
-    by_argument = [(asdict(cell), str(plan.out / "cells")) for cell in todo]
+    by_argument = [(asdict(cell), str(files.within(plan.out, "cells"))) for cell in todo]
     for outcome in pool.map(run_cell, by_argument, **there):
         cell = Cell(**outcome.argument[0])
         if outcome.value is None and outcome.error is None:
