@@ -160,7 +160,7 @@ def test_plan(say):
     assert code == 0
     assert out.startswith("Static(sparsity=0.75")
     lines = {line.split()[0]: line for line in out.splitlines() if line}
-    assert "skip='head.*'" in lines["head.0.weight"]
+    assert "--model.keep-dense 'head.*'" in lines["head.0.weight"]
     assert "conv" in lines["features.3.weight"]
 
 
