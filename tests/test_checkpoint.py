@@ -187,3 +187,9 @@ def test_buffers_take_the_layout_of_their_parameter():
     restored = optimizer.state[weight]["momentum_buffer"]
     assert restored.stride() == weight.stride()
     assert torch.equal(restored, buffer)
+
+
+def test_a_full_disk_without_an_older_checkpoint_promises_none(tmp_path):
+    (tmp_path / "checkpoints").touch()  # nothing can be written here
+    with pytest.raises(CheckpointError, match="There is no checkpoint before it; make room and resume"):
+        checkpoint.save(tmp_path / "checkpoints", step=1, model={}, state={})

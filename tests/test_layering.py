@@ -50,6 +50,7 @@ LAYERS = [  # a module may import what stands before it
     "ranks",
     "trainer",
     "charts",
+    "comparison",
     "report",
     "run",
     "bench",

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from granet import recipes
 from granet.recipe import validate
-from granet.report import read_run, summary_table, write_report
+from granet.report import read_run, summary_tables, write_report
 from granet.run import Run, execute
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -42,7 +42,8 @@ def page(finished, tmp_path_factory) -> Path:
 def printed(paths) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(summary_table([read_run(path) for path in paths]))
+        for title, table in summary_tables([read_run(path) for path in paths]):
+            console.print(title, table)
     return capture.get()
 
 

@@ -235,7 +235,7 @@ def test_a_disk_that_fills_up_costs_the_steps_since_the_last_checkpoint(tmp_path
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     assert "00000012" in done.stdout
-    assert "Older checkpoints are intact" in done.stdout
+    assert "The checkpoint before it, 00000008, is untouched" in done.stdout
     full, whole = Run.of(settings, tmp_path / "full"), Run.of(settings, tmp_path / "whole")
     assert checkpoint.load_latest(full.checkpoints).step == 8
     assert equal(execute(full), execute(whole))

@@ -16,7 +16,7 @@ from granet.engine.inference import InferenceReport, compile
 from granet.engine.planner import interleaved
 from granet.engine.training import TrainingReport, accelerate
 from granet.methods import Fixed
-from granet.models import build
+from granet.models import MODELS, build
 from granet.run import Run, load_weights
 from granet.sparsifier import Sparsifier
 from granet.trainer import Trainer
@@ -53,8 +53,9 @@ def network(source: str, *, sparsity: float, distribution: str = "erk", size: in
     Raises:
         ValueError: if `source` is neither.
     """
-    if (Path(source) / "recipe.yaml").exists():
-        run = Run.open(Path(source))
+    path = Path(source)
+    if (path / "recipe.yaml").exists() or (source not in MODELS and (path.exists() or len(path.parts) > 1)):
+        run = Run.open(path)
         trainer = Trainer(run.recipe)
         load_weights(run, trainer, "last")
         trainer.sparsifier.fold()

@@ -108,9 +108,11 @@ def save(folder: Path, *, step: int, model: Mapping[str, Tensor], state: Mapping
     except OSError as error:
         files.remove(temporary, NAMES)
         size = sum(map(len, contents.values())) / 1e6
+        older = next((path.name for path in paths(folder) if path != target), None)
+        left = f"The checkpoint before it, {older}, is untouched" if older else "There is no checkpoint before it"
         raise CheckpointError(
             f"the checkpoint {target} ({size:.1f} MB) could not be written: {error.strerror or error}. "
-            f"Older checkpoints are intact; make room and resume"
+            f"{left}; make room and resume"
         ) from error
     return target
 

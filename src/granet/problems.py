@@ -125,6 +125,8 @@ def refusal(
     found = [replace(one, path=(*above, *one.path)) for one in problems(error)]
     lines = [f"  {_line(one, root, variants, also)}" for one in found[:SHOWN]]
     more = [f"  ... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    if len(found) == 1:
+        return f"{what} is not valid: {lines[0].strip()}"
     return "\n".join([f"{what} is not valid:", *lines, *more])
 
 

@@ -3,19 +3,21 @@
 Both read run directories (`granet.run` says what is in one), finished or not.
 """
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from granet import charts, checkpoint, files
+from granet import charts, checkpoint, comparison, files, texts
 from granet.summary import read_object, read_records, read_summary
 
 if TYPE_CHECKING:
     import altair
     from rich.table import Table
+
+MARK = b'<meta name="generator" content="granet">'
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,11 @@ class RunData:
     def name(self) -> str:
         """The recipe's name, or the directory's while the run is not finished."""
         return self.summary["name"] if self.summary else self.path.name
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The recipe as a mapping."""
+        return texts.from_yaml(self.recipe)
 
     @property
     def is_dense(self) -> bool:
@@ -71,22 +78,57 @@ def read_run(path: str | Path) -> RunData:
         recipe = files.read(path / "recipe.yaml").decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path / 'recipe.yaml'} is damaged: {error}") from None
-    return RunData(path, recipe, environment or {}, records, summary)
+    run = RunData(path, recipe, environment or {}, records, summary)
+    try:
+        whole = isinstance(run.settings, dict)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{path / 'recipe.yaml'} is damaged: it is no recipe")
+    return run
 
 
-def summary_table(runs: Sequence[RunData]) -> "Table":
-    """Return a table of the runs for the terminal, one a row."""
+def summary_tables(runs: Sequence[RunData], width: int | None = None) -> Iterator[tuple[str, "Table"]]:
+    """Yield title and table for the terminal of runs that can be compared, one a row; others have another table.
+
+    Args:
+        runs: The runs.
+        width: Where a table is wider, it is continued in further ones, each with the names of the runs. Without a
+            width no table is broken.
+    """
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, (heading, _) in enumerate(COLUMNS):
-        table.add_column(
-            heading, justify="left" if i == 0 else "right", no_wrap=True, overflow="fold" if i == 0 else "ellipsis"
-        )
-    for label, run in _labelled(runs).items():
-        table.add_row(*(text(run, label) for _, text in COLUMNS))
-    return table
+    for group in comparison.groups(_labelled(runs)):
+        head, *body = _cells(group)
+        widths = [max(map(cell_len, column)) for column in zip(head, *body, strict=True)]
+        wide = (width or sum(widths) + 2 * len(widths) + 3) - 3  # without the table's edges
+        name = max(20, min(widths[0], wide // 2))
+        title = comparison.title(next(iter(group.values())))
+        for block in comparison.blocks([name, *widths[1:]], wide, gap=2):
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+            for column in block:
+                left = column == 0 or head[column] == DIFFERS
+                limit = name if column == 0 else wide - name - 2
+                table.add_column(
+                    head[column], justify="left" if left else "right", overflow="fold", no_wrap=not left,
+                    max_width=limit,
+                )  # fmt: skip
+            for row in body:
+                table.add_row(*(Text(row[column]) for column in block))  # as text: a name is no markup
+            yield title, table
+            title = ""
+
+
+def _cells(group: Mapping[str, RunData]) -> list[list[str]]:
+    """Return a table as text, the headings first; what differs is its last column where anything does."""
+    differs = comparison.differences(group)
+    rows = [[heading for heading, _ in COLUMNS], *([text(run, x) for _, text in COLUMNS] for x, run in group.items())]
+    if any(differs.values()):
+        rows = [[*row, last] for row, last in zip(rows, [DIFFERS, *differs.values()], strict=True)]
+    return rows
 
 
 def _finished(text):
@@ -140,6 +182,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
+DIFFERS = "differs in"
 COLUMNS = (
     ("run", lambda run, label: label if run.summary else f"{label} (unfinished)"),
     ("sparsity", _finished(lambda summary: f"{100 * summary['sparsity']:.2f} %{_pattern(summary)}")),
@@ -161,6 +204,17 @@ def _labelled(runs: Sequence[RunData]) -> dict[str, RunData]:
     return by_label if len(by_label) == len(runs) else {str(run.path): run for run in runs}
 
 
+def require() -> None:
+    """Does nothing where reports can be written, so that a long piece of work can ask before it begins.
+
+    Raises:
+        ModuleNotFoundError: The libraries that draw are not installed; the message names them and the extra.
+    """
+    missing = [name for name in ("altair", "jinja2", "vl_convert") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f'a report needs {", ".join(missing)}: pip install "granet[train]"')
+
+
 def write_report(runs: Sequence[RunData], path: str | Path) -> Path:
     """Return where the page was written: table, curves and layers of one run, or of several beside one another.
 
@@ -173,19 +227,37 @@ def write_report(runs: Sequence[RunData], path: str | Path) -> Path:
     if not runs:
         raise ValueError("a report needs at least one run")
     labelled = _labelled(runs)
-    colours, free = {}, itertools.cycle(charts.COLOURS)
-    for label, run in labelled.items():
-        colours[label] = charts.DENSE_COLOUR if run.is_dense and len(runs) > 1 else next(free)
+    groups = comparison.groups(labelled)
+    dense = next((label for label, run in labelled.items() if run.is_dense and len(runs) > 1), None)
+    others = [label for label in labelled if label != dense]
+    found = dict(zip(others, charts.colours(len(others)), strict=True))
+    colours = {label: found.get(label, charts.DENSE_COLOUR) for label in labelled}
+    tables = [_cells(group) for group in groups]
+    headings = max((table[0] for table in tables), key=len)
+    rows = []
+    for group, (_, *body) in zip(groups, tables, strict=True):
+        rows += [([comparison.title(next(iter(group.values())))], None)] if len(groups) > 1 else []
+        rows += [
+            (row + [""] * (len(headings) - len(row)), colours[label]) for label, row in zip(group, body, strict=True)
+        ]
     return write_page(
         path,
         title=" · ".join(labelled) if len(runs) < 4 else f"{len(runs)} runs",
-        headings=[heading for heading, _ in COLUMNS],
-        rows=[([text(run, label) for _, text in COLUMNS], colours[label]) for label, run in labelled.items()],
+        headings=headings,
+        rows=rows,
         runs=labelled,
         colours=colours,
-        tiles=_tiles(runs),
-        drawn=charts.of(labelled, colours),
+        headlines=[headline for group in groups if (headline := _headline(group))],
+        drawn=_drawn(groups, colours),
     )
+
+
+def _drawn(groups: Sequence[Mapping[str, RunData]], colours: Mapping[str, str]) -> Iterator[tuple]:
+    """Yield the charts of each group: curves of different tasks have no axis in common."""
+    for group in groups:
+        of = f", {comparison.title(next(iter(group.values())))}" if len(groups) > 1 else ""
+        for title, *rest in charts.of(group, {label: colours[label] for label in group}):
+            yield f"{title}{of}", *rest
 
 
 def write_page(
@@ -197,29 +269,33 @@ def write_page(
         path: Where to write it.
         drawn: Title, note, whether it takes the whole width, and chart.
         contents: What the template shows: `title`, `headings`, `rows` with their colours, `colours` of the legend,
-            and, where there are any, `runs`, `tiles` and `notes`.
+            and, where there are any, `runs`, `headlines` and `notes`. A row of a single text, without a colour, is a
+            title of the rows below it.
 
     Raises:
         ModuleNotFoundError: The libraries that draw are not installed; the message says how to.
     """
-    try:
-        import jinja2
+    require()
+    import jinja2
 
-        script = _script()
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'a report needs {error.name}: pip install "granet[train]"') from error
     environment = jinja2.Environment(loader=jinja2.PackageLoader("granet"), autoescape=True, trim_blocks=True)
     page = environment.get_template("report.html.j2").render(
-        {"runs": {}, "tiles": [], "notes": []} | contents,
+        {"runs": {}, "headlines": [], "notes": []} | contents,
         charts=[
             {"title": title, "note": note, "wide": wide, "spec": chart.to_dict()} for title, note, wide, chart in drawn
         ],
         si=si,
-        script=script,
+        script=_script(),
     )
     path = Path(path)
     checkpoint.replace(path, page)
     return path
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a file is a page that granet wrote."""
+    with path.open("rb") as file:
+        return MARK in file.read(2000)
 
 
 @cache  # putting it together takes seconds
@@ -231,18 +307,18 @@ def _script() -> str:
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", altair.SCHEMA_VERSION.rpartition(".")[0])
 
 
-def _tiles(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
-    """Return the headline of the first finished sparse run, else of the first finished: what, how much, compared."""
-    finished = sorted((run for run in runs if run.summary), key=lambda run: run.is_dense)
-    if not finished:
-        return []
-    summary, twins = finished[0].summary, [run.summary for run in finished[1:] if run.is_dense]
+def _headline(group: Mapping[str, RunData]) -> tuple[str, list[tuple[str, str, str]]] | None:
+    """Return what a headline says of one of the runs that can be compared: whose it is, and its tiles."""
+    label, twin = comparison.pair(group)
+    if label is None:
+        return None
+    summary = group[label].summary
     parameters, flops, best = summary["parameters"], summary["flops"], summary["best"] or summary["last"]
-    against = f"best by validation, {summary['name']}"
-    if twins and (twin := twins[0]["best"]):
-        points = 100 * (best["test_accuracy"] - twin["test_accuracy"])
-        against = f"{points:+.2f} points to dense"
-    return [
+    against = "best by validation" if summary["best"] else "last weights"
+    if twin is not None:
+        other = group[twin].summary["best"] or group[twin].summary["last"]
+        against = f"{100 * (best['test_accuracy'] - other['test_accuracy']):+.2f} points to {twin}"
+    tiles = [
         ("test accuracy", f"{100 * best['test_accuracy']:.2f} %", against),
         ("weights active", f"{parameters['active']:,}", f"of {parameters['total']:,}"),
         (
@@ -256,3 +332,4 @@ def _tiles(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
             f"of {si(flops['training_dense'])} dense",
         ),
     ]
+    return f"{label}: {comparison.title(group[label])}", tiles

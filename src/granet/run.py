@@ -72,8 +72,9 @@ class Run:
         try:
             values = from_yaml(files.read(file))
         except (FileNotFoundError, NotADirectoryError):
-            there = sorted(p.parent.name for p in path.parent.glob("*/recipe.yaml"))
-            hint = f"; runs in {path.parent}: {', '.join(there)}" if there else ""
+            folder = path if path.is_dir() and any(path.glob("*/recipe.yaml")) else path.parent
+            there = sorted(p.parent.name for p in folder.glob("*/recipe.yaml"))
+            hint = f"; runs in {folder}: {', '.join(there)}" if there else ""
             raise FileNotFoundError(f"{path} is no run directory: it has no recipe.yaml{hint}") from None
         except ValueError as error:
             raise RecipeError(f"{file} is damaged: {error}") from None

@@ -258,7 +258,7 @@ class Trainer:
         for (step, *_), loss in zip(self._window, losses, strict=True):
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"the loss is {loss} at step {step}; the last checkpoint is from before it. Try a lower train.lr "
+                    f"the loss is {loss} at step {step}; any checkpoint is from before it. Try a lower train.lr "
                     f"(now {self.settings.lr:g}), a longer train.warmup, or train.clip_norm"
                 )
 

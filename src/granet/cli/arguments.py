@@ -7,6 +7,7 @@ import tyro
 from pydantic import ValidationError, create_model
 
 from granet import recipes
+from granet.cli import words
 from granet.recipe import Recipe, RecipeError, explained, validate
 
 DEFAULT = "digits"
@@ -23,7 +24,7 @@ class Request:
     options: Any
 
 
-def parse(args: list[str], options: type, *, prog: str, description: str) -> Request:
+def parse(args: list[str], options: type, *, prog: str, description: str, method: str | None = None) -> Request:
     """Returns what ``args`` ask for: ``[RECIPE] [--method NAME] [--section.key value ...]`` and ``options``.
 
     ``--engine`` is short for ``--train.engine``. The recipe and the method are found first, so that the rest is checked
@@ -34,14 +35,20 @@ def parse(args: list[str], options: type, *, prog: str, description: str) -> Req
         options: a dataclass with defaults, the command's own options.
         prog: the command, for help.
         description: what it does, for help.
+        method: the only method that the command trains with; none can be asked for then.
 
     Raises:
         RecipeError: no such recipe or method, or values that do not go together.
+        UsageError: no such option, or a word that is no value of it.
     """
-    words = ["=".join([SHORT.get(flag, flag), *value]) for flag, *value in (word.split("=", 1) for word in args)]
-    name = words.pop(0) if words and not words[0].startswith("-") else DEFAULT
-    method = _take_method(words)
-    recipe = recipes.load(name, method=method)
+    given = ["=".join([SHORT.get(flag, flag), *value]) for flag, *value in (word.split("=", 1) for word in args)]
+    name = given.pop(0) if given and not given[0].startswith("-") else DEFAULT
+    asked = _take_method(given) or (_variant(name) if method else None)
+    if method and asked not in (None, method):
+        raise RecipeError(
+            f"{prog} trains the method {method!r} and cannot train {asked!r}: name the recipe alone, without a method"
+        )
+    recipe = recipes.load(name, method=method or asked)
     concrete = create_model("Recipe", __base__=Recipe, __doc__=Recipe.__doc__, method=(type(recipe.method), ...))
     default = concrete(**{key: getattr(recipe, key) for key in Recipe.model_fields})
     arguments = make_dataclass(
@@ -58,28 +65,48 @@ def parse(args: list[str], options: type, *, prog: str, description: str) -> Req
     )
     about = f"{description}\n\nThe options below are those of the recipe {name} with its method {recipe.method.name}."
     try:
-        result = tyro.cli(
-            arguments, args=words, prog=f"{prog} [RECIPE]", description=about, config=(tyro.conf.FlagCreatePairsOff,)
-        )
-    except ValidationError as error:  # of the recipe as a whole; that of a section tyro shows itself
+        result = words.read(arguments, given, prog=f"{prog} [RECIPE]", description=about)
+    except ValidationError as error:  # of the recipe as a whole, or of one of its sections
         raise explained(error, name) from None
     settings = validate(result.settings.model_dump(), source=name)
+    _check_method(settings, name)
     return Request(settings, recipe, name, result.options)
 
 
-def _take_method(words: list[str]) -> str | None:
-    """Removes ``--method NAME``, or ``--method.name NAME``, from ``words``; returns the name, None if none is given."""
+def _check_method(recipe: Recipe, source: str) -> None:
+    """Raises RecipeError if the method is impossible, however many steps an epoch of the data should have."""
+    for steps_per_epoch in (10, 100, 1000, 10_000, 100_000):
+        try:
+            recipe.resolve(steps_per_epoch)
+        except ValueError as error:
+            problem = error
+        else:
+            return
+    raise RecipeError(f"the recipe {source} is not valid: method: {problem}")
+
+
+def _variant(name: str) -> str | None:
+    """Returns the method that the name of a shipped recipe asks for, as ``digits-rigl`` does; None if it names none."""
+    for file in recipes.catalog():
+        method = name.removeprefix(f"{file.name}-")
+        if method != name and method in file.methods:
+            return method
+    return None
+
+
+def _take_method(given: list[str]) -> str | None:
+    """Removes ``--method NAME``, or ``--method.name NAME``, from ``given``; returns the name, None if none is given."""
     method = None
     for flag in ("--method", "--method.name"):
         while True:
-            at = next((i for i, word in enumerate(words) if word == flag or word.startswith(f"{flag}=")), None)
+            at = next((i for i, word in enumerate(given) if word == flag or word.startswith(f"{flag}=")), None)
             if at is None:
                 break
-            word = words.pop(at)
+            word = given.pop(at)
             if "=" in word:
                 method = word.partition("=")[2]
-            elif at < len(words):
-                method = words.pop(at)
+            elif at < len(given):
+                method = given.pop(at)
             else:
                 raise RecipeError(f"{flag} needs a name; `granet ls methods` lists them")
     return method

@@ -5,6 +5,7 @@ from typing import Literal
 
 import tyro
 
+from granet.cli import words
 from granet.cli.terminal import say
 
 DESCRIPTION = """Speed of a network on granet's sparse kernels, layer by layer, beside dense. CPU only.
@@ -35,7 +36,7 @@ class Arguments:
 
 def main(args: list[str]) -> int:
     """Prints the report; returns the exit code."""
-    arguments = tyro.cli(Arguments, args=args, prog="granet bench", description=DESCRIPTION)
+    arguments = words.read(Arguments, args, prog="granet bench", description=DESCRIPTION)
 
     from granet import bench
 

@@ -1,15 +1,20 @@
 """`granet compare`."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+from granet.cli import words
+
 DESCRIPTION = """Table and plots of several runs.
+
+Only runs with the same data, model, epochs and batch size are compared; others have a table and plots of their own.
 
 examples:
   granet compare runs/*
-  granet compare runs/digits-granet-3f9a1c runs/digits-dense-9da6c8 --report twins.html"""
+  granet compare runs/digits-granet-3f9a1c runs/digits-dense-9da6c8 --out twins.html"""
 
 
 @dataclass(frozen=True)
@@ -18,18 +23,33 @@ class Arguments:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories."""
-    report: Path = Path("compare.html")
-    """Where to write the plots."""
+    out: Path = Path("compare.html")
+    """Where to write the page; one of granet's own that is there already is replaced, nothing else."""
 
 
 def main(args: list[str]) -> int:
-    """Prints the table and writes the report; returns the exit code."""
-    arguments = tyro.cli(Arguments, args=args, prog="granet compare", description=DESCRIPTION)
+    """Prints the tables and writes the page; returns the exit code."""
+    arguments = words.read(Arguments, args, prog="granet compare", description=DESCRIPTION)
     if not arguments.runs:
         raise ValueError("which runs? `granet compare runs/*`")
 
-    from granet.cli.session import show
+    from granet import report
+    from granet.cli.session import show_runs
     from granet.cli.terminal import Console
+    from granet.texts import printable
 
-    show(list(arguments.runs), arguments.report, Console())
+    report.require()
+    if arguments.out.exists() and not (arguments.out.is_file() and report.is_page(arguments.out)):
+        raise ValueError(f"{arguments.out} is there already and no page of granet's: give another name with --out")
+    runs, problems = [], []
+    for path in dict.fromkeys(arguments.runs):
+        try:
+            runs.append(report.read_run(path))
+        except (ValueError, OSError) as error:
+            problems.append(error)
+    if not runs:
+        raise problems[0]
+    for problem in problems:
+        print(printable(f"granet: warning: left out: {problem}"), file=sys.stderr)
+    show_runs(runs, arguments.out, Console())
     return 0

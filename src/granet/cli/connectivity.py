@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tyro
 
+from granet.cli import words
 from granet.cli.terminal import say
 
 DESCRIPTION = """Overlap of masks between runs and through the checkpoints of a run, units cut off, exploration R_s.
@@ -27,10 +28,12 @@ class Arguments:
 
 def main(args: list[str]) -> int:
     """Prints the tables, writes numbers and figure; returns the exit code."""
-    arguments = tyro.cli(Arguments, args=args, prog="granet connectivity", description=DESCRIPTION)
+    arguments = words.read(Arguments, args, prog="granet connectivity", description=DESCRIPTION)
 
+    from granet import report
     from granet.lab.connectivity import connectivity_of
 
+    report.require()
     found = connectivity_of(arguments.runs)
     say(found)
     if found.overlaps:

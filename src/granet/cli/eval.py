@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from granet.cli import words
 from granet.cli.terminal import say
 
 DESCRIPTION = """Accuracy of a run's checkpoint.
@@ -29,7 +30,7 @@ class Arguments:
 
 def main(args: list[str]) -> int:
     """Prints loss, accuracy and sparsity; returns the exit code."""
-    arguments = tyro.cli(Arguments, args=args, prog="granet eval", description=DESCRIPTION)
+    arguments = words.read(Arguments, args, prog="granet eval", description=DESCRIPTION)
 
     from granet.run import Run, load_weights
     from granet.trainer import Trainer

@@ -48,7 +48,7 @@ class Options:
 
 def main(args: list[str]) -> int:
     """Trains all levels, shows their table and writes the report; returns the exit code, 130 if the user stopped."""
-    request = parse(args, Options, prog="granet lottery", description=DESCRIPTION)
+    request = parse(args, Options, prog="granet lottery", description=DESCRIPTION, method="dense")
     return train(request)
 
 
@@ -56,17 +56,25 @@ def train(request: Request) -> int:
     """Trains what is not trained yet."""
     import dataclasses
 
+    from granet import report
     from granet.cli.progress import Watcher, show_log, stoppable
     from granet.cli.session import show
     from granet.cli.terminal import Console
     from granet.lab import lottery
 
+    report.require()
     console = Console()
     show_log(console)
     procedure = lottery.Lottery(**dataclasses.asdict(request.options.lottery))
     done = []
-    with stoppable() as stop, Watcher(request.recipe.name, console) as watch:
-        for level in lottery.run(request.recipe, procedure, request.options.runs, stop=stop, watch=watch):
+    with stoppable() as stop, Watcher("", console) as watch:
+
+        def begin(level: lottery.Level) -> None:
+            watch.title = level.run.path.name
+            console.print(str(level.run.path), style="bold", soft_wrap=True)
+
+        places = {"stop": stop, "watch": watch, "begin": begin}
+        for level in lottery.run(request.recipe, procedure, request.options.runs, **places):
             sparsity, last = level.summary["sparsity"], level.summary["last"]["test_accuracy"]
             console.print(f"level {level.number}: {sparsity:.1%} sparse, {last:.2%} on the test set", highlight=False)
             done.append(level.run.path)

@@ -5,6 +5,7 @@ from typing import Literal
 
 import tyro
 
+from granet.cli import words
 from granet.cli.terminal import say
 
 DESCRIPTION = """List what there is.
@@ -24,7 +25,7 @@ class Arguments:
 
 def main(args: list[str]) -> int:
     """Prints names with a line about each; returns the exit code."""
-    arguments = tyro.cli(Arguments, args=args, prog="granet ls", description=DESCRIPTION)
+    arguments = words.read(Arguments, args, prog="granet ls", description=DESCRIPTION)
     rows, hint = {"recipes": _recipes, "methods": _methods, "models": _models, "data": _data}[arguments.what]()
     width = max(len(name) for name, _ in rows)
     for name, about in rows:

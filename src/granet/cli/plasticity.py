@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
+from granet.cli import words
 from granet.cli.arguments import parse
 from granet.cli.terminal import say
 from granet.lab import plasticity_study as studies
@@ -67,16 +66,14 @@ class Options:
 
 def main(args: list[str]) -> int:
     """Makes the study, shows the table, writes figures and findings; returns the exit code, 1 if cells failed."""
-    words = list(args)
-    name = words.pop(0) if words and not words[0].startswith("-") else studies.DEFAULT
+    rest = list(args)
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else studies.DEFAULT
     if studies.is_run(name):
         what, default = Path(name), studies.Study()
-        options = tyro.cli(Options, args=words, prog="granet plasticity RUN", description=DESCRIPTION)
+        options = words.read(Options, rest, prog="granet plasticity", description=DESCRIPTION)
     else:
         source, default = studies.resolve(name)
-        request = parse(
-            [source, "--method", "dense", *words], Options, prog="granet plasticity", description=DESCRIPTION
-        )
+        request = parse([source, *rest], Options, prog="granet plasticity", description=DESCRIPTION, method="dense")
         what, options = request.recipe, request.options
     study = options.over(default)
     out = options.out
@@ -85,9 +82,14 @@ def main(args: list[str]) -> int:
 
     import yaml
 
+    from granet import report
     from granet.cli.progress import stoppable
     from granet.cli.terminal import Console
     from granet.lab import plasticity_grid as lab
+    from granet.lab import pool
+
+    report.require()
+    pool.check(options.executor, options.jobs, options.option)
 
     console = Console()
     plan = lab.plan(what, study, out=out)

@@ -45,7 +45,9 @@ class Watcher:
         """Takes a record, and shows what has changed."""
         self._last[record["kind"]] = record
         if self.console.is_terminal:
-            self._bar.update(self._task, total=trainer.steps, completed=trainer.step, numbers=self._numbers())
+            self._bar.update(
+                self._task, description=self.title, total=trainer.steps, completed=trainer.step, numbers=self._numbers()
+            )
         elif record["kind"] == "eval" and (time.monotonic() - self._shown > 2 or trainer.step == trainer.steps):
             self._shown = time.monotonic()
             self.console.print(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import tyro
 
+from granet.cli import words
+
 DESCRIPTION = """Go on with a run that was stopped, from its last checkpoint; the result is the same to the bit.
 
 example:
@@ -21,7 +23,7 @@ class Arguments:
 
 def main(args: list[str]) -> int:
     """Trains a run to its end; returns the exit code."""
-    arguments = tyro.cli(Arguments, args=args, prog="granet resume", description=DESCRIPTION)
+    arguments = words.read(Arguments, args, prog="granet resume", description=DESCRIPTION)
 
     from granet.cli.session import train_all
     from granet.run import Run

@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from granet.cli import words
 from granet.cli.terminal import say
 
 DESCRIPTION = """Layer sensitivity: accuracy of a run's network with one layer at a time pruned, nothing retrained.
@@ -35,11 +36,12 @@ class Arguments:
 
 def main(args: list[str]) -> int:
     """Prints the table, writes numbers and figure; returns the exit code."""
-    arguments = tyro.cli(Arguments, args=args, prog="granet sensitivity", description=DESCRIPTION)
+    arguments = words.read(Arguments, args, prog="granet sensitivity", description=DESCRIPTION)
 
-    from granet import files
+    from granet import files, report
     from granet.lab.sensitivity import layer_sensitivity
 
+    report.require()
     found = layer_sensitivity(
         arguments.run,
         sparsities=arguments.sparsities,

@@ -1,20 +1,13 @@
 """Training one run after the other in front of a user, with the table and the report at the end."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rich import box
-from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
-from granet import ranks
+from granet import ranks, report
 from granet.cli.progress import Watcher, show_log, stoppable
 from granet.cli.terminal import Console
 from granet.run import Run, execute
-
-if TYPE_CHECKING:
-    from granet.report import RunData
 
 
 def train_all(runs: list[Run]) -> int:
@@ -22,6 +15,7 @@ def train_all(runs: list[Run]) -> int:
 
     Under torchrun all processes train each of them together, and the first one talks.
     """
+    report.require()  # before any work: the report comes last
     with ranks.joined() as here:
         console = Console(quiet=not here.first)
         show_log(console)
@@ -40,27 +34,21 @@ def train_all(runs: list[Run]) -> int:
     return 0
 
 
-def show(paths: list[Path], report: Path, console: Console) -> None:
+def show(paths: list[Path], page: Path, console: Console) -> None:
     """Prints the table of the runs and writes their report."""
-    from granet.report import read_run, summary_table, write_report
-
-    read = [read_run(path) for path in paths]
-    table = summary_table(read)
-    if Measurement.get(console, console.options.update(max_width=1000), table).maximum > console.width:
-        table = upright(read)
-    console.print(table)
-    write_report(read, report)
-    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    show_runs([report.read_run(path) for path in paths], page, console)
 
 
-def upright(runs: list["RunData"]) -> Table:
-    """Returns the same table for a narrow terminal: a line a quantity, a column a run."""
-    from granet.report import COLUMNS
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run")
-    for run in runs:
-        table.add_column(run.name, justify="right", overflow="fold")
-    for heading, text in COLUMNS[1:]:
-        table.add_row(heading, *(text(run, run.name) for run in runs))
-    return table
+def show_runs(runs: list[report.RunData], page: Path, console: Console) -> None:
+    """Prints the tables of runs and writes their report; what is not a terminal gets whole lines, however long."""
+    terminal = console.is_terminal
+    for title, table in report.summary_tables(runs, console.width if terminal else None):
+        if title:
+            console.print(title, markup=False, highlight=False, soft_wrap=True)
+        if terminal:
+            console.print(table)
+        else:
+            Console(file=console.file, width=10_000).print(table)
+    again = " (in place of an older one)" if page.exists() else ""
+    report.write_report(runs, page)
+    console.print(f"report: {page}{again}", markup=False, highlight=False, soft_wrap=True)

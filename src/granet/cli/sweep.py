@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from granet.cli import words
+
 if TYPE_CHECKING:
     from granet.cli.terminal import Console
     from granet.lab.grid import Sweep
@@ -49,13 +51,14 @@ class Arguments:
 
 def main(args: list[str]) -> int:
     """Runs the sweep, shows the table and writes the report; returns the exit code, 1 if runs failed."""
-    arguments = tyro.cli(
-        Arguments, args=args, prog="granet sweep", description=DESCRIPTION, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    arguments = words.read(Arguments, args, prog="granet sweep", description=DESCRIPTION)
 
+    from granet import report
     from granet.cli.terminal import Console
-    from granet.lab import grid
+    from granet.lab import grid, pool
 
+    report.require()
+    pool.check(arguments.executor, arguments.jobs, arguments.option)
     sweep = grid.load(arguments.sweep)
     cells = grid.cells(sweep)
 

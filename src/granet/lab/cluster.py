@@ -17,10 +17,8 @@ class Ray:
     """Tasks of the Ray cluster that the environment's ``RAY_ADDRESS`` names, else of a Ray on this machine."""
 
     def __init__(self, jobs: int | None, options: dict[str, Any]):
-        try:
-            import ray
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError('the executor ray needs Ray: pip install "granet[ray]"') from error
+        import ray
+
         self.jobs = jobs
         self._ray = ray
         self._mine = not ray.is_initialized()
@@ -69,10 +67,8 @@ class Slurm:
     """
 
     def __init__(self, jobs: int | None, options: dict[str, Any]):
-        try:
-            import submitit
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError('the executor slurm needs submitit: pip install "granet[slurm]"') from error
+        import submitit
+
         self.jobs = jobs
         folder, cluster = Path(options.pop("folder", LOGS)), options.pop("cluster", "slurm")
         try:

@@ -107,8 +107,16 @@ def run(
     *,
     stop: Callable[[], bool] = lambda: False,
     watch: Callable[[Trainer, dict[str, Any]], None] = lambda trainer, record: None,
+    begin: Callable[[Level], None] = lambda level: None,
 ) -> Iterator[Level]:
     """Yields the levels as they end, those that are finished already at once; ends early when ``stop`` says so.
+
+    Args:
+        recipe: what is trained.
+        lottery: the procedure.
+        runs: folder of the run directories.
+        stop, watch: as `granet.run.execute`.
+        begin: told of each level that is going to be trained.
 
     Raises:
         LotteryError: the moment to go back to is not before the end of the training.
@@ -120,6 +128,8 @@ def run(
     for level in found:
         if level.summary is None and level.number and checkpoint.load_latest(level.run.checkpoints) is None:
             _begin(level, found, lottery)
+        if level.summary is None:
+            begin(level)
         summary = execute(level.run, watch=watch, stop=stop)
         if summary is None:
             return

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,6 +66,24 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def check(executor: str, jobs: int | None = None, options: Mapping[str, Any] | None = None) -> None:
+    """Looks at what `map` would be asked for, and starts nothing.
+
+    Raises:
+        ValueError: there is no such executor, it has no such options, or no job would run.
+        ModuleNotFoundError: the executor's library is not installed; the message names the extra.
+    """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs={jobs}: at least one must run")
+    if executor not in EXECUTORS:
+        raise ValueError(f"there is no executor {executor!r}; {suggest(executor, EXECUTORS)}")
+    if executor == "local" and options:
+        raise ValueError(f"the local executor has no options, got {', '.join(options)}")
+    library = LIBRARIES.get(executor)
+    if library is not None and find_spec(library) is None:
+        raise ModuleNotFoundError(f'the executor {executor} needs {library}: pip install "granet[{executor}]"')
+
+
 def map(
     function: Callable,
     arguments: Iterable[tuple],
@@ -94,10 +113,7 @@ def map(
             f"{function.__qualname__} of {function.__module__} cannot be imported by another process: "
             "give a function at the top level of a module"
         )
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs={jobs}: at least one must run")
-    if executor not in EXECUTORS:
-        raise ValueError(f"there is no executor {executor!r}; {suggest(executor, EXECUTORS)}")
+    check(executor, jobs, options)
     waiting, running, stopped = deque(arguments), 0, False
     with closing(EXECUTORS[executor](jobs, dict(options or {}))) as place:
         while True:
@@ -120,8 +136,6 @@ class Local:
     """Processes of this machine, each with its share of the processors."""
 
     def __init__(self, jobs: int | None, options: dict[str, Any]):
-        if options:
-            raise ValueError(f"the local executor has no options, got {', '.join(options)}")
         self.jobs = jobs or cores()
         # the word of the user's environment counts
         self._threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // self.jobs))
@@ -237,3 +251,4 @@ EXECUTORS: dict[str, Callable[[int | None, dict[str, Any]], Executor]] = {
     "ray": _ray,
     "slurm": _slurm,
 }
+LIBRARIES = {"ray": "ray", "slurm": "submitit"}  # what an executor needs, which the extra of its name installs
