@@ -5,9 +5,10 @@ Names are imported on first use, so that `import granet` and the command line's 
 
 import sys
 from importlib import import_module
-from importlib.util import LazyLoader, find_spec, module_from_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from granet.names import did_you_mean
 
 if TYPE_CHECKING:
     from granet import criterion as criterion
@@ -82,6 +83,7 @@ _MODULES = (
     "lab",
     "models",
     "pattern",
+    "ranks",
     "schedule",
     "sharded",
     "topology",
@@ -90,23 +92,36 @@ _MODULES = (
 __all__ = [*_HOME, *_MODULES]
 
 
-def _lazy_module(name: str) -> ModuleType:
-    """The submodule `name`, executed when one of its attributes is first read."""
-    full = f"{__name__}.{name}"
-    if full not in sys.modules:
-        spec = find_spec(full)
-        spec.loader = LazyLoader(spec.loader)
-        sys.modules[full] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[full])
-    return sys.modules[full]
+class _Lazy(ModuleType):
+    """A submodule that is imported when one of its attributes is first read, set or listed.
+
+    Only then does it come into `sys.modules`: others look through all modules there, torch while it is itself being
+    imported, and must not be what imports it.
+    """
+
+    def __getattr__(self, name: str):
+        return getattr(import_module(self.__name__), name)
+
+    def __setattr__(self, name: str, value) -> None:
+        setattr(import_module(self.__name__), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(import_module(self.__name__), name)
+
+    def __dir__(self) -> list[str]:
+        return dir(import_module(self.__name__))
+
+    def __repr__(self) -> str:
+        return f"<module {self.__name__!r}, imported on first use>"
 
 
 def __getattr__(name: str):
     if name in _MODULES:
-        return _lazy_module(name)
+        full = f"{__name__}.{name}"
+        return sys.modules.get(full) or _Lazy(full)
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, __all__)}")
 
 
 def __dir__() -> list[str]:

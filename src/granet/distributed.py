@@ -53,7 +53,7 @@ def shard(whole: Tensor, tensor: Tensor) -> Tensor:
 
 def count(mask: DTensor) -> int:
     """The number of True entries on all ranks."""
-    mine = torch.count_nonzero(local(mask)) if is_owner(mask) else torch.zeros((), dtype=torch.int64)
+    mine = torch.count_nonzero(local(mask)) if is_owner(mask) else torch.zeros((), dtype=torch.int64, device="cpu")
     return int(summed(mine.to(local(mask).device, torch.int64), mask.device_mesh))
 
 

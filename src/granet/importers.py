@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from granet.names import forms, matched
 from granet.selection import select
 
 
@@ -125,8 +126,7 @@ def _named(key: str, known: Mapping[str, Any]) -> str:
     """The parameter's name that `key` stands for."""
     name = re.sub(r"\.?parametrizations\.(\w+)\.\d+\.mask$", r".\1", key).lstrip(".")
     name = re.sub(r"[_.]mask$", "", name)
-    while name not in known and name.startswith(("module.", "_orig_mod.")):
-        name = name.partition(".")[2]
+    name = matched([name], known).get(name, next(reversed(list(forms(name)))))
     if name in known:
         return name
     if f"{name}.weight" in known:

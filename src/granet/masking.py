@@ -4,7 +4,7 @@ On the CPU an entry is cleared by a bitwise AND with all ones or all zeros, in p
 through a bool mask takes several times as long, and a multiplication keeps NaN and leaves -0.0.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def clear(work: Work) -> None:
     for mask, tensors in _here(work):
         quick, slow = _by_layout(tensors, mask)
         for bits, flags, pieces in _walk(mask, quick):
-            words = scratch.setdefault(bits, torch.empty(_PIECE, dtype=bits))[: flags.numel()]
+            words = scratch.setdefault(bits, torch.empty(_PIECE, dtype=bits, device="cpu"))[: flags.numel()]
             active = words.copy_(flags).neg_()  # all bits set where active, none elsewhere
             for piece in pieces:
                 piece.bitwise_and_(active)
@@ -37,53 +37,87 @@ def clear(work: Work) -> None:
 
 
 @torch.no_grad()
-def leaks(work: Work) -> bool:
-    """Whether any tensor has a nonzero (or NaN) entry where its mask is False. Waits for the device, and all ranks."""
+def leaks(work: Work, *, together: bool = True, piece: int | None = None) -> bool:
+    """Whether any tensor has a nonzero (or NaN) entry where its mask is False. Waits for the device.
+
+    Args:
+        work: pairs of a bool mask and tensors of its shape.
+        together: for shards, whether any rank finds one, which all ranks ask at the same time; else this rank alone.
+        piece: look at this piece of each tensor only, of so many as `pieces` says.
+    """
     work = list(work)
-    found = _leaks_here(_here(work))
+    found = _leaks_here(_here(work), piece)
     sharded = next((mask for mask, _ in work if distributed.is_sharded(mask)), None)
-    return found if sharded is None else distributed.anywhere(found, sharded)
+    return found if sharded is None or not together else distributed.anywhere(found, sharded)
+
+
+def pieces(mask: Tensor) -> int:
+    """The number of pieces in which a tensor of the mask's shape is looked at."""
+    return -(-mask.numel() // _PIECE)
 
 
 class Watch:
-    """Whether optimizers, given masked gradients, keep inactive entries at zero; else they are cleared at every step.
+    """Whether an optimizer, given masked gradients, keeps inactive entries at zero; else they are cleared each step.
 
-    They are trusted after a few steps in which weights may have moved and nothing inactive did, and looked at again now
-    and then: an optimizer's first steps may only gather statistics, and weights may be loaded from elsewhere.
+    It is trusted after a few steps in which weights may have moved and nothing inactive did. A part of everything is
+    looked at after each step from then on, all of it within 32 steps: some optimizers begin to mix weights late, some
+    write slow weights back now and then. One that is found to is cleared after each step, and trusted again after a
+    hundred steps without a find, since weights may merely have been loaded. The second time is the last.
 
     Attributes:
         kept: None until that is known.
     """
 
-    LOOKS, EVERY = 3, 100
+    LOOKS, PROBATION, SHARE, LEAST, EVERY = 3, 100, 32, 4, 16
 
     def __init__(self):
         self.kept: bool | None = None
-        self._looks = 0
+        self._clean = self._finds = self._steps = 0
+        self._order: list[tuple[str, int]] = []  # pieces of tensors, in the order in which they are looked at
 
     def renew(self) -> None:
         """There are new masks: an optimizer that is trusted has to show it again."""
+        self._order = []
         if self.kept:
-            self.kept, self._looks = None, 0
+            self.kept, self._clean = None, 0
 
-    def settle(self, step: int, moves: Callable[[], bool], held: Callable[[], Work]) -> None:
-        """Look where needed, and clear.
+    def settle(
+        self, moves: Callable[[], bool], masks: Mapping[str, Tensor], held: Callable[[Iterable[str]], Work]
+    ) -> bool:
+        """Look where needed, and clear. Whether something was found though the optimizer was trusted.
 
         Args:
-            step: the number of the step just taken.
-            moves: whether it could move weights: not with a learning rate of zero.
-            held: gives the masks with the tensors that must be zero where they are inactive.
+            moves: whether the step just taken could move weights: not with a learning rate of zero.
+            masks: the masks of what the optimizer holds.
+            held: gives, for some of their names, the masks with the tensors that must be zero where they are inactive.
         """
-        if self.kept and step % self.EVERY:
-            return
-        leaking = self.kept is False or leaks(held())
-        if leaking:
-            clear(held())
-            # what is found in passing may have been loaded: the optimizer's next steps decide
-            self.kept, self._looks = (None if self.kept else False), 0
+        self._steps += 1
+        if self.kept:
+            if not self._found(masks, held):
+                return False
+            clear(held(masks))
+            self._finds += 1
+            self.kept, self._clean = (None if self._finds == 1 else False), 0
+            return True
+        if self.kept is False or leaks(held(masks)):
+            clear(held(masks))
+            self.kept, self._clean = False, 0
         else:
-            self._looks += moves()
-            self.kept = self._looks >= self.LOOKS or None
+            self._clean += moves()
+            self.kept = self._clean >= (self.PROBATION if self._finds else self.LOOKS) or None
+        return False
+
+    def _found(self, masks: Mapping[str, Tensor], held: Callable[[Iterable[str]], Work]) -> bool:
+        """Whether the part that is looked at after this step has something."""
+        first = next(iter(masks.values()))
+        if distributed.is_sharded(first) or first.device.type != "cpu":  # ranks, or the host, would wait at every step
+            return self._steps % self.EVERY == 0 and leaks(held(masks))
+        if not self._order:
+            self._order = [(name, piece) for name, mask in masks.items() for piece in range(pieces(mask))]
+        take = min(max(self.LEAST, -(-len(self._order) // self.SHARE)), len(self._order))
+        part, self._order = self._order[:take], self._order[take:]
+        self._order += part
+        return any(leaks(held([name]), piece=piece) for name, piece in part)
 
 
 def _here(work: Work) -> Work:
@@ -92,18 +126,18 @@ def _here(work: Work) -> Work:
     return ((mask, tensors) for mask, tensors in parts if mask.numel())
 
 
-def _leaks_here(work: Work) -> bool:
+def _leaks_here(work: Work, only: int | None = None) -> bool:
     scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
     for mask, tensors in work:
         quick, slow = _by_layout(tensors, mask)
-        for bits, flags, pieces in _walk(mask, quick):
-            pair = scratch.setdefault(bits, (torch.empty(_PIECE, dtype=bits), torch.empty(_PIECE, dtype=bits)))
+        for bits, flags, pieces in _walk(mask, quick, only):
+            pair = scratch.setdefault(bits, tuple(torch.empty(_PIECE, dtype=bits, device="cpu") for _ in range(2)))
             words, left = (buffer[: flags.numel()] for buffer in pair)
             # all bits but the sign set where inactive, so that -0.0 counts as zero
             inactive = words.copy_(flags).sub_(1).bitwise_and_(torch.iinfo(bits).max)
             if any(torch.bitwise_and(piece, inactive, out=left).max() > 0 for piece in pieces):
                 return True
-        if any(_nonzero(tensor).logical_and_(mask.logical_not()).any() for tensor in slow):
+        if not only and any(_nonzero(tensor).logical_and_(mask.logical_not()).any() for tensor in slow):
             return True
     return False
 
@@ -144,11 +178,17 @@ def _by_layout(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], l
     ]
 
 
-def _walk(mask: Tensor, tensors: Sequence[Tensor]) -> Iterator[tuple[torch.dtype, Tensor, tuple[Tensor, ...]]]:
-    """Pieces of `mask` as 0 and 1 with the same pieces of the tensors as integers, tensors of one width together."""
-    flags = _storage_order(mask).view(torch.int8).split(_PIECE) if tensors else ()
+def _walk(
+    mask: Tensor, tensors: Sequence[Tensor], only: int | None = None
+) -> Iterator[tuple[torch.dtype, Tensor, tuple[Tensor, ...]]]:
+    """Pieces of `mask` as 0 and 1 with the same pieces of the tensors as integers, tensors of one width together.
+
+    All pieces, or the one that is numbered `only`.
+    """
+    some = slice(None) if only is None else slice(only, only + 1)
+    flags = _storage_order(mask).view(torch.int8).split(_PIECE)[some] if tensors else ()
     for bits in dict.fromkeys(_BITS[tensor.element_size()] for tensor in tensors):
-        same = [_storage_order(t).view(bits).split(_PIECE) for t in tensors if _BITS[t.element_size()] == bits]
+        same = [_storage_order(t).view(bits).split(_PIECE)[some] for t in tensors if _BITS[t.element_size()] == bits]
         for piece, *values in zip(flags, *same, strict=True):
             yield bits, piece, tuple(values)
 

@@ -158,6 +158,12 @@ class Probe:
         seen = 0
         _seed(tensors)
         for i, batch in enumerate(self.batches):
+            if isinstance(batch, Mapping):
+                keys = ", ".join(map(repr, list(batch)[:3]))
+                raise ValueError(
+                    f"Probe: batch {i} is a dict with the keys {keys}, not a pair (inputs, targets): make pairs of it, "
+                    "[(batch['x'], batch['y']) for batch in batches] say"
+                )
             try:
                 inputs, targets = batch
             except (TypeError, ValueError):

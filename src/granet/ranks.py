@@ -220,6 +220,9 @@ def leave() -> None:
 
     They need the interpreter's lock for that (torch 2.13). A process that leaves within milliseconds of its last
     message hangs, if a DistributedDataParallel is the last to hold the group, or is aborted when the interpreter ends.
+    Without a group there is nothing to leave.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
     time.sleep(0.2)
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ and masks.) Copies, pickles and `torch.compile` of the model follow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from granet import distributed, masking
 from granet.criterion import Layer
 from granet.methods.base import Method
+from granet.names import matched
 from granet.selection import Choice
 
 _FIELD = "_reparameterized"  # of a module: leaf name -> method, companions' names -> their attributes
@@ -139,8 +140,10 @@ class Reparameterization:
         Raises:
             ValueError: the copy was made before the sparsifier, so that it does not know of effective weights.
         """
+        every = [name for aliases in self._aliases.values() for name in aliases]
+        known = matched(every, [name for name, _ in root.named_parameters(remove_duplicate=False)])
         for name, aliases in self._aliases.items():
-            for module, leaf in _owners(_inner(root), aliases):
+            for module, leaf in _owners(root, tuple(known.get(alias, alias) for alias in aliases)):
                 if leaf not in getattr(module, _FIELD, {}):
                     raise ValueError(
                         f"{type(root).__name__} computes with {name!r} itself, the model with an effective weight: "
@@ -151,9 +154,10 @@ class Reparameterization:
                         getattr(module, attribute).copy_(places[f"{name}:{key}"])
 
     @torch.no_grad()
-    def penalise(self, scale: Tensor | None) -> None:
-        """Add the gradient of the method's own penalty to the gradients, which may carry a scaler's factor."""
-        for name, parameter in self._parameters.items():
+    def penalise(self, scale: Tensor | None, names: Iterable[str]) -> None:
+        """Add the gradient of the method's own penalty to the named gradients, which may carry a scaler's factor."""
+        for name in names:
+            parameter = self._parameters[name]
             if parameter.grad is None:
                 continue
             module, leaf = _owner(self.model, name)
@@ -206,12 +210,6 @@ def bare(model: nn.Module) -> Iterator[None]:
     finally:
         for module, kind in classes.items():
             module.__class__ = kind
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    """The model itself, where a wrapper has it as its `module`."""
-    names = [name for name, _ in module.named_parameters()]
-    return _inner(module.module) if all(name.startswith("module.") for name in names) and names else module
 
 
 def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:

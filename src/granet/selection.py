@@ -1,11 +1,13 @@
 """Selection: which parameters of a model are sparse, and why; the plan that shows it before training.
 
 By default the weights of linear, convolution, recurrent and attention layers are sparse; biases, norms, embeddings and
-parameters that a module defines for itself stay dense. `only` and `skip` are filters, or lists of them:
+parameters that a module defines for itself stay dense, and so does what is frozen while other parameters are trained:
+it could not adapt. `only` and `skip` are filters, or lists of them:
 
 - `"linear"`, `"conv"`, `"attention"`, `"recurrent"`, `"embedding"`, `"norm"`: the weights of modules of that kind;
 - a parameter's or a module's exact name, `"head.weight"` or `"head"`;
-- a pattern with wildcards, `"layer1.*"`, which matches among those that are sparse by default;
+- a pattern with wildcards, `"layer1.*"`, which matches among those that are sparse by default, and if none of them
+  fits, among the matrices that modules define for themselves (`"experts.*"`, a ParameterList) or that are frozen;
 - a module class, `torch.nn.Conv1d`;
 - a function of `(name, module, parameter)` that says yes or no.
 
@@ -15,33 +17,20 @@ With a pattern (`granet.pattern`), a sparse weight must have a shape that can ob
 leave the others dense. Under "channel" the last layer stays dense, because its outputs are the network's.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from math import prod
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from granet import distributed
+from granet.checks import refuse_unfit, require_kinds
 from granet.criterion import Layer
+from granet.filters import KINDS, Default, Filter, by_default, hits, listed
 from granet.methods.base import Method
 from granet.pattern import Pattern, parse
-
-Filter = str | type | Callable[[str, nn.Module, nn.Parameter], bool]
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "linear": (nn.Linear, nn.Bilinear),
-    "conv": (_ConvNd,),
-    "attention": (nn.MultiheadAttention,),
-    "recurrent": (nn.RNNBase, nn.RNNCellBase),
-    "embedding": (nn.Embedding, nn.EmbeddingBag),
-    "norm": (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
-}
-_SPARSE_KINDS = ("linear", "conv", "attention", "recurrent")
 
 
 @dataclass(frozen=True)
@@ -72,23 +61,36 @@ def select(
     """A choice for every parameter of `model`, in the order of `named_parameters()`; a tied parameter comes once.
 
     Raises:
+        TypeError: `only` or `skip` is no filter.
         ValueError: a filter matches nothing, a parameter has no shape yet, no parameter is sparse at all, or one that
-            is cannot obey the pattern.
+            is cannot obey the pattern, has sparse gradients, or is what torch's pruning makes a weight of.
     """
-    wanted, unwanted = _filters(only), _filters(skip)
+    wanted, unwanted = listed("only", only), listed("skip", skip)
     owners = _owners(model)
     used: set[int] = set()
-    choices = [_choose(names, wanted if only is not None else None, unwanted, used) for names in owners.values()]
+    training = any(entries[0][2].requires_grad for entries in owners.values())
+    defaults = {key: by_default(entries, training) for key, entries in owners.items()}
+    wide = {  # patterns that match nothing that is sparse by default
+        id(one)
+        for one in (*wanted, *unwanted)
+        if isinstance(one, str) and not any(hits([one], owners[key], defaults[key], {}, set()) for key in owners)
+    }
+    choices = [
+        _choose(entries, defaults[key], wanted if only is not None else None, unwanted, wide, used)
+        for key, entries in owners.items()
+    ]
     for kind, filters in (("only", wanted), ("skip", unwanted)):
         for one in filters:
             if id(one) not in used:
                 known = [name for names in owners.values() for name, *_ in names]
-                near = get_close_matches(str(one), [*known, *_KINDS], 3)
-                hint = f"; near it: {', '.join(near)}" if near else f"; kinds: {', '.join(_KINDS)}"
+                near = get_close_matches(str(one), [*known, *KINDS], 3)
+                hint = f"; near it: {', '.join(near)}" if near else f"; kinds: {', '.join(KINDS)}"
                 raise ValueError(f"{kind}={one!r} matches no parameter of the model{hint}")
     choices = _obeying(choices, parse(pattern))
     if not any(choice.sparse for choice in choices):
-        raise ValueError(f"no parameter of {type(model).__name__} is sparse with only={only!r}, skip={skip!r}")
+        reasons = dict.fromkeys(choice.reason for choice in choices if choice.parameter.ndim > 1)
+        because = f": {'; '.join(list(reasons)[:4])}" if reasons else ": it has no matrices"
+        raise ValueError(f"no parameter of {type(model).__name__} is sparse with only={only!r}, skip={skip!r}{because}")
     return choices
 
 
@@ -142,12 +144,6 @@ def unfit(
     return (_Unfit(pattern, names),) if names else ()
 
 
-def _filters(filters) -> list[Filter]:
-    if filters is None:
-        return []
-    return [filters] if isinstance(filters, str) or callable(filters) else list(filters)
-
-
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, nn.Parameter]]]:
     """For each parameter, all its names with the module that holds it under that name."""
     owners: dict[int, list[tuple[str, nn.Module, nn.Parameter]]] = {}
@@ -161,65 +157,28 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, nn.Paramet
     return {key: sorted(owners[key], key=lambda entry, key=key: entry[0] != first[key]) for key in first}
 
 
-def _choose(names, wanted, unwanted, used) -> Choice:
-    name, _, parameter = names[0]
+def _choose(names, default: Default, wanted, unwanted, wide, used) -> Choice:
+    name, module, parameter = names[0]
     aliases = tuple(dict.fromkeys(alias for alias, *_ in names[1:] if alias != name))
 
     def say(sparse: bool, reason: str) -> Choice:
+        if sparse:
+            refuse_unfit(name, module)
         return Choice(name, aliases, parameter, sparse, reason)
 
-    default, reason = _by_default(names)
-    hits = {"skip": _hits(unwanted, names, default, used), "only": _hits(wanted or [], names, default, used)}
+    left_out = hits(unwanted, names, default, wide, used)
+    asked_for = hits(wanted or [], names, default, wide, used)
     if not parameter.is_floating_point():
         return say(False, f"{parameter.dtype} is not a real floating-point type")
-    if hits["skip"]:
-        return say(False, f"skip={hits['skip'][0]!r}")
-    if wanted is not None:
-        return say(True, f"only={hits['only'][0]!r}") if hits["only"] else say(False, "not in only=")
-    return say(default, reason)
-
-
-def _by_default(names) -> tuple[bool, str]:
-    """Whether a parameter with these names is sparse unless asked otherwise, and the reason."""
-    for name, module, parameter in names:
-        leaf = name.rpartition(".")[2]
-        kind = _kind(module)
-        if parameter.ndim < 2:
-            return False, "bias, scale or other vector"
-        if kind is None:
-            return False, f"{type(module).__name__} is no known kind of layer; name it in only= to include it"
-        if kind not in _SPARSE_KINDS:
-            return False, kind if len(names) == 1 else f"tied to an {kind} as {name}"
-        if leaf[-2:] in ("_g", "_v") and {f"{leaf[:-2]}_g", f"{leaf[:-2]}_v"} <= module._parameters.keys():
-            return False, "weight_norm computes the weight from it"
-        if "weight" not in leaf:
-            return False, f"{leaf} of {type(module).__name__} is no weight"
-    return True, _kind(names[0][1]) if len(names) == 1 else f"{_kind(names[0][1])}, {len(names)} uses"
-
-
-def _kind(module: nn.Module) -> str | None:
-    return next((kind for kind, classes in _KINDS.items() if isinstance(module, classes)), None)
-
-
-def _hits(filters, names, default, used) -> list[Filter]:
-    """The filters that match any of a parameter's names."""
-    hits = []
-    for one in filters:
-        if any(_matches(one, *entry, default) for entry in names):
-            used.add(id(one))
-            hits.append(one)
-    return hits
-
-
-def _matches(one: Filter, name: str, module: nn.Module, parameter: nn.Parameter, default: bool) -> bool:
-    path, _, leaf = name.rpartition(".")
-    if isinstance(one, str) and one in _KINDS:
-        return isinstance(module, _KINDS[one]) and "weight" in leaf and (parameter.ndim > 1 or one == "norm")
-    if isinstance(one, str):
-        return one == name or (default and (one == path or fnmatchcase(name, one) or fnmatchcase(path, one)))
-    if isinstance(one, type):
-        return isinstance(module, one) and "weight" in leaf
-    return bool(one(name, module, parameter))
+    if not parameter.numel():
+        return say(False, "it has no weights")
+    if left_out:
+        return say(False, f"skip={left_out[0]!r}")
+    if wanted is None:
+        refuse_unfit(name, module)  # also where it is dense by default: another weight would be sparse than was meant
+        return say(default.sparse, default.reason)
+    frozen = ", frozen" if default.reason.startswith("frozen") else ""
+    return say(True, f"only={asked_for[0]!r}{frozen}") if asked_for else say(False, "not in only=")
 
 
 @dataclass(frozen=True)
@@ -306,6 +265,7 @@ def plan(model: nn.Module, method: Method, *, only=None, skip=(), pattern: Patte
         pattern: what every mask obeys; see `granet.pattern`.
 
     Raises:
+        TypeError: something of another kind is given than is needed.
         ValueError: as `select`, the sparsity leaves a layer without any weight, or the method cannot obey the pattern.
 
     >>> import granet, torch
@@ -319,6 +279,7 @@ def plan(model: nn.Module, method: Method, *, only=None, skip=(), pattern: Patte
     sparse parameters              32  8  25.0%  8  25.0%
     dense parameters                4     dense     dense
     """
+    require_kinds(model, method)
     pattern = parse(pattern)
     choices = select(model, only, skip, pattern)
     shapes = units_of(choices, pattern)

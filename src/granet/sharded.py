@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from granet import stepping
+from granet import attachment
 from granet.sparsifier import Sparsifier
 
 
@@ -41,7 +41,7 @@ def load(
     state["sparsifier"] |= _kept(folder, dict(model.named_parameters()))
     with _alone():
         dcp.load(state, checkpoint_id=folder)
-    with stepping.unhooked(optimizers):
+    with attachment.unhooked(optimizers):
         set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     sparsifier.load_state_dict(state["sparsifier"])
 
@@ -58,7 +58,7 @@ def _state(model, optimizers, sparsifier) -> dict[str, Any]:
     every = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
     new = [optimizer for optimizer in every if not optimizer.state]
     # torch fills the state of a new optimizer by a step that changes nothing: it is no step of training, and undone
-    with stepping.unhooked(optimizers):
+    with attachment.unhooked(optimizers):
         weights, buffers = get_state_dict(model, optimizers)
     for optimizer in new:
         optimizer.state.clear()

@@ -3,8 +3,9 @@
 It acts at the optimizer step. Before it, gradients are accumulated, reduced over ranks and unscaled, so every rank sees
 the same numbers; the gradient of inactive weights is set to zero there. An optimizer that treats each weight by itself
 then leaves an inactive weight and its buffers at zero without more ado. Whether this one does is checked on the first
-step and after every update; for an optimizer that does not (Muon mixes the weights of a matrix, L-BFGS remembers old
-directions), weights and buffers are cleared after every step.
+steps, after every update, and for a part of the weights after every step (`granet.masking.Watch`); for an optimizer
+that does not (Muon mixes the weights of a matrix, L-BFGS remembers old directions), weights and buffers are cleared
+after every step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from granet import distributed, masking, regrowth, state, stepping
+from granet import checks, distributed, masking, ownership, regrowth, state, stepping
+from granet.attachment import Attachment
 from granet.criterion import NonFiniteScores
 from granet.methods.base import Method
 from granet.pattern import Pattern, parse
@@ -26,13 +28,15 @@ from granet.records import LayerReport, SparsityReport, Update
 from granet.reparameterize import Reparameterization, fold
 from granet.selection import layers_of, refuse, select, units_of
 from granet.topology import count
+from granet.upkeep import Upkeep
 
 
-class Sparsifier:
+class Sparsifier(Upkeep):
     """Makes a model sparse and keeps it so while it trains.
 
     The weights of `model` are masked in place; its parameters, their names and its state dict stay those of the dense
-    model.
+    model. Until the first step the weights that are masked are kept aside: `load_state_dict` gives them back where its
+    masks are other ones, so that model, optimizer and sparsifier of a run are loaded in any order before that step.
 
     Args:
         model: the model to train. Make it sparse before the optimizer is built.
@@ -55,8 +59,10 @@ class Sparsifier:
         last_update: what the latest update did, or None.
 
     Raises:
+        TypeError: something of another kind is given than is needed.
         ValueError: a filter matches nothing, no parameter is sparse, the sparsity would leave a layer empty, the
-            method needs a probe, `masks` are of another model, or the pattern cannot be obeyed.
+            method needs a probe, `masks` are of another model, the pattern cannot be obeyed, or another sparsifier is
+            attached to weights of the model.
 
     >>> import granet, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.ReLU(), torch.nn.Linear(50, 2))
@@ -84,28 +90,23 @@ class Sparsifier:
         pattern: Pattern | str | None = None,
         verify_every: int = 10,
     ):
-        self.model = model
-        self.pattern = parse(pattern)
-        self._choices = [choice for choice in select(model, only, skip, self.pattern) if choice.sparse]
-        refuse(method, self.pattern, units_of(self._choices, self.pattern))
-        self._policy = self.pattern.policy(method)  # the method, as the pattern has it choose
-        self._parameters = {choice.name: choice.parameter for choice in self._choices}
-        self._rng = torch.Generator().manual_seed(seed)
+        checks.require_kinds(model, method, seed=seed, verify_every=verify_every)
+        pattern = parse(pattern)
+        self._choices = [choice for choice in select(model, only, skip, pattern) if choice.sparse]
+        refuse(method, pattern, units_of(self._choices, pattern))
+        super().__init__(model, pattern, {choice.name: choice.parameter for choice in self._choices})
+        self._policy = pattern.policy(method)  # the method, as the pattern has it choose
+        self._rng = torch.Generator("cpu").manual_seed(seed)
         self.method = method
         self.step = self.version = 0
         self.last_update: Update | None = None
-        self._optimizers: tuple[Optimizer, ...] = ()
-        self._followers: list[nn.Module] = []
-        self._hooks: list = []
         self._gradients: dict[str, Tensor] = {}  # dense, kept as the method's gradient_mix says, while it says so
-        self._memory: dict[str, Tensor] = {}  # what the method remembers from update to update
-        self._effective: Reparameterization | None = None  # of a method that reparameterizes, until it is folded
+        self._taken: set[str] = set()  # whose gradients of the coming step are kept already
         self._folded = False
         self._verify_every, self._updates = verify_every, 0  # updates tried, by this object
         self._overdue = False  # an update could not be made and is tried again at the next step
         self._overflow = False  # the gradient scaler skips the step under way
-        self._zeros = masking.Watch()
-        self._mixed = 0  # the step whose gradients were kept last: once, however often a closure is called
+        ownership.claim(self, self._parameters.values())
         given = None if masks is None else state.checked_masks(masks, self._parameters, self.pattern, method)
         probes = () if given else state.needed(probe, method, self._parameters)
         self._set_masks(given or self._policy.init(layers_of(self._choices), self._rng, *probes))
@@ -114,40 +115,6 @@ class Sparsifier:
             self._set_masks(self.masks)
         self._ever = {name: mask.clone() for name, mask in self.masks.items()}
         self._clear_all()
-
-    def _set_masks(self, masks: Mapping[str, Tensor], memory: Mapping[str, Tensor] | None = None) -> None:
-        self.masks = {name: masking.like(masks[name], p) for name, p in self._parameters.items()}
-        self._active = {name: count(mask) for name, mask in self.masks.items()}
-        if self._effective is not None:
-            self._memory = self._effective.renew(self.masks, memory)
-        # where training moves weights: all else is kept clear of gradients, and of what optimizers remember
-        self.trained = self.masks if self._effective is None else self._effective.trained()
-        self._masked = [name for name, mask in self.trained.items() if count(mask) < mask.numel()]
-
-    @property
-    def total(self) -> int:
-        """The number of weights that take part, active or not."""
-        return sum(mask.numel() for mask in self.masks.values())
-
-    @property
-    def active(self) -> int:
-        """The number of active weights."""
-        return sum(self._active.values())
-
-    @property
-    def active_units(self) -> int:
-        """The number of active weights, blocks or channels, whichever the pattern has come and go as a whole."""
-        return sum(count(self.pattern.pooled_mask(mask)) for mask in self.masks.values())
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The number of active weights of every sparse parameter."""
-        return dict(self._active)
-
-    @property
-    def sparsity(self) -> float:
-        """The share of inactive weights among the sparse parameters."""
-        return 1 - self.active / self.total
 
     @property
     def exploration(self) -> float:
@@ -173,41 +140,57 @@ class Sparsifier:
     def attach(self, *optimizers: Optimizer, hooks: bool = True) -> None:
         """Tie the sparsifier to the optimizers of the model, so that the training loop stays as it is.
 
-        Several optimizers must be stepped in the order given; together they make one step.
+        Several optimizers are stepped in any order; a step is complete, and counted, when each has stepped at least
+        once. Nothing is cleared before the first step: a run's states may be loaded before or after this.
 
         Args:
-            *optimizers: the optimizers. A wrapper that is no initialised `Optimizer` is unwrapped by its `.optimizer`.
+            *optimizers: the optimizers. Those inside of them (SAM's, ZeroRedundancyOptimizer's) are found.
             hooks: False for a loop that calls `before_step()` and `after_step()` itself, around the optimizer's step.
 
         Raises:
-            ValueError: a sparse parameter is in none of the optimizers, or it was attached before.
+            TypeError: what is given is no optimizer, and has none inside.
+            ValueError: a sparse parameter is in none of the optimizers, it was attached before, or another sparsifier
+                is attached to weights of the model.
             RuntimeError: the masks differ between ranks; see `verify`.
         """
-        if self._optimizers:
+        if self._attached is not None:
             raise ValueError("this sparsifier is attached already: call detach() first")
         learned = {} if self._effective is None else self._effective.learned()
-        self._optimizers = stepping.holders(optimizers, self._parameters | learned)
-        self.load_state_dict(self.state_dict())  # the model may have moved to another device since
+        attached = Attachment(optimizers, self._parameters, learned)
+        ownership.claim(self, self._parameters.values())
+        self._attached, self._let_go = attached, False
+        self._place(self._state())  # the model may have moved to another device since
+        self._aside = self._aside or state.Aside()
         if self._verify_every:
             self.verify()
         if hooks:
-            self._hooks = stepping.hook(self._optimizers, self)
+            attached.hook(self)
 
     def __deepcopy__(self, memo):
         other = memo[id(self)] = object.__new__(type(self))
-        other.__dict__ |= deepcopy({**self.__dict__, "_hooks": []}, memo)
-        if self._hooks:  # torch leaves hooks out of an optimizer's copy
-            other._hooks = stepping.hook(other._optimizers, other)
+        other.__dict__ |= deepcopy(self.__dict__, memo)
+        if not other._let_go:
+            ownership.claim(other, other._parameters.values())
+        if self._attached is not None and self._attached.hooked:  # torch leaves hooks out of an optimizer's copy
+            other._attached.hook(other)
         return other
 
     def __getstate__(self):
         raise TypeError("a Sparsifier is not pickled: save its state_dict() beside those of model and optimizer")
 
+    def __repr__(self) -> str:
+        tied = "attached" if self.attached else "not attached"
+        return (
+            f"Sparsifier({self.method!r}: {self.active:,} of {self.total:,} weights active in {len(self.masks)} "
+            f"parameters, step {self.step:,}, {tied})"
+        )
+
     def detach(self) -> None:
         """Let the optimizers go. The masks stay as they are, and nothing keeps the zeros from now on."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._optimizers = [], ()
+        if self._attached is not None:
+            self._attached.release()
+        self._attached, self._let_go = None, True
+        ownership.release(self, self._parameters.values())
 
     def verify(self) -> None:
         """Compare masks, step and random generator with those of all other ranks, which call this at the same time.
@@ -219,50 +202,71 @@ class Sparsifier:
         counters = {"step": self.step, "version": self.version, "generator": generator}
         distributed.verify(self.masks, counters, next(iter(self.masks.values())).device)
 
-    def follow(self, module: nn.Module) -> None:
-        """Keep the same-named parameters of `module`, an average of the model's weights say, sparse as well.
-
-        `torch.optim.swa_utils.AveragedModel` and other wrappers that put the model under `module.` are understood.
-
-        Raises:
-            ValueError: `module` has not all of the sparse parameters, or not the effective weights that the model has.
-        """
-        self._clear_copy(module)
-        self._followers.append(module)
-
-    @torch.no_grad()
     def before_step(self) -> None:
-        """Ready the gradients for the optimizer: call it when they are final, right before `optimizer.step()`.
+        """Ready the gradients for the optimizers: call it when they are final, right before `optimizer.step()`.
 
         Gradients of inactive weights become zero. If an update follows that needs them, they are kept aside first.
         """
-        if not self._optimizers:
+        if self._attached is None:
             raise RuntimeError("attach(optimizer) comes before the first step: the optimizer's buffers must stay clean")
-        self._overflow = any(stepping.found_inf(optimizer) for optimizer in self._optimizers)
-        if self._overflow:
-            return
-        if self._mix is not None and self._mixed <= self.step:
-            self._mixed = self.step + 1
-            stepping.keep(self._gradients, self._parameters, *self._mix, stepping.grad_scale(self._optimizers[0]))
-        if self.update_due and self.method.replaces_step and not self._overdue:
-            return stepping.forget_gradients(self._optimizers)
-        self.mask_gradients()
-        if self.method.decays and self._effective is not None:
-            self._effective.penalise(stepping.grad_scale(self._optimizers[0]))
+        self._overflow = any(stepping.found_inf(optimizer) for optimizer in self._attached.optimizers)
+        if not self._overflow:
+            self._ready(*self._attached.optimizers)
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """Count the step and, where the method says so, update the topology: call it right after `optimizer.step()`."""
-        if self._overflow:
+        if self._overflow or self._attached is None:
             self._overflow = False
             return
+        for optimizer in self._attached.optimizers:
+            self._settle(optimizer)
+        self._attached.begin()
+        self._count()
+
+    @torch.no_grad()
+    def _ready(self, *optimizers: Optimizer, final: bool = True) -> None:
+        """Ready the gradients of what these optimizers hold: keep what an update needs, mask them.
+
+        Args:
+            *optimizers: those that step now.
+            final: False inside of the step of another one, which has readied these gradients once.
+        """
+        if any(stepping.found_inf(optimizer) for optimizer in optimizers):
+            return
+        self._look(everywhere=self._aside is not None)
+        if self._aside is not None:
+            self._begin()
+        names = [name for optimizer in optimizers for name in self._attached.names(optimizer)]
+        scale = stepping.grad_scale(optimizers[0])
+        if self._mix is not None:
+            again = final and self._mix[0] == 0  # the latest one counts, and a mixture is made once
+            new = names if again else [name for name in names if name not in self._taken]
+            stepping.keep(self._gradients, {name: self._parameters[name] for name in new}, *self._mix, scale)
+            self._taken.update(new)
+        replaced = self.update_due and self.method.replaces_step and not self._overdue
+        if replaced and not any(map(self._attached.has_stepped, optimizers)):
+            return stepping.forget_gradients(optimizers)
+        self._mask(names)
+        if final and self.method.decays and self._effective is not None:
+            self._effective.penalise(scale, names)
+
+    @torch.no_grad()
+    def _stepped(self, optimizer: Optimizer) -> None:
+        """Behind a step of one of the optimizers."""
+        self._settle(optimizer)
+        if self._attached.completes(optimizer):
+            self._count()
+
+    @torch.no_grad()
+    def _count(self) -> None:
+        """Behind a complete step."""
         due = self.update_due
         self.step += 1
-        if self._masked:
-            self._zeros.settle(self.step, lambda: stepping.moves(self._optimizers), self._held)
+        self._taken = set()
         if self.method.drifts:
             self._drift()
         if due:
+            self._look(everywhere=True)
             self._update()
             self._updates += 1
             if self._verify_every and self._updates % self._verify_every == 0:
@@ -273,7 +277,7 @@ class Sparsifier:
 
     def _drift(self) -> None:
         """Move the active weights as the method says."""
-        lr = stepping.learning_rates(self._optimizers, self._parameters)  # of a frozen parameter 0
+        lr = stepping.learning_rates(self._attached.optimizers, self._parameters)  # of a frozen parameter 0
         given = layers_of(self._choices), self.masks, self._rng, lr, self._memory
         for name, change in self.method.drift(self.step, *given).items():
             self._parameters[name].detach().add_(change.mul(self.masks[name]))
@@ -282,7 +286,7 @@ class Sparsifier:
         return layers_of(self._choices, self._gradients) if self._effective is None else self._effective.layers()
 
     def _update(self) -> None:
-        layers = self._layers()
+        layers = self._informed(self._layers()) if self.method.needs_dense_grad else self._layers()
         try:
             if self.method.needs_grad and all(layer.grad is None for layer in layers.values()):
                 raise NonFiniteScores("no sparse parameter has a gradient at this step")
@@ -295,6 +299,7 @@ class Sparsifier:
             return
         self._overdue = False
         self._apply(masks)
+        self._say_frozen()
 
     def _apply(self, masks: Mapping[str, Tensor]) -> None:
         """Take over new masks: clear what they drop, in the weights, the optimizers' buffers and the followers."""
@@ -305,45 +310,11 @@ class Sparsifier:
             self._ever[name] |= self.masks[name]
         self.version += self.last_update.changed
         if self.last_update.changed or self._effective is not None:
-            regrowth.warm(self._optimizers, self._parameters, before, self.trained, self._gradients)
+            if self._attached is not None:
+                optimizers = self._attached.optimizers
+                regrowth.warm(optimizers, self._parameters, before, self.trained, self._gradients)
+                self._attached.renew()
             self._clear_all()
-            self._zeros.renew()
-
-    def _clear_all(self) -> None:
-        masking.clear(self._held())
-        for module in self._followers:
-            self._clear_copy(module)
-
-    def _held(self):
-        """Each mask with its weight, unless that rests where it is inactive, and the optimizers' memory of it."""
-        for name in self._masked:
-            p = self._parameters[name]
-            weights = [p.detach()] if self._effective is None else []
-            yield self.trained[name], [*weights, *stepping.buffers(self._optimizers, p)]
-
-    def _clear_copy(self, module: nn.Module) -> None:
-        if self._effective is not None:
-            return self._effective.put(module, self._memory)
-        named = stepping.same_named(module, self.masks)
-        masking.clear((masking.like(self.masks[n], named[n]), [named[n].detach()]) for n in self._masked)
-
-    @torch.no_grad()
-    def mask_gradients(self) -> None:
-        """Set the gradients of inactive weights to zero."""
-        held = ((self.trained[name], self._parameters[name].grad) for name in self._masked)
-        masking.clear((mask, [grad]) for mask, grad in held if grad is not None)
-
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """The norm of the live gradients of everything the optimizers hold, which are scaled to `max_norm` if above it.
-
-        Gradients of inactive weights are left out; counted in, they would clip a sparse network several times too hard.
-        They are scaled alike and stay available to an update.
-        """
-        if not self._optimizers:
-            raise RuntimeError("attach(optimizer) comes first: it says which gradients to clip")
-        masks = {self._parameters[name]: self.trained[name] for name in self._masked}
-        return stepping.clip(stepping.parameters_of(self._optimizers), masks, max_norm)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -362,7 +333,9 @@ class Sparsifier:
         self.refresh()
         for module in (self.model, *self._followers):
             fold(module)
-        self._effective, self._folded, self._memory, self._zeros = None, True, {}, masking.Watch()
+        self._effective, self._folded, self._memory = None, True, {}
+        if self._attached is not None:
+            self._attached.restart()
         self._set_masks(self.masks)
         masking.clear(self._held())
 
@@ -372,12 +345,17 @@ class Sparsifier:
 
     def report(self) -> SparsityReport:
         """The network as it is now: per parameter the weights, the active ones, and those that are not zero."""
+        self._asked()
         self.refresh()
         rows = tuple(LayerReport.of(name, layer, self._active[name]) for name, layer in self._layers().items())
         return SparsityReport(self.method, self.step, self.exploration, rows, str(self.pattern))
 
     def state_dict(self) -> dict:
         """All that a resumed run needs: tensors, numbers and strings, to be saved beside model and optimizer."""
+        self._asked()
+        return self._state()
+
+    def _state(self) -> dict:
         parts = {"masks": self.masks, "ever": self._ever, "gradients": self._gradients, "memory": self._memory}
         counters = {"step": self.step, "version": self.version, "overdue": self._overdue, "folded": self._folded}
         kind = {"method": repr(self.method), "pattern": str(self.pattern), "rng": self._rng.get_state()}
@@ -390,11 +368,20 @@ class Sparsifier:
         Raises:
             ValueError: the state is of another method or another model, or incomplete.
         """
+        given = state.renamed(given, self._parameters)
         state.refuse_foreign(given, self.method, self.masks, self.pattern, folded=self._folded)
+        if self._aside is not None:
+            self._aside.give_back(self._parameters)
+        self._place(given)
+        self._aside = state.Aside()
+        self._clear_all()
+
+    def _place(self, given: Mapping) -> None:
+        """Take over the state `given`, on the devices of the parameters."""
         self._rng.set_state(given["rng"].cpu())
         masks, self._ever, self._gradients, self._memory = state.unpacked(given, self._parameters)
         self._set_masks(masks, self._memory)
         self.step, self.version = int(given["step"]), int(given["version"])
-        self._overdue, self._overflow, self._zeros = bool(given["overdue"]), False, masking.Watch()
-        self._mixed = self.step
-        self._clear_all()
+        self._overdue, self._overflow, self._taken = bool(given["overdue"]), False, set()
+        if self._attached is not None:
+            self._attached.restart()

@@ -1,6 +1,7 @@
 """What goes out of a sparsifier and comes back in: its state, and masks from elsewhere, checked."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from granet import distributed, masking
 from granet.methods.base import Method
+from granet.names import described, matched
 from granet.pattern import Pattern
 from granet.probe import Probe
 from granet.topology import count
@@ -29,11 +31,20 @@ def checked_masks(
     """
     if method is not None and method.reparameterizes and method.sparsity_at(0) is None:
         raise ValueError(f"{type(method).__name__} finds its masks by training: it cannot start from masks=")
+    if not isinstance(masks, Mapping):
+        raise TypeError(
+            f"masks= is {described(masks)}: a dict from the names of parameters to bool tensors is needed, "
+            "{name: mask for name, mask in zip(names, masks)} say"
+        )
+    mine = {other: name for name, other in matched(parameters, masks).items()}
+    masks = {mine.get(name, name): mask for name, mask in masks.items()}
     if set(masks) != set(parameters):
         name = sorted(set(masks) ^ set(parameters))[0]
         raise ValueError(f"masks: {name!r} is " + ("no sparse parameter of the model" if name in masks else "missing"))
     for name, p in parameters.items():
         mask = masks[name]
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"masks: {name!r} is a {type(mask).__name__}: a bool tensor is needed")
         if mask.dtype != torch.bool or mask.shape != p.shape:
             raise ValueError(
                 f"masks: {name!r} is {mask.dtype} of shape {tuple(mask.shape)}; "
@@ -60,6 +71,8 @@ def needed(probe: Probe | None, method: Method, parameters: Mapping[str, Tensor]
             f"{kind} looks at gradients before training, through a whole network, and this one is sharded: choose the "
             "masks before, in the same way on all ranks, and take them over: Sparsifier(..., masks=masks)"
         )
+    if probe is not None and not isinstance(probe, Probe):
+        raise TypeError(f"probe= is {described(probe)}: a granet.Probe(model, batches) is needed")
     if probe is None:
         raise ValueError(
             f"{kind} looks at gradients before training: give Sparsifier(...) a probe=granet.Probe(model, batches)"
@@ -75,6 +88,8 @@ def refuse_foreign(
     Raises:
         ValueError: says what differs.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{described(state)} was given: what state_dict() of a sparsifier returned is needed")
     missing = _KEYS - set(state)
     if missing:
         raise ValueError(f"this is no state of a sparsifier, or a damaged one: it has no {', '.join(sorted(missing))}")
@@ -98,6 +113,53 @@ def refuse_foreign(
         raise ValueError(f"the state is of another model: {name!r} of shape {shape} is only in one of them")
 
 
+_PARTS = ("masks", "ever", "gradients", "memory")
+
+
+def renamed(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state with the names that this model has, where a wrapper (`torch.compile`, DDP) has put others in."""
+    if not isinstance(state, Mapping) or not all(isinstance(state.get(part), Mapping) for part in _PARTS):
+        return state
+    own = {other: name for name, other in matched(parameters, state["masks"]).items()}
+
+    def name(key: str) -> str:
+        parameter, colon, rest = key.partition(":")
+        return own.get(parameter, parameter) + colon + rest
+
+    return dict(state) | {part: {name(key): value for key, value in state[part].items()} for part in _PARTS}
+
+
+class Aside:
+    """Weights that were set to zero before the first step.
+
+    The sparsifier's own masks may come later than the weights that were trained with them: when a run is resumed, the
+    model is loaded first, say. What was taken by the first masks is then given back, and the loaded masks decide.
+    """
+
+    def __init__(self):
+        self._taken: dict[str, tuple[Tensor, Tensor, int]] = {}
+
+    @contextmanager
+    def taking(self, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Remember the inactive weights, which are set to zero inside the `with`."""
+        weights = {name: distributed.local(parameters[name].detach()) for name in masks}
+        actives = {name: distributed.local(mask) for name, mask in masks.items()}
+        values = {name: weight[~actives[name]] for name, weight in weights.items() if weight.device.type != "meta"}
+        yield
+        self._taken = {
+            name: (actives[name], taken, weights[name]._version) for name, taken in values.items() if taken.any()
+        }
+
+    @torch.no_grad()
+    def give_back(self, parameters: Mapping[str, Tensor]) -> None:
+        """Put the weights back, except into parameters that were changed since."""
+        for name, (active, values, version) in self._taken.items():
+            weight = distributed.local(parameters[name].detach())
+            if weight._version == version and weight.device == values.device:
+                weight[~active] = values
+        self._taken = {}
+
+
 def packed(parts: Mapping[str, Mapping[str, Tensor]], **rest: Any) -> dict[str, Any]:
     """A sparsifier's state: copies of the tensors in `parts`, and the rest."""
     return rest | {key: {name: tensor.clone() for name, tensor in part.items()} for key, part in parts.items()}
@@ -115,5 +177,5 @@ def unpacked(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> list
             return value.clone()
         return (masking.like if value.dtype == torch.bool else distributed.placed)(value, p).clone()
 
-    parts = (state[key] for key in ("masks", "ever", "gradients", "memory"))
+    parts = (state[key] for key in _PARTS)
     return [{name: mine(name, value) for name, value in part.items()} for part in parts]

@@ -1,9 +1,6 @@
-"""What optimizers are asked for around their step: closures, wrappers, and what a gradient scaler left with them."""
+"""What optimizers are asked for around their step: closures, buffers, and what a gradient scaler left with them."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,83 +10,12 @@ from granet import distributed, quantised
 from granet.quantised import Codes
 
 
-def before(act: Callable, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple | None:
-    """What a hook before `optimizer.step(*args, **kwargs)` returns, so that `act` is called when gradients are final.
-
-    At once, unless the step is given a closure: gradients come to be inside it, and `act` is then called behind it.
-    """
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-    if closure is None:
-        act()
-        return None
-    wrapped = partial(then, closure, act)
-    return ((optimizer, wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
-
-
-def hook(optimizers: Iterable[Optimizer], sparsifier) -> list:
-    """The handles of hooks by which a sparsifier acts around the step that optimizers, in their order, make together.
-
-    Gradients are masked before each of them anew: a gradient scaler skips one of them by itself, a closure of its own
-    computes them again.
-    """
-    first, *others = optimizers
-    return [
-        first.register_step_pre_hook(partial(before, sparsifier.before_step)),
-        *(other.register_step_pre_hook(partial(before, sparsifier.mask_gradients)) for other in others),
-        [first, *others][-1].register_step_post_hook(partial(_after, sparsifier.after_step)),
-    ]
-
-
-def _after(act: Callable, *_) -> None:
-    act()
-
-
 def then(closure: Callable, after: Callable[[], None]):
     """What `closure` returns, with `after` called behind it, gradients recorded in the one and not in the other."""
     with torch.enable_grad():
         loss = closure()
     after()
     return loss
-
-
-def unwrap(optimizer) -> Optimizer:
-    """The optimizer inside a wrapper that is no initialised `Optimizer` and has it as `.optimizer`."""
-    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-@contextmanager
-def unhooked(optimizers: Optimizer | Iterable[Optimizer]) -> Iterator[None]:
-    """No hook is called around the optimizers' steps inside the `with`."""
-    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    held = [(optimizer, name, getattr(optimizer, name)) for optimizer in optimizers for name in names]
-    for optimizer, name, _ in held:
-        setattr(optimizer, name, OrderedDict())
-    try:
-        yield
-    finally:
-        for optimizer, name, hooks in held:
-            setattr(optimizer, name, hooks)
-
-
-def holders(optimizers, parameters: Mapping[str, Tensor]) -> tuple[Optimizer, ...]:
-    """The optimizers, unwrapped, that together hold all of the named parameters.
-
-    Raises:
-        ValueError: one is in none of them.
-    """
-    found = tuple(unwrap(optimizer) for optimizer in optimizers)
-    held = {id(p) for p in parameters_of(found)}
-    missing = [name for name, p in parameters.items() if id(p) not in held and p.requires_grad]
-    if missing:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise ValueError(
-            f"the optimizer does not hold {missing[0]!r}{more}: "
-            "build it from the parameters of the model that the sparsifier was given"
-        )
-    return found
 
 
 def parameters_of(optimizers) -> list[nn.Parameter]:
@@ -120,10 +46,10 @@ def buffers(optimizers, parameter: Tensor) -> list[Tensor | Codes]:
     Raises:
         ValueError: one holds codes of numbers, and the optimizer has no table that says which of them is zero.
     """
-    states = [optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state]
+    states = {id(o.state[parameter]): o.state[parameter] for o in optimizers if parameter in o.state}
     return [
         quantised.found(key, value, state)
-        for state in states
+        for state in states.values()
         for key, value in state.items()
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype != torch.bool
     ]
@@ -163,24 +89,6 @@ def clip(parameters: Iterable[nn.Parameter], masks: Mapping[nn.Parameter, Tensor
     for p in held:
         distributed.local(p.grad).mul_(scale)
     return norm
-
-
-def unwrapped_names(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model, or of a wrapper that has it as its `module`, by their names in the model."""
-    return {name.removeprefix("module."): p for name, p in module.named_parameters()}
-
-
-def same_named(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters of a copy of the model, or of a wrapper around one, by their names in the model.
-
-    Raises:
-        ValueError: one of `names` is not there.
-    """
-    named = unwrapped_names(module)
-    for name in names:
-        if name not in named:
-            raise ValueError(f"{type(module).__name__} has no parameter {name!r}: it is no copy of the model")
-    return named
 
 
 def found_inf(optimizer: Optimizer) -> bool:

@@ -168,7 +168,7 @@ def random_masks(
 ) -> dict[str, Tensor]:
     """Masks with `counts[name]` active entries each at random places, the same for every device and number of ranks."""
     return {
-        name: grow_random(torch.zeros(tuple(shape), dtype=torch.bool), counts[name], rng)
+        name: grow_random(torch.zeros(tuple(shape), dtype=torch.bool, device="cpu"), counts[name], rng)
         for name, shape in shapes.items()
     }
 
@@ -184,7 +184,7 @@ def random_scores(tensor: Tensor, rng: torch.Generator) -> Tensor:
     It depends on one number drawn from `rng` and on the entry's flat index alone (the SplitMix64 generator of Steele,
     Lea and Flood 2014 at that index), so that shards of a tensor get the scores that they would have in the whole.
     """
-    seed = int(torch.randint(1 << 62, (), generator=rng))
+    seed = int(torch.randint(1 << 62, (), generator=rng, device="cpu"))
     state = distributed.positions(tensor).add_(seed & (1 << 31) - 1).mul_(_GOLDEN).add_(seed)
     for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
         state.bitwise_xor_((state >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
@@ -203,7 +203,7 @@ def count(mask: Tensor) -> int:
 
 def dense_masks(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """Masks with every entry active."""
-    return {name: torch.ones(tuple(shape), dtype=torch.bool) for name, shape in shapes.items()}
+    return {name: torch.ones(tuple(shape), dtype=torch.bool, device="cpu") for name, shape in shapes.items()}
 
 
 def shapes_of(layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from functools import cache
+from numbers import Real
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, ClassVar, get_args, get_type_hints
 
 from granet import criterion, distribution, topology
-from granet.names import unknown
+from granet.names import described, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +24,32 @@ if TYPE_CHECKING:
 
 Steps = Annotated[int, "steps"]
 """A number of optimizer steps; recipes may also write it as epochs, `80ep`, or as a share of training, `50%`."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+_NEEDED: dict[type, tuple[str, Callable[[object], bool]]] = {  # by annotation: what is needed, and whether it is given
+    float: ("a number", _is_number),
+    int: ("a number", _is_number),  # whether it is whole is looked at with its value
+    str: ("a text", lambda value: isinstance(value, str)),
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    NoneType: ("None", lambda value: value is None),
+}
+
+
+@cache
+def _types(kind: type) -> dict[str, tuple[type, ...]]:
+    """The types that each field of a method may have; none of a field whose annotation cannot be read."""
+    try:
+        hints = get_type_hints(kind)
+    except NameError:
+        return {}
+    names = getattr(kind, "__dataclass_fields__", {})
+    return {
+        name: get_args(hint) or (hint,) for name, hint in hints.items() if name in names and "ClassVar" not in str(hint)
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +75,20 @@ class Method:
     drifts: ClassVar[bool] = False
     reparameterizes: ClassVar[bool] = False
     decays: ClassVar[bool] = False
+
+    def __new__(cls, *given, **fields):
+        """Refuse settings of the wrong type, by the annotations of the fields, before their values are looked at."""
+        kind = cls.__name__
+        if given:
+            names = ", ".join(list(_types(cls))[:2])
+            raise TypeError(f"{kind} takes its settings by name ({names}, ...), and {described(given[0])} has none")
+        for name, value in fields.items():
+            allowed = _types(cls).get(name, ())
+            right = [_NEEDED[one][1](value) for one in allowed if one in _NEEDED]
+            if right and not any(right):
+                needed = " or ".join(_NEEDED[one][0] for one in allowed if one in _NEEDED)
+                raise TypeError(f"{kind}: {name} is {described(value)}, and {needed} is needed")
+        return super().__new__(cls)
 
     def initial_counts(self, shapes: distribution.Shapes) -> dict[str, int] | int | None:
         """The number of active weights of each layer before training.

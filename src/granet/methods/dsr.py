@@ -68,7 +68,7 @@ class DSR(Method):
 
         wanted = self.drop_fraction * active
         factor = 2.0 if k < (1 - self.tolerance) * wanted else 0.5 if k > (1 + self.tolerance) * wanted else 1.0
-        memory["threshold"] = torch.tensor(h * factor, dtype=torch.float64)
+        memory["threshold"] = torch.tensor(h * factor, dtype=torch.float64, device="cpu")
 
         grown = distribution.share(k, survivors, topology.room_in(kept, layers))
         return {name: topology.grow_random(mask, grown[name], rng) for name, mask in kept.items()}
