@@ -262,6 +262,7 @@ def test_after_fold_the_topology_stays_and_training_goes_on(method):
             assert torch.equal(sparsifier.masks[name], mask)
             assert not model.get_parameter(name)[~mask].any()
             assert not optimizer.state[model.get_parameter(name)]["momentum_buffer"][~mask].any()
+    sparsifier.detach()
     second = Sparsifier(model, Fixed())
     assert all(torch.equal(second.masks[name], mask) for name, mask in masks.items())
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import granet
-from granet import sharded, stepping
+from granet import sharded
 from granet.ranks import leave
 
 SETTINGS = {
@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_method_is_refused(written):
 
 def test_hooks_are_left_out_and_come_back():
     run = Run("granet", shard=False)
-    with stepping.unhooked(run.optimizer):
+    with attachment.unhooked(run.optimizer):
         run.optimizer.step()
     assert run.sparsifier.step == 0
     run.train(1)

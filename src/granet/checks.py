@@ -42,18 +42,18 @@ def holds(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     return any(parameter is other for other in model.parameters())
 
 
-def refuse_unfit(name: str, module: nn.Module) -> None:
-    """Refuse a parameter of `module` that no mask can keep sparse.
-
-    Raises:
-        ValueError: its gradients are sparse, or torch's pruning computes the weight from it.
-    """
-    leaf = name.rpartition(".")[2]
+def refuse_sparse_gradients(name: str, module: nn.Module) -> None:
+    """Raises ValueError if the gradients of the parameter of `module` are sparse: those cannot be masked."""
     if getattr(module, "sparse", False) is True and isinstance(module, nn.Embedding | nn.EmbeddingBag):
         raise ValueError(
             f"{name!r} has sparse gradients, which cannot be masked: make the {type(module).__name__} with "
             f"sparse=False, or leave it dense with skip={name!r}"
         )
+
+
+def refuse_pruned(name: str, module: nn.Module) -> None:
+    """Raises ValueError if torch's pruning computes the weight from the parameter of `module`."""
+    leaf = name.rpartition(".")[2]
     steps = module if isinstance(module, parametrize.ParametrizationList) else ()
     masked = any(isinstance(getattr(step, "mask", None), Tensor) for step in steps)
     if masked or (leaf.endswith("_orig") and f"{leaf.removesuffix('_orig')}_mask" in module._buffers):

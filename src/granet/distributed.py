@@ -62,6 +62,12 @@ def anywhere(flag: bool, tensor: DTensor) -> bool:
     return bool(summed(torch.tensor(int(flag), device=local(tensor).device), tensor.device_mesh))
 
 
+def nonzero(tensor: Tensor) -> bool:
+    """Whether any entry is not zero, on any rank."""
+    found = bool(local(tensor).any())
+    return anywhere(found, tensor) if is_sharded(tensor) else found
+
+
 def positions(tensor: Tensor, at: Tensor | None = None) -> Tensor:
     """The flat index, in the whole tensor, of each entry of this rank's part: int64, of the part's shape.
 

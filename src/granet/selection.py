@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from granet import distributed
-from granet.checks import refuse_unfit, require_kinds
+from granet.checks import refuse_pruned, refuse_sparse_gradients, require_kinds
 from granet.criterion import Layer
 from granet.filters import KINDS, Default, Filter, by_default, hits, listed
 from granet.methods.base import Method
@@ -163,7 +163,8 @@ def _choose(names, default: Default, wanted, unwanted, wide, used) -> Choice:
 
     def say(sparse: bool, reason: str) -> Choice:
         if sparse:
-            refuse_unfit(name, module)
+            refuse_sparse_gradients(name, module)
+            refuse_pruned(name, module)
         return Choice(name, aliases, parameter, sparse, reason)
 
     left_out = hits(unwanted, names, default, wide, used)
@@ -175,7 +176,7 @@ def _choose(names, default: Default, wanted, unwanted, wide, used) -> Choice:
     if left_out:
         return say(False, f"skip={left_out[0]!r}")
     if wanted is None:
-        refuse_unfit(name, module)  # also where it is dense by default: another weight would be sparse than was meant
+        refuse_pruned(name, module)  # also where it is dense by default: another weight would be sparse than was meant
         return say(default.sparse, default.reason)
     frozen = ", frozen" if default.reason.startswith("frozen") else ""
     return say(True, f"only={asked_for[0]!r}{frozen}") if asked_for else say(False, "not in only=")

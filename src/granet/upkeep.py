@@ -206,23 +206,19 @@ class Upkeep:
         self._clear_all()
 
     def _informed(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
-        """The layers, without the gradients that say nothing about inactive weights: growth would go by position."""
-        silent = [
-            name
-            for name, layer in layers.items()
-            if layer.grad is not None
-            and name in self._masked
-            and not masking.leaks([(masking.like(self._masked[name], layer.grad), [layer.grad])])
-        ]
-        if silent:
-            more = f" and {len(silent) - 1} more" if silent[1:] else ""
+        """The layers, without the gradients that say nothing of inactive weights: growth would go by position."""
+        grads = {name: layer.grad for name, layer in layers.items() if layer.grad is not None and name in self._masked}
+        silent = [name for name, grad in grads.items() if not masking.leaks([(self._masked[name], [grad])])]
+        nothing = [name for name in silent if not distributed.nonzero(grads[name])]
+        masked = [name for name in silent if name not in nothing and _was_masked(grads[name], self._masked[name])]
+        if masked:
+            more = f" and {len(masked) - 1} more" if masked[1:] else ""
             self._warn(
-                "silent",
-                f"at step {self.step} the gradient of every inactive weight of {silent[0]!r}{more} is zero, so that "
-                "nothing says where to grow: it keeps its mask. Either the layer does not contribute to the loss, or "
-                "its gradients were set to zero by other code before the step",
+                "masked",
+                f"at step {self.step} the gradient of every inactive weight of {masked[0]!r}{more} is zero: other code "
+                "has masked gradients before the step, and nothing says where to grow. The layer keeps its mask",
             )
-        return dict(layers) | {name: replace(layers[name], grad=None) for name in silent}
+        return dict(layers) | {name: replace(layers[name], grad=None) for name in (*nothing, *masked)}
 
     def _say_frozen(self) -> None:
         """Say so where an update took weights from a layer that is frozen: it cannot make up for them."""
@@ -261,3 +257,16 @@ class Upkeep:
         if kind not in self._told:
             self._told.add(kind)
             warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _was_masked(grad: Tensor, mask: Tensor) -> bool:
+    """Whether the gradients of inactive weights were set to zero: dead inputs and outputs make them zero as well.
+
+    So many as ten of them must lie where gradients reach the weights of both their input and their output.
+    """
+    if grad.ndim < 2 or distributed.is_sharded(grad):
+        return False
+    live = (grad != 0).reshape(*grad.shape[:2], -1).any(2)
+    inactive = mask.logical_not().reshape(*mask.shape[:2], -1).sum(2)
+    reached = live.any(1)[:, None] & live.any(0)[None]
+    return int((inactive * reached).sum()) >= 10
