@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import granet
-from granet import sharded
+from granet import attachment, sharded
 from granet.ranks import leave
 
 SETTINGS = {

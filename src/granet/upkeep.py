@@ -50,6 +50,7 @@ class Upkeep:
         self._memory: dict[str, Tensor] = {}  # what the method remembers from update to update
         self._followers: list = []
         self._aside: state.Aside | None = state.Aside()  # None from the first step on
+        self._trainable = [name for name, p in self._parameters.items() if p.requires_grad]  # at first
         self._at = 0  # the place in `masks` from which some are looked at next
         self._told: set[str] = set()  # kinds of warnings that were given
         self._strangers, self._let_go = 0, False  # looks at optimizers that are not attached; whether all may do so
@@ -221,8 +222,8 @@ class Upkeep:
         return dict(layers) | {name: replace(layers[name], grad=None) for name in (*nothing, *masked)}
 
     def _say_frozen(self) -> None:
-        """Say so where an update took weights from a layer that is frozen: it cannot make up for them."""
-        frozen = [name for name, p in self._parameters.items() if not p.requires_grad]
+        """Say so where an update took weights from a layer that was frozen since: it cannot make up for them."""
+        frozen = [name for name in self._trainable if not self._parameters[name].requires_grad]
         taken = [name for name in frozen if self.last_update is not None and self.last_update.dropped[name]]
         if taken:
             self._warn(
@@ -260,13 +261,15 @@ class Upkeep:
 
 
 def _was_masked(grad: Tensor, mask: Tensor) -> bool:
-    """Whether the gradients of inactive weights were set to zero: dead inputs and outputs make them zero as well.
+    """Whether the gradients of inactive weights, all zero, were set to zero by someone.
 
-    So many as ten of them must lie where gradients reach the weights of both their input and their output.
+    They are zero as well where an input or an output is dead, or a tap of a kernel meets padding alone. So at least
+    ten must lie where gradients reach other weights of the same input, of the same output and of the same tap.
     """
     if grad.ndim < 2 or distributed.is_sharded(grad):
         return False
-    live = (grad != 0).reshape(*grad.shape[:2], -1).any(2)
-    inactive = mask.logical_not().reshape(*mask.shape[:2], -1).sum(2)
-    reached = live.any(1)[:, None] & live.any(0)[None]
-    return int((inactive * reached).sum()) >= 10
+    live = (grad != 0).reshape(*grad.shape[:2], -1)
+    inactive = mask.logical_not().reshape(live.shape)
+    for along in ((1, 2), (0, 2), (0, 1)):
+        inactive = inactive & live.any(along, keepdim=True)
+    return int(inactive.sum()) >= 10
