@@ -1,6 +1,6 @@
 """A small GPT on characters, sparse from the start: what the state of grown weights does to its loss.
 
-    python benchmarks/char_gpt.py [--seeds 3] [--steps 1000] [--lr 0.01] [--sparsity 0.9] [--out runs.json]
+    python benchmarks/char_gpt.py [--methods RigL GraNet] [--seeds 3] [--steps 1000] [--lr 0.01] [--out runs.json]
 
 The text is the language reference that comes with Python (`pydoc_data.topics`, 465 kB). AdamW with torch's own
 betas, two layers of width 64; all linear layers but the last are sparse, updated every 50 steps. Every run is made
@@ -167,6 +167,7 @@ def figure(rows, file):
 
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=0.01)
@@ -175,7 +176,7 @@ def main():
     args = parser.parse_args()
     rows = []
     for seed in range(args.seeds):
-        for method in METHODS:
+        for method in args.methods:
             for state in STATES:
                 run = train(method, state, seed, args.steps, args.lr, args.sparsity)
                 around = [statistics.fmean(column) for column in zip(*run["around"][1:], strict=True)]
@@ -185,7 +186,7 @@ def main():
                 print(
                     f"{method} {state} {seed} final {run['final']:.4f} spike {spike(run):+.4f} at {curve}", flush=True
                 )
-    for method in METHODS:
+    for method in args.methods:
         for state in STATES:
             mine = [row for row in rows if (row["method"], row["state"]) == (method, state)]
             for key in ("final", "spike") if len(mine) > 1 else ():
