@@ -295,6 +295,28 @@ def test_under_autocast_and_with_gradients_the_model_itself_runs(always, caplog)
     assert not fast(x).requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch itself, at forward mode
+def test_transforms_see_the_model_itself(always):
+    model, x = mlp(), torch.randn(4, 16)
+    fast = inference.compile(model, x)
+    close(torch.func.vmap(fast)(x[:, None]), model(x[:, None]).detach())
+    close(torch.func.grad(lambda y: fast(y).sum())(x), torch.func.grad(lambda y: model(y).sum())(x))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        found, expected = (torch.autograd.forward_ad.unpack_dual(m(dual)).tangent for m in (fast, model))
+        close(found, expected)
+    exported = torch.export.export(fast, (x,), strict=False)
+    close(exported.module()(x), model(x))
+
+
+def test_inputs_of_other_strides_keep_the_strides_of_the_output(always):
+    model, x = sparse(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())), torch.randn(2, 8, 6, 6)
+    fast = inference.compile(model, x)
+    for inputs in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3)):
+        close(fast(inputs), model(inputs).detach())
+        assert fast(inputs).stride() == model(inputs).stride()
+
+
 def test_a_compiled_model_is_saved_and_copied(always, monkeypatch):
     model, x = mlp(), torch.randn(4, 16)
     fast = inference.compile(model, x)
@@ -396,3 +418,32 @@ def test_effective_weights_are_folded(always):
     fast = inference.compile(str_model.eval(), x)
     assert len(fast.report().layers) == 2
     close(fast(x), str_model(x).detach())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnest14d", 64),
+        ("resnetv2_50", 64),
+        ("mobilenetv2_050", 64),
+        ("mobilenetv3_small_050", 64),
+        ("efficientnet_b0", 64),
+        ("convnext_atto", 64),
+        ("densenet121", 64),
+        ("vit_tiny_patch16_224", 224),
+    ],
+)
+def test_models_of_timm(name, size, always):
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # torchvision raises the latter where it was built for another torch
+        pytest.skip(f'needs pip install "granet[timm]": {error}')
+    torch.manual_seed(0)
+    model = sparse(timm.create_model(name))
+    fast = inference.compile(model, torch.zeros(2, 3, size, size))
+    assert fast.report().chosen == "sparse"
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert search.difference(model(x), fast(x)) < 1e-4

@@ -36,7 +36,8 @@ class CompiledModel(nn.Module):
     first call with inputs of a new shape measures and packs for that shape, which takes as long as `compile` did.
 
     The model itself runs, as if it were not compiled, in training mode, under autocast, for inputs that require a
-    gradient, and for inputs of further shapes than were allowed. Otherwise outputs carry no gradient.
+    gradient, under torch.func and forward-mode differentiation, for subclasses of tensors, and for inputs of further
+    shapes than were allowed. Otherwise outputs carry no gradient.
     """
 
     def __init__(self, model: nn.Module, *, tolerance: float, shapes: int):
@@ -83,12 +84,13 @@ class CompiledModel(nn.Module):
 
     def _plain_call(self, inputs: tuple, named: dict) -> bool:
         """Whether the model itself has to answer, whatever was compiled."""
-        if self.model.training:
+        tensors = tensors_of([inputs, named])
+        if self.model.training or _transformed() or any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
             return True
         if torch.is_autocast_enabled("cpu"):
             self._warn("autocast", "under autocast the model itself runs: the kernels compute in float32")
             return True
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of([inputs, named])):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             self._warn("gradient", "an input requires a gradient: the model itself runs, and gives it")
             return True
         return False
@@ -216,6 +218,12 @@ def _hook_guards() -> Iterator[None]:
             _hook_depth[0] -= 1
             if _hook_depth[0] == 0:
                 config.skip_nnmodule_hook_guards = _hook_depth[1]
+
+
+def _transformed() -> bool:
+    """Whether torch looks for more than numbers: under torch.func, forward-mode differentiation, or export."""
+    level = torch.autograd.forward_ad._current_level
+    return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0 or torch.compiler.is_exporting()
 
 
 def signature_of(inputs: Sequence[object], named: Mapping[str, object]) -> Signature:
