@@ -187,6 +187,12 @@ def test_a_process_of_its_own_is_the_first_of_one():
     assert here.replica(model) is model and list(here.turns(model, [1, 2, 3])) == [1, 2, 3]
 
 
+def test_the_module_is_there_after_importing_granet():
+    code = "import granet; print(granet.ranks.leave.__name__, granet.ranks.current().world)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "leave 1\n", done.stderr
+
+
 def test_devices_are_checked():
     assert Ranks(rank=1, world=2, local=1, neighbours=2).device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="no device 'gpu'"):

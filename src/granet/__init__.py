@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from granet import flops as flops
     from granet import models as models
     from granet import pattern as pattern
+    from granet import ranks as ranks
     from granet import schedule as schedule
     from granet import topology as topology
     from granet.engine.inference import compile as compile

@@ -7,10 +7,11 @@ a process of its own every operation is the identity, so that a training loop is
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+_blocks = itertools.count()  # of work done together, in this process: the same number on every rank
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Ranks:
         return flag if self.world == 1 else bool(self.sum_(torch.tensor(int(flag))))  # on the CPU: no GPU is waited for
 
     def decide(self, answer: Callable[[], T]) -> T:
-        """What `answer()` gives on the first rank, which alone calls it; the other ranks are told.
+        """What `answer()` gives on the first rank, which alone calls it and tells the others.
 
         For whatever two ranks might see differently: files, which appear between two looks at them, clocks, the
         environment, random numbers.
@@ -148,19 +151,92 @@ class Ranks:
         """
         if self.world == 1:
             return answer()
-        said: list = [None, None]
-        failed = None
+        said, mine = [None, None], None
         if self.first:
             try:
-                said = [answer(), None]
+                said[0] = answer()
             except Exception as error:
-                failed, said = error, [None, described(error)]
+                mine, said[1] = error, described(error)
         dist.broadcast_object_list(said, src=0)
-        if failed is not None:
-            raise failed
+        if mine is not None:
+            raise mine
         if said[1] is not None:
             raise RankError(f"rank 0 failed: {said[1]}")
         return said[0]
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Work that each rank does by itself, and that may fail on some: with one rank all of them fail.
+
+        Nothing inside may send anything, or the ranks that have not failed wait for those that have.
+
+        Raises:
+            RankError: on ranks that did not fail themselves, with the message of one that did.
+        """
+        mine = None
+        try:
+            yield
+        except Exception as error:
+            mine = error
+        if self.any(mine is not None):
+            if self.world > 1:
+                said = [None] * self.world
+                dist.all_gather_object(said, mine and described(mine))
+            if mine is not None:
+                raise mine
+            rank, message = next((rank, message) for rank, message in enumerate(said) if message is not None)
+            raise RankError(f"rank {rank} failed: {message}")
+
+    def same(self, what: str, value: object) -> None:
+        """Compare a value that all ranks should have alike.
+
+        Raises:
+            ValueError: on the ranks where it is not that of the first.
+            RankError: on the others.
+        """
+        theirs = self.decide(lambda: value)
+        with self.guard():
+            if value != theirs:
+                raise ValueError(f"{what}: rank {self.rank} has {value}, where rank 0 has {theirs}")
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, as many on every rank; where one cannot be had on one rank (a broken image), all ranks fail."""
+        iterator = iter(items)
+        while True:
+            with self.guard():
+                item = next(iterator, iterator)
+            if item is iterator:
+                return
+            yield item
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that all ranks do together: those that wait in vain for one that failed end with its message.
+
+        They learn of it when the process that failed ends: torchrun sees to that, as does
+        `torch.multiprocessing.spawn`.
+
+        Raises:
+            RankError: another rank failed; the message is that of its error.
+            ConnectionError: another rank died without a word, or was not heard of for the group's timeout.
+        """
+        if self.world == 1:
+            yield
+            return
+        store = dist.PrefixStore(f"granet {next(_blocks)}", dist.distributed_c10d._get_default_store())
+        try:
+            yield
+        except RankError:
+            raise
+        except BaseException as error:
+            if not _lost(error):
+                with suppress(RuntimeError):  # the process that had the store may be gone
+                    store.compare_set("failed", "", f"rank {self.rank} failed: {described(error)}")
+                raise
+            with suppress(RuntimeError):
+                store.wait(["failed"], timedelta(seconds=2))
+                raise RankError(store.get("failed").decode()) from error
+            raise ConnectionError(f"the other processes are gone, or do not answer: {error}") from error
 
 
 class RankError(ConnectionError):
@@ -168,8 +244,14 @@ class RankError(ConnectionError):
 
 
 def described(error: BaseException) -> str:
-    """The message of `error` with its type, for the other ranks."""
+    """The type and the message of `error`, for the other ranks."""
     return f"{type(error).__name__}: {error}"
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether `error` is that of a message that did not arrive."""
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words)
 
 
 def current() -> Ranks:
@@ -192,7 +274,8 @@ def joined(timeout: timedelta = timedelta(minutes=10)) -> Iterator[Ranks]:
         timeout: how long a rank waits for the others before it gives up with an error.
 
     Raises:
-        ConnectionError: another rank died, or was not heard of for `timeout`.
+        RankError: another rank failed; the message is that of its error.
+        ConnectionError: another rank died without a word, or was not heard of for `timeout`.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
         yield current()
@@ -205,12 +288,10 @@ def joined(timeout: timedelta = timedelta(minutes=10)) -> Iterator[Ranks]:
     # what lies on the CPU goes by gloo, so that no GPU is waited for; what lies on GPUs by NCCL
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    here = current()
     try:
-        yield current()
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower():
-            raise ConnectionError(f"the other processes are gone, or do not answer: {error}") from error
-        raise
+        with here.together():
+            yield here
     finally:
         leave()
 

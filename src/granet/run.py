@@ -159,7 +159,8 @@ def execute(
     """Trains ``run`` to the end from where it stands; returns its summary, or None if ``stop`` ended it early.
 
     A finished run is not trained again: its summary comes back at once. Of several ranks (`granet.ranks`) all call
-    this, and only the first writes and watches; the others read its checkpoints, so they must see the same folder.
+    this. The first alone reads and writes the run's files, and watches; the others are told what it has found. Where
+    one of them fails, the others fail with its message.
 
     Args:
         run: the run.
@@ -169,58 +170,67 @@ def execute(
     Raises:
         CheckpointError: no checkpoint could be written, or none read.
         TrainingError: the loss is not finite.
+        RankError: another rank failed; the message is that of its error.
     """
-    finished = ranks.current().decide(lambda: run.summary)
-    if finished is not None:
-        return finished
-    trainer = Trainer(run.recipe)  # first of all: what cannot be built leaves no directory behind
-    if not trainer.ranks.first:
-        return _accompany(run, trainer, stop)
-    run.path.mkdir(parents=True, exist_ok=True)
-    with run.locked():
-        checkpoint.replace(run.path / "recipe.yaml", run.recipe.to_yaml())
-        found = checkpoint.load_latest(run.checkpoints)
-        offset = 0
-        if found is not None:
-            _restore(trainer, found)
-            offset = found.metrics
-            logger.info("going on from step %d of %d", trainer.step, trainer.steps)
-        trainer.ranks.decide(lambda: trainer.step)
-        checkpoint.replace(run.path / "environment.json", json.dumps(environment(trainer), indent=1))
-        with (
-            contextlib.closing(Metrics(run.path / "metrics.jsonl", offset)) as metrics,
-            contextlib.closing(_events(run.path, trainer.step)) as events,
-        ):
+    here = ranks.current()
+    with here.together():
+        here.same("the run (its directory's name tells recipes apart)", run.path.name)
+        finished = here.decide(lambda: run.summary)
+        return _train(run, here, watch, stop) if finished is None else finished
 
-            def record(values: dict[str, Any]) -> None:
+
+def _train(run: Run, here: ranks.Ranks, watch, stop: Callable[[], bool]) -> dict[str, Any] | None:
+    trainer = Trainer(run.recipe)  # first of all: what cannot be built leaves no directory behind
+    with contextlib.ExitStack() as held:  # by the first rank: the lock and the open files
+        metrics = events = None
+
+        def begin() -> checkpoint.Checkpoint | None:
+            run.path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(run.locked())
+            checkpoint.replace(run.path / "recipe.yaml", run.recipe.to_yaml())
+            return checkpoint.load_latest(run.checkpoints)
+
+        def open_files() -> None:
+            nonlocal metrics, events
+            checkpoint.replace(run.path / "environment.json", json.dumps(environment(trainer), indent=1))
+            metrics = held.enter_context(contextlib.closing(Metrics(run.path / "metrics.jsonl", offset)))
+            events = held.enter_context(contextlib.closing(_events(run.path, trainer.step)))
+
+        def record(values: dict[str, Any]) -> None:
+            def write() -> None:
                 metrics.write(values)
                 events.write(values)
                 watch(trainer, values)
 
-            def save() -> None:
-                state = trainer.state_dict() | {"metrics": metrics.sync()}
-                checkpoint.save(
-                    run.checkpoints, step=trainer.step, model=trainer.sparsifier.plain_state_dict(), state=state
-                )
-                best = {trainer.best.step} if trainer.best else set()
-                checkpoint.prune(run.checkpoints, keep=2, also=best | set(trainer.settings.keep))
+            here.decide(write)
 
-            if not trainer.fit(record=record, save=save, stop=stop):
-                return None
-        if trainer.engine is not None:
-            checkpoint.replace(run.path / "engine.txt", f"{trainer.engine.report()}\n")
+        def save() -> None:
+            here.decide(lambda: _save(run, trainer, metrics.sync()))
+
+        def finish() -> dict[str, Any]:
+            if trainer.engine is not None:
+                checkpoint.replace(run.path / "engine.txt", f"{trainer.engine.report()}\n")
+            checkpoint.replace(run.path / "summary.json", json.dumps(summary, indent=1))
+            return summary
+
+        offset = 0
+        found = here.decide(begin)
+        if found is not None:
+            _restore(trainer, found)
+            offset = found.metrics
+            logger.info("going on from step %d of %d", trainer.step, trainer.steps)
+        here.decide(open_files)
+        if not trainer.fit(record=record, save=save, stop=stop):
+            return None
         summary = _summarise(run, trainer)
-        checkpoint.replace(run.path / "summary.json", json.dumps(summary, indent=1))
-    return summary
+        return here.decide(finish)
 
 
-def _accompany(run: Run, trainer: Trainer, stop: Callable[[], bool]) -> dict[str, Any] | None:
-    """What `execute` does on all ranks but the first: train from where that one stands, and write nothing."""
-    if step := trainer.ranks.decide(lambda: 0):  # the first rank's step: this rank's answer is not asked for
-        _restore(trainer, checkpoint.load(run.checkpoints / f"{step:08d}"))
-    if not trainer.fit(record=lambda values: None, save=lambda: None, stop=stop):
-        return None
-    return _summarise(run, trainer)
+def _save(run: Run, trainer: Trainer, offset: int) -> None:
+    state = trainer.state_dict() | {"metrics": offset}
+    checkpoint.save(run.checkpoints, step=trainer.step, model=trainer.sparsifier.plain_state_dict(), state=state)
+    best = {trainer.best.step} if trainer.best else set()
+    checkpoint.prune(run.checkpoints, keep=2, also=best | set(trainer.settings.keep))
 
 
 def _restore(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
@@ -257,9 +267,17 @@ def _summarise(run: Run, trainer: Trainer) -> dict[str, Any]:
 def load_weights(run: Run, trainer: Trainer, which: str) -> int:
     """Returns the step of the checkpoint ``"best"`` or ``"last"``, which is put into ``trainer``.
 
+    All ranks of ``trainer`` call this together: the first one reads, and tells the others.
+
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
+    found = trainer.ranks.decide(lambda: _chosen(run, which))
+    _restore(trainer, found)
+    return found.step
+
+
+def _chosen(run: Run, which: str) -> checkpoint.Checkpoint:
     found = checkpoint.load_latest(run.checkpoints)
     if found is None:
         raise checkpoint.CheckpointError(f"{run.path} has no checkpoint yet")
@@ -271,8 +289,7 @@ def load_weights(run: Run, trainer: Trainer, which: str) -> int:
             )
         if best != found.step:
             found = checkpoint.load(run.checkpoints / f"{best:08d}")
-    _restore(trainer, found)
-    return found.step
+    return found
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:

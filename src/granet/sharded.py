@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import Optimizer
 
 from granet import attachment
+from granet.ranks import current
 from granet.sparsifier import Sparsifier
 
 
@@ -24,7 +25,7 @@ def save(
     folder: Path | str, model: nn.Module, optimizers: Optimizer | Sequence[Optimizer], sparsifier: Sparsifier
 ) -> None:
     """Write `{"model", "optimizer", "sparsifier"}` into `folder`, under the names of the dense, unsharded model."""
-    with _alone():
+    with _alone(), current().together():
         dcp.save(_state(model, optimizers, sparsifier), checkpoint_id=folder)
 
 
@@ -35,15 +36,16 @@ def load(
 
     Raises:
         ValueError: the sparsifier's state is of another method or another model; model and optimizers are then spoilt.
-        torch.distributed.checkpoint.CheckpointException: `folder` holds no checkpoint, or one of another model.
+        torch.distributed.checkpoint.CheckpointException: a part cannot be read, or is of another model.
+        RankError: another rank failed; the message is that of its error.
     """
-    state = _state(model, optimizers, sparsifier)
-    state["sparsifier"] |= _kept(folder, dict(model.named_parameters()))
-    with _alone():
+    with _alone(), current().together():
+        state = _state(model, optimizers, sparsifier)
+        state["sparsifier"] |= _kept(folder, dict(model.named_parameters()))
         dcp.load(state, checkpoint_id=folder)
-    with attachment.unhooked(optimizers):
-        set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    sparsifier.load_state_dict(state["sparsifier"])
+        with attachment.unhooked(optimizers):
+            set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        sparsifier.load_state_dict(state["sparsifier"])
 
 
 @contextmanager
@@ -71,7 +73,7 @@ def _kept(folder: Path | str, parameters: dict[str, nn.Parameter]) -> dict[str, 
     A checkpoint fills only what there is a place for, and a new sparsifier has kept nothing yet.
     """
     found: dict[str, dict[str, torch.Tensor]] = {"gradients": {}, "memory": {}}
-    metadata = dcp.FileSystemReader(folder).read_metadata()
+    metadata = current().decide(lambda: dcp.FileSystemReader(folder).read_metadata())
     for key, (part, *path) in metadata.planner_data.items():
         if part == "sparsifier" and path[0] in found:
             kind, name = path

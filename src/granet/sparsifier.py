@@ -44,7 +44,7 @@ class Sparsifier(Upkeep):
         only: filters of the parameters that are sparse; see `granet.selection`.
         skip: filters of those that stay dense.
         seed: of everything random in the topology. The same seed gives the same masks on every device and rank.
-        probe: a `granet.Probe`, for methods that look at gradients before training.
+        probe: a `granet.Probe`, for methods that look at gradients before training; the first rank looks, for all.
         masks: masks to start from, by parameter name, instead of those the method would choose.
         pattern: what every mask obeys, `"2:4"`, `"4x1"` or `"channel"`, say; see `granet.pattern`.
         verify_every: updates between two comparisons of the masks of all ranks; see `verify`. 0 for none.
@@ -109,7 +109,8 @@ class Sparsifier(Upkeep):
         ownership.claim(self, self._parameters.values())
         given = None if masks is None else state.checked_masks(masks, self._parameters, self.pattern, method)
         probes = () if given else state.needed(probe, method, self._parameters)
-        self._set_masks(given or self._policy.init(layers_of(self._choices), self._rng, *probes))
+        layers = layers_of(self._choices)
+        self._set_masks(given or state.chosen(self._policy, layers, self._rng, probes, told=bool(verify_every)))
         if method.reparameterizes:
             self._effective = Reparameterization(model, self._choices, method, self.masks)
             self._set_masks(self.masks)

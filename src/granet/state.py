@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from granet import distributed, masking
+from granet.criterion import Layer
 from granet.methods.base import Method
 from granet.names import described, matched
 from granet.pattern import Pattern
 from granet.probe import Probe
+from granet.ranks import current
 from granet.topology import count
 
 _KEYS = {"method", "pattern", "step", "version", "overdue", "folded", "rng", "masks", "ever", "gradients", "memory"}
@@ -78,6 +80,25 @@ def needed(probe: Probe | None, method: Method, parameters: Mapping[str, Tensor]
             f"{kind} looks at gradients before training: give Sparsifier(...) a probe=granet.Probe(model, batches)"
         )
     return (probe,)
+
+
+def chosen(
+    policy: Method, layers: Mapping[str, Layer], rng: torch.Generator, probes: tuple[Probe, ...], *, told: bool
+) -> dict[str, Tensor]:
+    """The masks to begin with, by the method's `init`.
+
+    Those that come from a probe are `told`: gradients of other batches, or of the same ones summed in another order,
+    choose other weights. So the first rank alone looks, and the others take over its masks and its generator.
+    """
+    if not (probes and told):
+        return policy.init(layers, rng, *probes)
+
+    def answer():
+        return {name: mask.cpu() for name, mask in policy.init(layers, rng, *probes).items()}, rng.get_state()
+
+    masks, generator = current().decide(answer)
+    rng.set_state(generator)
+    return masks
 
 
 def refuse_foreign(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from granet import data, flops, models, optimizer, ranks
 from granet.checkpoint import restore_layout
+from granet.distributed import checksum
 from granet.engine.training import TrainingPlan, accelerate
 from granet.recipe import Recipe, Train
 from granet.selection import plan, unfit
@@ -69,20 +70,19 @@ class Trainer:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.ranks = ranks.current()
-        self.share = self.ranks.share(recipe.train.batch_size, recipe.train.accumulate)  # of a batch, on this rank
-        self.device = self.ranks.device(recipe.train.device)
         torch.manual_seed(recipe.seed)
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
-
-        self.dataset = dataset = data.load(
-            recipe.data.name, root=recipe.data.root, validation=recipe.data.validation, seed=recipe.seed
-        )
-        self.splits = {name: getattr(dataset, name).to(self.device) for name in ("train", "validation", "test")}
-        self.drop_last, world = not recipe.train.partial_batch, self.ranks.world
-        self.steps_per_epoch = data.steps_per_epoch(
-            len(dataset.train), self.share, world=world, drop_last=self.drop_last
-        )
+        with self.ranks.guard():  # nodes differ in their GPUs and their disks
+            self.share = self.ranks.share(recipe.train.batch_size, recipe.train.accumulate)  # of a batch, on this rank
+            self.device = self.ranks.device(recipe.train.device)
+            where = {"root": recipe.data.root, "validation": recipe.data.validation}
+            self.dataset = dataset = data.load(recipe.data.name, seed=recipe.seed, **where)
+            self.splits = {name: getattr(dataset, name).to(self.device) for name in ("train", "validation", "test")}
+            seen = {name: (len(split), checksum(split.labels)) for name, split in self.splits.items()}
+        self.ranks.same("the data (images and checksum of their labels)", seen)
+        self.drop_last, sizes = not recipe.train.partial_batch, (len(dataset.train), self.share)
+        self.steps_per_epoch = data.steps_per_epoch(*sizes, world=self.ranks.world, drop_last=self.drop_last)
         if not self.steps_per_epoch:
             raise ValueError(
                 f"batch_size {recipe.train.batch_size} is larger than the training set, {len(dataset.train)} images"
@@ -139,8 +139,8 @@ class Trainer:
         """Trains to the end, from wherever the trainer stands; returns False if ``stop`` ended it early.
 
         Args:
-            record: called with each thing there is to say.
-            save: called whenever the state is worth keeping.
+            record: called with each thing there is to say, on all ranks.
+            save: called whenever the state is worth keeping, on all ranks.
             stop: asked after every step; True saves and ends training.
 
         Raises:
@@ -154,7 +154,7 @@ class Trainer:
             shape = (settings.batch_size // settings.accumulate, *self.dataset.shape)
             self.engine = accelerate(self.sparsifier, torch.zeros(shape).to(memory_format=self.layout))
         while self.step < self.steps:
-            for x, y in self.batches():
+            for x, y in self.ranks.each(self.batches()):
                 self.train_step(forward, x, y)
                 last = self.step == self.steps
                 self.seconds, clock = self.seconds + time.perf_counter() - clock, time.perf_counter()
@@ -315,10 +315,11 @@ class Trainer:
         network.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         mine = {"rank": self.ranks.rank, "world": self.ranks.world}  # each rank looks at some of the images
-        for x, y in self._images(split, batch_size=max(256, self.settings.batch_size), train=False, **mine):
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
-                logits = network(x.to(memory_format=self.layout)).float()
-            total += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
+        with self.ranks.guard():  # an image may be broken
+            for x, y in self._images(split, batch_size=max(256, self.settings.batch_size), train=False, **mine):
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
+                    logits = network(x.to(memory_format=self.layout)).float()
+                total += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
         network.train(training)
         return Score(*(self.ranks.sum_(total) / len(self.splits[split])).tolist())
 

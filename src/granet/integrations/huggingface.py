@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 from granet import integrations, masking
 from granet.methods.base import Method
+from granet.ranks import current
 from granet.reparameterize import is_reparameterized
 from granet.sparsifier import Sparsifier
 
@@ -64,7 +65,8 @@ class SparseTraining(TrainerCallback):
         make = self._method is not None and (self.sparsifier is None or self.sparsifier.model is not model)
         saved = None
         if state.global_step:
-            saved = read(args.resume_from_checkpoint or written(args, state), model if make else self.sparsifier.model)
+            folder = current().decide(lambda: args.resume_from_checkpoint or written(args, state))
+            saved = read(folder, model if make else self.sparsifier.model)
         if make:
             self.sparsifier = Sparsifier(model, self._method, masks=saved and saved["masks"], **self._options)
         if saved:
@@ -90,10 +92,11 @@ class SparseTraining(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         whole = integrations.whole(self.sparsifier.state_dict())
-        if args.should_save:
-            part = (written(args, state) / FILE).with_suffix(".part")
-            torch.save(whole, part)
-            part.replace(part.with_name(FILE))
+        with current().guard():
+            if args.should_save:
+                part = (written(args, state) / FILE).with_suffix(".part")
+                torch.save(whole, part)
+                part.replace(part.with_name(FILE))
 
     def on_train_end(self, args, state, control, **kwargs):
         if args.load_best_model_at_end and state.best_model_checkpoint:
@@ -109,16 +112,20 @@ def written(args, state):
 
 
 def read(folder, model):
-    """The sparsifier's state in a checkpoint whose weights the Trainer has loaded into `model`."""
+    """The sparsifier's state in a checkpoint whose weights the Trainer has loaded into `model`, read by rank 0."""
     path = Path(folder) / FILE
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: the Trainer resumed from elsewhere, or without a sparsifier. Name the checkpoint in "
-            "TrainingArguments(resume_from_checkpoint=...)"
-        )
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = current().decide(lambda: _loaded(path))
     weights = dict(model.named_parameters())
     pairs = ((masking.like(mask, weights[name]), [weights[name]]) for name, mask in saved["masks"].items())
     if not is_reparameterized(model) and masking.leaks(pairs):
         raise ValueError(f"{path} does not fit the weights that the Trainer has loaded")
     return saved
+
+
+def _loaded(path):
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: the Trainer resumed from elsewhere, or without a sparsifier. Name the checkpoint in "
+            "TrainingArguments(resume_from_checkpoint=...)"
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)

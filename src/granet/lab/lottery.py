@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from granet import checkpoint, distribution, topology
+from granet import checkpoint, distribution, ranks, topology
 from granet.criterion import Layer, magnitude
 from granet.lab.plasticity_study import epochs, title
 from granet.recipe import Recipe, in_steps, validate
@@ -122,6 +122,8 @@ def run(
         LotteryError: the moment to go back to is not before the end of the training.
         CheckpointError, TrainingError: as `granet.run.execute`.
     """
+    if ranks.current().world > 1:
+        raise LotteryError("a lottery is run by one process: start it without torchrun")
     found = levels(recipe, lottery, runs)
     if found[-1].summary is None:
         rewind_step(lottery, Trainer(found[-1].run.recipe))  # refused before the first level is trained
