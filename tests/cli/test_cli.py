@@ -10,6 +10,7 @@ import yaml
 
 from granet import checkpoint
 from granet.cli import COMMANDS
+from granet.cli.progress import stoppable
 from granet.recipe import validate
 from granet.run import Run
 
@@ -69,21 +70,38 @@ def start(*args, cwd):
     )
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(say, tmp_path):
+@pytest.mark.parametrize("way", ["SIGINT", "SIGHUP", "reader gone"])
+def test_whoever_stops_a_training_gets_a_checkpoint(way, tmp_path):
+    """Ctrl-C, a terminal that is closed, and `granet train | head`."""
     changes = ["--model.name", "mlp", "--train.epochs", "400", "--train.checkpoint", "100%", "--train.log", "1it"]
     process = start("train", "digits", *changes, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/metrics.jsonl")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
     (path,) = (tmp_path / "runs").iterdir()
-    assert f"stopped; go on with: granet resume runs/{path.name}" in out
-    assert "Traceback" not in err
+    if way == "reader gone":
+        process.stdout.close()
+        process.stdout = None
+        _, err = process.communicate(timeout=120)
+    else:
+        process.send_signal(signal.Signals[way])
+        out, err = process.communicate(timeout=120)
+        assert f"stopped; go on with: granet resume runs/{path.name}" in out
+    assert (process.returncode, err) == (130, "")
     step = checkpoint.load_latest(path / "checkpoints").step
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in lines) == step < 8000
+
+
+def test_signals_that_are_ignored_stay_so():
+    """As `nohup` has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_help_is_instant_and_has_examples():

@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -67,6 +68,37 @@ def test_leaving_early_leaves_no_process_behind(tmp_path):
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not multiprocessing.active_children()
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from granet.lab import pool
+
+def children():
+    return Path(f"/proc/{os.getpid()}/task/{threading.main_thread().native_id}/children").read_text().split()
+
+def interrupt():
+    deadline = time.monotonic() + 60
+    while len(children()) < 2 and time.monotonic() < deadline:  # beside the tracker of resources
+        pass
+    for _ in range(20):  # all along the start of the process
+        os.killpg(0, signal.SIGINT)
+        time.sleep(0.01)
+
+if __name__ == "__main__":
+    asked = []
+    signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    threading.Thread(target=interrupt, daemon=True).start()
+    print([outcome.value for outcome in pool.map(abs, [(-1,)], jobs=1)], bool(asked))
+"""
+
+
+def test_ctrl_c_while_processes_start_is_for_the_parent_alone(tmp_path):
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    command = [sys.executable, tmp_path / "interrupted.py"]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, check=False, timeout=120)
+    assert (done.stdout, done.stderr) == ("[1] True\n", "")
 
 
 def test_bad_arguments_are_named():

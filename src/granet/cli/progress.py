@@ -1,10 +1,14 @@
 """What a user sees while a network trains: a live bar on a terminal, a line an evaluation elsewhere."""
 
+import errno
 import logging
+import os
 import signal
+import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -68,22 +72,64 @@ class Watcher:
 
 @contextmanager
 def stoppable():
-    """Gives a function that says whether the user wants to stop: Ctrl-C or SIGTERM once asks, twice breaks off."""
+    """Gives a function that says whether the user wants to stop.
+
+    Ctrl-C, SIGTERM or SIGHUP (a terminal that is closed) once asks, twice breaks off; a signal that is ignored, as
+    `nohup` has it, stays so. A reader of the output that has gone away, `head` say, asks as well, and what is printed
+    from then on goes nowhere.
+    """
     asked = []
+    out = sys.stdout
 
     def ask(number: int, frame: object) -> None:
         asked.append(number)
         for one in before:
             signal.signal(one, before[one])
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, ask)
+    sys.stdout = Output(out, lambda: asked.append(signal.SIGPIPE))
     try:
         yield lambda: bool(asked)
     finally:
+        sys.stdout = out
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Output:
+    """A text file whose reader may go away: that is told once, and what is written afterwards goes nowhere."""
+
+    def __init__(self, file: TextIO, gone: Callable[[], None]):
+        self._file, self._gone = file, gone
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        """Writes text; returns the number of characters."""
+        with self._surviving():
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Sends what is written to the reader, if there still is one."""
+        with self._surviving():
+            self._file.flush()
+
+    @contextmanager
+    def _surviving(self):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a terminal that is closed
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._file.fileno())
+            os.close(nowhere)
+            self._gone()
 
 
 def show_log(console: Console) -> None:

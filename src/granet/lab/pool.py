@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,8 @@ from granet.recipe import suggest
 
 TAIL = 40  # lines that are kept of what a failed job wrote
 MOMENT = 0.25  # seconds that a wait for jobs lasts at most
+# Ctrl-C and a closed terminal reach all processes: it is for the parent to say what follows
+FOR_THE_PARENT = (signal.SIGINT, signal.SIGHUP)
 
 _stop = None  # in a process of the pool: the shared flag that asks its job to end
 
@@ -189,7 +192,12 @@ class _Worker:
         self._log = log
         self._argument: tuple = ()
         self.process = context.Process(target=_work, args=(theirs, asked, threads, str(log)))
-        self.process.start()
+        resource_tracker.ensure_running()  # it would unblock signals when the first process starts it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_PARENT)  # the process begins with these blocked
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # or its end would never show
 
     def take(self, function: Callable, argument: tuple) -> None:
@@ -219,7 +227,9 @@ def _work(pipe: multiprocessing.connection.Connection, asked, threads: str, log:
     """A process of the pool, from inside: takes jobs until the pipe is closed; what it writes goes to ``log``."""
     global _stop
     _stop = asked
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us all: it is for the parent to say what follows
+    for number in FOR_THE_PARENT:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_PARENT)
     os.environ["OMP_NUM_THREADS"] = threads  # read when torch is loaded, which a job does
     out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
