@@ -109,8 +109,7 @@ class Sparsifier(Upkeep):
         ownership.claim(self, self._parameters.values())
         given = None if masks is None else state.checked_masks(masks, self._parameters, self.pattern, method)
         probes = () if given else state.needed(probe, method, self._parameters)
-        layers = layers_of(self._choices)
-        self._set_masks(given or state.chosen(self._policy, layers, self._rng, probes, told=bool(verify_every)))
+        self._set_masks(given or state.chosen(self._policy, layers_of(self._choices), self._rng, probes, verify_every))
         if method.reparameterizes:
             self._effective = Reparameterization(model, self._choices, method, self.masks)
             self._set_masks(self.masks)

@@ -83,7 +83,7 @@ def needed(probe: Probe | None, method: Method, parameters: Mapping[str, Tensor]
 
 
 def chosen(
-    policy: Method, layers: Mapping[str, Layer], rng: torch.Generator, probes: tuple[Probe, ...], *, told: bool
+    policy: Method, layers: Mapping[str, Layer], rng: torch.Generator, probes: tuple[Probe, ...], told: bool | int
 ) -> dict[str, Tensor]:
     """The masks to begin with, by the method's `init`.
 
