@@ -180,7 +180,9 @@ def distrusted(path: Path) -> Iterator[None]:
         raise
     except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
         cause = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is damaged: {' '.join(cause.split()):.300}") from None
+        raise CheckpointError(
+            f"{path} is damaged, or does not fit its recipe: {' '.join(cause.split()):.300}"
+        ) from None
 
 
 def load_latest(folder: Path) -> Checkpoint | None:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from granet import checkpoint, files, ranks
-from granet.recipe import Recipe, RecipeError, validate
+from granet.recipe import Recipe, RecipeError, suggest, validate
 from granet.summary import read_summary
 from granet.texts import from_yaml, short
 from granet.trainer import Trainer
@@ -264,25 +264,35 @@ def _summarise(run: Run, trainer: Trainer) -> dict[str, Any]:
     return summary
 
 
-def load_weights(run: Run, trainer: Trainer, which: str) -> int:
-    """Returns the step of the checkpoint ``"best"`` or ``"last"``, which is put into ``trainer``.
+def load_weights(run: Run, trainer: Trainer, which: str | None = None) -> int:
+    """Returns the step of a checkpoint, which is put into ``trainer``; ``which`` is that of `pick`.
 
     All ranks of ``trainer`` call this together: the first one reads, and tells the others.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    found = trainer.ranks.decide(lambda: _chosen(run, which))
+    found = trainer.ranks.decide(lambda: pick(run, which))
     _restore(trainer, found)
     return found.step
 
 
-def _chosen(run: Run, which: str) -> checkpoint.Checkpoint:
+def pick(run: Run, which: str | None = None) -> checkpoint.Checkpoint:
+    """Returns the ``"best"`` checkpoint, or the ``"last"``; by default the best if there is one, else the last.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        ValueError: ``which`` is neither.
+    """
+    if which not in (None, "best", "last"):
+        raise ValueError(f"there is no checkpoint {which!r}; {suggest(which, ('best', 'last'))}")
     found = checkpoint.load_latest(run.checkpoints)
     if found is None:
         raise checkpoint.CheckpointError(f"{run.path} has no checkpoint yet")
-    if which == "best":
+    if which != "last":
         best = found.best
+        if best is None and which is None:
+            return found
         if best is None:
             raise checkpoint.CheckpointError(
                 f"{run.path} has no best checkpoint: it has not been evaluated at its target sparsity yet; try 'last'"

@@ -28,7 +28,7 @@ RECIPE = {
 COMMANDS = {
     "resume": ["resume", "run"],
     "eval": ["eval", "run"],
-    "compare": ["compare", "run", "--report", "page.html"],
+    "compare": ["compare", "run", "--out", "page.html"],
     "sensitivity": ["sensitivity", "run", "--sparsities", "0.9"],
     "connectivity": ["connectivity", "run"],
     "plasticity": ["plasticity", "run", "--at", "1", "--prune", "0.5", "--regenerate", "none", "--retrain", "1it"],
@@ -254,7 +254,7 @@ def test_a_sound_run_passes_all_commands(run, capsys):
 def test_names_are_shown_as_they_are_and_command_nothing(run, capsys):
     evil = "[/red][bold]x\x1b[2J\x1b]0;title\x07\u202e"
     summary(name=evil, layers=[])(run)
-    assert main(["compare", "run", "--report", "page.html"]) == 0
+    assert main(["compare", "run", "--out", "page.html"]) == 0
     out, _ = capsys.readouterr()
     assert "[/red][bold]x" in "".join(out.split())
     assert not any(character in out for character in "\x1b\x07\u202e")

@@ -1,6 +1,5 @@
 """`granet compare`."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +34,7 @@ def main(args: list[str]) -> int:
 
     from granet import report
     from granet.cli.session import show_runs
-    from granet.cli.terminal import Console
-    from granet.texts import printable
+    from granet.cli.terminal import Console, warn
 
     report.require()
     if arguments.out.exists() and not (arguments.out.is_file() and report.is_page(arguments.out)):
@@ -50,6 +48,7 @@ def main(args: list[str]) -> int:
     if not runs:
         raise problems[0]
     for problem in problems:
-        print(printable(f"granet: warning: left out: {problem}"), file=sys.stderr)
-    show_runs(runs, arguments.out, Console())
+        warn(f"left out: {problem}")
+    note = " (in place of an older one)" if arguments.out.exists() else ""
+    show_runs(runs, arguments.out, Console(), note)
     return 0

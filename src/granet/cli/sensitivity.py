@@ -24,8 +24,8 @@ class Arguments:
     """Run directory."""
     sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
     """Sparsities of the layer that is pruned."""
-    checkpoint: Literal["best", "last"] = "last"
-    """Best by validation at target sparsity, or the last."""
+    checkpoint: Literal["best", "last"] | None = None
+    """Best by validation at target sparsity, or the last; the best if there is one, else the last, if not given."""
     batch_norm: int = 0
     """Training batches on which batch-norm statistics are recomputed after each pruning; 0 keeps those of training."""
     split: Literal["train", "validation", "test"] = "test"

@@ -20,6 +20,9 @@ def train_all(runs: list[Run]) -> int:
         console = Console(quiet=not here.first)
         show_log(console)
         for run in runs:
+            moved = here.decide(lambda run=run: elsewhere(run))
+            if moved is not None:
+                console.print(f"{run.path}: {moved}", soft_wrap=True)
             if here.decide(lambda run=run: run.summary is not None):
                 console.print(Text.assemble((str(run.path), "bold"), " is finished already"), soft_wrap=True)
                 continue
@@ -34,12 +37,24 @@ def train_all(runs: list[Run]) -> int:
     return 0
 
 
+def elsewhere(run: Run) -> str | None:
+    """Returns what to say of a run that was begun with the data in another folder than is asked for now.
+
+    Data may have moved, so it is the same run; nobody can tell whether they are the same data.
+    """
+    before = Run.open(run.path).recipe.data.root if (run.path / "recipe.yaml").is_file() else run.recipe.data.root
+    if before == run.recipe.data.root:
+        return None
+    old, new = (root or "the default folder" for root in (before, run.recipe.data.root))
+    return f"its data were in {old}, not in {new}; if they are other data, give another folder with --runs"
+
+
 def show(paths: list[Path], page: Path, console: Console) -> None:
     """Prints the table of the runs and writes their report."""
     show_runs([report.read_run(path) for path in paths], page, console)
 
 
-def show_runs(runs: list[report.RunData], page: Path, console: Console) -> None:
+def show_runs(runs: list[report.RunData], page: Path, console: Console, note: str = "") -> None:
     """Prints the tables of runs and writes their report; what is not a terminal gets whole lines, however long."""
     terminal = console.is_terminal
     for title, table in report.summary_tables(runs, console.width if terminal else None):
@@ -49,6 +64,5 @@ def show_runs(runs: list[report.RunData], page: Path, console: Console) -> None:
             console.print(table)
         else:
             Console(file=console.file, width=10_000).print(table)
-    again = " (in place of an older one)" if page.exists() else ""
     report.write_report(runs, page)
-    console.print(f"report: {page}{again}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {page}{note}", markup=False, highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ What they say holds names and messages out of files that may be anybody's. Chara
 instead of sent, and nothing is taken for markup. `Console` adds its own colours after that.
 """
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,11 @@ from granet.texts import printable
 def say(*values: object, end: str = "\n") -> None:
     """Prints values as `print` does."""
     print(printable(" ".join(map(str, values))), end=end)
+
+
+def warn(message: object) -> None:
+    """Prints a warning to where errors go."""
+    print(printable(f"granet: warning: {message}"), file=sys.stderr)
 
 
 class Console(rich.console.Console):

@@ -14,7 +14,7 @@ from granet.distribution import budget
 from granet.lab.plasticity_cell import Bench
 from granet.lab.plasticity_page import svg
 from granet.lab.rows import csv_of
-from granet.run import Run
+from granet.run import Run, pick
 from granet.selection import columns
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def layer_sensitivity(
     run: str | Path | Run,
     *,
     sparsities: Sequence[float] = SPARSITIES,
-    which: Literal["best", "last"] = "last",
+    which: Literal["best", "last"] | None = None,
     batch_norm: int = 0,
     split: Literal["train", "validation", "test"] = "test",
 ) -> Sensitivity:
@@ -142,7 +142,7 @@ def layer_sensitivity(
     Args:
         run: the run, or its directory.
         sparsities: of the pruned layer; those below the sparsity that it has anyway are left out.
-        which: of the run's checkpoints.
+        which: of the run's checkpoints, the best or the last; the best if there is one, else the last, if not given.
         batch_norm: recompute batch-norm statistics on so many training batches after each pruning; 0 keeps those of
             training.
         split: images to measure on.
@@ -157,7 +157,7 @@ def layer_sensitivity(
     if not sparsities:
         raise ValueError("sparsities is empty: there would be nothing to prune")
     run = run if isinstance(run, Run) else Run.open(Path(run))
-    found = _checkpoint(run, which)
+    found = pick(run, which)
     on = Bench(run)
     network = on.trainer.model if on.trainer.ema is None else on.trainer.ema
     if batch_norm and not any(isinstance(module, _BatchNorm) for module in network.modules()):
@@ -183,16 +183,3 @@ def layer_sensitivity(
     if not points:
         raise ValueError(f"every layer of {run.path} is sparser than {max(sparsities)}: ask for higher sparsities")
     return Sensitivity(run.path.name, split, unpruned, tuple(points), batch_norm)
-
-
-def _checkpoint(run: Run, which: str) -> checkpoint.Checkpoint:
-    found = checkpoint.load_latest(run.checkpoints)
-    if found is None:
-        raise checkpoint.CheckpointError(f"{run.path} has no checkpoint: there is nothing to prune")
-    if which == "last":
-        return found
-    if which != "best":
-        raise ValueError(f"which={which!r}: 'best' or 'last'")
-    if found.best is None:
-        raise checkpoint.CheckpointError(f"{run.path} has no best checkpoint; try 'last'")
-    return checkpoint.load(run.checkpoints / f"{found.best:08d}")
