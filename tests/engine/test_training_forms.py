@@ -176,7 +176,9 @@ def test_weights_loaded_right_after_a_step_are_used(monkeypatch, always_sparse):
     twins.sparsifier.attach(optimizer)
     looks = []
     leaks = granet.engine.layer.masking.leaks
-    monkeypatch.setattr(granet.engine.layer.masking, "leaks", lambda work: looks.append(1) or leaks(work))
+    monkeypatch.setattr(
+        granet.engine.layer.masking, "leaks", lambda work, **more: looks.append(1) or leaks(work, **more)
+    )
     for _ in range(5):
         twins.fast(twins.x).square().sum().backward()
         looks.clear()

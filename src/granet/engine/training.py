@@ -92,7 +92,7 @@ class TrainingPlan:
         self._confirmed = False  # the whole model has been measured to be faster
         self._known: dict[tuple, float] = {}
         self._version = sparsifier.version
-        self._optimizers: tuple = ()  # those of the sparsifier that tell this plan of their steps
+        self._attached = None  # the sparsifier's optimizers that tell this plan of their steps
         self._hooks: list = []
 
     @property
@@ -107,7 +107,7 @@ class TrainingPlan:
 
     def follow(self) -> None:
         """Takes note of a topology that has changed: each layer calls this before it runs."""
-        if self._optimizers is not self.sparsifier._optimizers:
+        if self._attached is not self.sparsifier._attached:
             self._listen()
         if self._version == self.sparsifier.version:
             return
@@ -120,9 +120,9 @@ class TrainingPlan:
         """Has the sparsifier's optimizers tell of their steps, after which it has cleared what is inactive."""
         for hook in self._hooks:
             hook.remove()
-        self._optimizers = self.sparsifier._optimizers
+        attached = self._attached = self.sparsifier._attached
         # where the loop calls before_step() and after_step() itself, the weights are looked at in each step instead
-        listened = self._optimizers if self.sparsifier._hooks else ()
+        listened = attached.optimizers if attached is not None and attached.hooked else ()
         self._hooks = [optimizer.register_step_post_hook(self._stepped) for optimizer in listened]
 
     def _stepped(self, *_: object) -> None:
@@ -226,7 +226,7 @@ class TrainingPlan:
                 del forward.module.forward
         for hook in self._hooks:
             hook.remove()
-        self.rows, self._hooks, self._optimizers, self.whole = [], [], (), {}
+        self.rows, self._hooks, self._attached, self.whole = [], [], None, {}
         self.why = "removed"
 
 
