@@ -19,8 +19,13 @@ DESCRIPTION = """Train a grid of recipes, methods, settings and seeds, and set t
 
 The same command again goes on where it stopped: finished runs are not trained again.
 
+Any setting of a recipe can be given, as to `granet train`: --train.epochs 3, --method.sparsity 0.8 0.9. It holds for
+all methods, in place of what the sweep says; several values make a run each. Tables go to a folder that says so.
+
 examples:
   granet sweep digits                          a sweep of the package, in two minutes
+  granet sweep digits --train.epochs 3 --seeds 0 1
+                                               the same, shorter and with other seeds
   granet sweep mine.toml --jobs 4              a file of your own, four runs at a time
   granet sweep mine.toml --dry-run             what it would train
   granet sweep mine.toml --executor ray        on a Ray cluster, or here; pip install "granet[ray]"
@@ -39,6 +44,8 @@ class Arguments:
     """Folder of run directories."""
     out: Path | None = None
     """Folder of the tables and plots; sweeps/NAME if not given."""
+    seeds: tuple[int, ...] = ()
+    """Seeds in place of those of the sweep."""
     jobs: int | None = None
     """Runs at a time; else one a processor, one on a GPU, and on a cluster as many as it takes."""
     executor: Literal["local", "ray", "slurm"] = "local"
@@ -51,15 +58,18 @@ class Arguments:
 
 def main(args: list[str]) -> int:
     """Runs the sweep, shows the table and writes the report; returns the exit code, 1 if runs failed."""
-    arguments = words.read(Arguments, args, prog="granet sweep", description=DESCRIPTION)
+    from granet.lab import grid, override
+
+    rest, settings = override.split(args)
+    arguments = words.read(Arguments, rest, prog="granet sweep", description=DESCRIPTION, also=override.FLAGS)
 
     from granet import report
     from granet.cli.terminal import Console
-    from granet.lab import grid, pool
+    from granet.lab import pool
 
     report.require()
     pool.check(arguments.executor, arguments.jobs, arguments.option)
-    sweep = grid.load(arguments.sweep)
+    sweep = override.laid_over(grid.load(arguments.sweep), settings, arguments.seeds)
     cells = grid.cells(sweep)
 
     import yaml

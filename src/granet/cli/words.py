@@ -21,7 +21,7 @@ class UsageError(ValueError):
     """A command line that cannot be understood: says what was given, and what is possible."""
 
 
-def read(kind: type[T], words: list[str], *, prog: str, description: str) -> T:
+def read(kind: type[T], words: list[str], *, prog: str, description: str, also: Iterable[str] = ()) -> T:
     """Returns a value of the dataclass ``kind`` as ``words`` describe it.
 
     Args:
@@ -29,6 +29,7 @@ def read(kind: type[T], words: list[str], *, prog: str, description: str) -> T:
         words: what the user wrote behind the command.
         prog: the command, for help and messages.
         description: what it does, for help.
+        also: further options of the command, which it has read by itself; they are named where they are nearest.
 
     Raises:
         UsageError: an option that there is not (the message names the nearest one), or a value that does not fit.
@@ -51,7 +52,7 @@ def read(kind: type[T], words: list[str], *, prog: str, description: str) -> T:
             problem = problem.__cause__ or problem.__context__
         if isinstance(problem, ValidationError):
             raise problem from None
-        raise UsageError(_explain(said.getvalue(), words, prog, options(kind))) from None
+        raise UsageError(_explain(said.getvalue(), words, prog, [*options(kind), *also])) from None
 
 
 def options(kind: type) -> list[str]:
