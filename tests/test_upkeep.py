@@ -252,7 +252,7 @@ def test_the_device_that_torch_makes_tensors_on_does_not_matter():
 def test_every_piece_of_a_large_weight_is_looked_at_within_some_steps(monkeypatch):
     from granet import masking
 
-    monkeypatch.setattr(masking, "_PIECE", 64)
+    monkeypatch.setattr(masking.Watch, "SIZES", (64, 64))
     model = nn.Linear(64, 64)
     sparsifier = Sparsifier(model, Static(sparsity=0.9))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

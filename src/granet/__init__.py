@@ -101,7 +101,10 @@ class _Lazy(ModuleType):
     """
 
     def __getattr__(self, name: str):
-        return getattr(import_module(self.__name__), name)
+        module = self.__dict__.get("_module")
+        if module is None:
+            module = self.__dict__["_module"] = import_module(self.__name__)
+        return getattr(module, name)
 
     def __setattr__(self, name: str, value) -> None:
         setattr(import_module(self.__name__), name, value)
@@ -119,7 +122,7 @@ class _Lazy(ModuleType):
 def __getattr__(name: str):
     if name in _MODULES:
         full = f"{__name__}.{name}"
-        return sys.modules.get(full) or _Lazy(full)
+        return import_module(full) if "torch" in sys.modules else _Lazy(full)
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, __all__)}")

@@ -14,6 +14,8 @@ from granet import distributed, quantised
 _PIECE = 1 << 18
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+_ALL = slice(None)
+
 Work = Iterable[tuple[Tensor, Sequence[Tensor]]]
 
 
@@ -37,23 +39,19 @@ def clear(work: Work) -> None:
 
 
 @torch.no_grad()
-def leaks(work: Work, *, together: bool = True, piece: int | None = None) -> bool:
+def leaks(work: Work, *, together: bool = True, window: slice = _ALL) -> bool:
     """Whether any tensor has a nonzero (or NaN) entry where its mask is False. Waits for the device.
 
     Args:
         work: pairs of a bool mask and tensors of its shape.
         together: for shards, whether any rank finds one, which all ranks ask at the same time; else this rank alone.
-        piece: look at this piece of each tensor only, of so many as `pieces` says.
+        window: the entries that are looked at, in the order of their storage; all of a tensor that has another order
+            than its mask, if the window begins at 0.
     """
     work = list(work)
-    found = _leaks_here(_here(work), piece)
+    found = _leaks_here(_here(work), window)
     sharded = next((mask for mask, _ in work if distributed.is_sharded(mask)), None)
     return found if sharded is None or not together else distributed.anywhere(found, sharded)
-
-
-def pieces(mask: Tensor) -> int:
-    """The number of pieces in which a tensor of the mask's shape is looked at."""
-    return -(-mask.numel() // _PIECE)
 
 
 class Watch:
@@ -68,12 +66,13 @@ class Watch:
         kept: None until that is known.
     """
 
-    LOOKS, PROBATION, SHARE, LEAST, EVERY = 3, 100, 32, 4, 16
+    LOOKS, PROBATION, SHARE, LEAST, EVERY = 3, 100, 32, 2, 16
+    SIZES = 1 << 14, 1 << 18  # entries in a piece, at least and at most
 
     def __init__(self):
         self.kept: bool | None = None
         self._clean = self._finds = self._steps = 0
-        self._order: list[tuple[str, int]] = []  # pieces of tensors, in the order in which they are looked at
+        self._order: list[tuple[str, slice]] = []  # pieces of tensors, in the order in which they are looked at
 
     def renew(self) -> None:
         """There are new masks: an optimizer that is trusted has to show it again."""
@@ -113,11 +112,17 @@ class Watch:
         if distributed.is_sharded(first) or first.device.type != "cpu":  # ranks, or the host, would wait at every step
             return self._steps % self.EVERY == 0 and leaks(held(masks))
         if not self._order:
-            self._order = [(name, piece) for name, mask in masks.items() for piece in range(pieces(mask))]
+            least, most = self.SIZES
+            size = min(max(sum(mask.numel() for mask in masks.values()) // (2 * self.SHARE), least), most)
+            self._order = [
+                (name, slice(start, start + size))
+                for name, mask in masks.items()
+                for start in range(0, mask.numel(), size)
+            ]
         take = min(max(self.LEAST, -(-len(self._order) // self.SHARE)), len(self._order))
         part, self._order = self._order[:take], self._order[take:]
         self._order += part
-        return any(leaks(held([name]), piece=piece) for name, piece in part)
+        return any(leaks(held([name]), window=window) for name, window in part)
 
 
 def _here(work: Work) -> Work:
@@ -126,18 +131,18 @@ def _here(work: Work) -> Work:
     return ((mask, tensors) for mask, tensors in parts if mask.numel())
 
 
-def _leaks_here(work: Work, only: int | None = None) -> bool:
+def _leaks_here(work: Work, window: slice = _ALL) -> bool:
     scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
     for mask, tensors in work:
         quick, slow = _by_layout(tensors, mask)
-        for bits, flags, pieces in _walk(mask, quick, only):
+        for bits, flags, pieces in _walk(mask, quick, window):
             pair = scratch.setdefault(bits, tuple(torch.empty(_PIECE, dtype=bits, device="cpu") for _ in range(2)))
             words, left = (buffer[: flags.numel()] for buffer in pair)
             # all bits but the sign set where inactive, so that -0.0 counts as zero
             inactive = words.copy_(flags).sub_(1).bitwise_and_(torch.iinfo(bits).max)
             if any(torch.bitwise_and(piece, inactive, out=left).max() > 0 for piece in pieces):
                 return True
-        if not only and any(_nonzero(tensor).logical_and_(mask.logical_not()).any() for tensor in slow):
+        if not window.start and any(_nonzero(tensor).logical_and_(mask.logical_not()).any() for tensor in slow):
             return True
     return False
 
@@ -179,18 +184,21 @@ def _by_layout(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], l
 
 
 def _walk(
-    mask: Tensor, tensors: Sequence[Tensor], only: int | None = None
+    mask: Tensor, tensors: Sequence[Tensor], window: slice = _ALL
 ) -> Iterator[tuple[torch.dtype, Tensor, tuple[Tensor, ...]]]:
     """Pieces of `mask` as 0 and 1 with the same pieces of the tensors as integers, tensors of one width together.
 
-    All pieces, or the one that is numbered `only`.
+    Of the entries in the window alone.
     """
-    some = slice(None) if only is None else slice(only, only + 1)
-    flags = _storage_order(mask).view(torch.int8).split(_PIECE)[some] if tensors else ()
+    flags = _split(_storage_order(mask).view(torch.int8)[window]) if tensors else ()
     for bits in dict.fromkeys(_BITS[tensor.element_size()] for tensor in tensors):
-        same = [_storage_order(t).view(bits).split(_PIECE)[some] for t in tensors if _BITS[t.element_size()] == bits]
+        same = [_split(_storage_order(t).view(bits)[window]) for t in tensors if _BITS[t.element_size()] == bits]
         for piece, *values in zip(flags, *same, strict=True):
             yield bits, piece, tuple(values)
+
+
+def _split(flat: Tensor) -> Sequence[Tensor]:
+    return flat.split(_PIECE) if flat.numel() > _PIECE else (flat,)
 
 
 def _storage_order(tensor: Tensor) -> Tensor:
