@@ -1,6 +1,7 @@
 """The n best of many scores: those that sorting everything finds, on the CPU, another device, and in shards."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given as cases
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map_only
 
 from granet import native, ranking
 from granet.criterion import Layer, given, magnitude
@@ -171,3 +173,44 @@ def test_shards_choose_what_the_whole_does(tmp_path):
 def test_candidates_that_are_not_there_are_told_instead_of_looked_for():
     with pytest.raises(ValueError, match="fewer than 3"):
         top([Layer(torch.ones(4))], given, 3, [torch.tensor([True, True, False, False])], candidates=4)
+
+
+class Placed(torch.Tensor):
+    """A stand-in for a tensor on a GPU: it refuses to meet tensors of another place, as torch does, but for numbers."""
+
+    @staticmethod
+    def at(place, tensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            placed = torch.Tensor._make_subclass(Placed, tensor.as_subclass(torch.Tensor))
+        placed.place = place
+        return placed
+
+    @property
+    def device(self):
+        return SimpleNamespace(type="cuda", place=self.place)
+
+    def to(self, device):
+        return Placed.at(device.place, self.as_subclass(torch.Tensor))
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            flat = [one for arg in args for one in (arg if isinstance(arg, list | tuple) else [arg])]
+            places = {one.place for one in flat if isinstance(one, Placed)}
+            if len(places) > 1:
+                raise RuntimeError("Expected all tensors to be on the same device")
+            found = func(*args, **kwargs or {})
+            return tree_map_only(torch.Tensor, lambda t: Placed.at(*places, t.as_subclass(torch.Tensor)), found)
+
+
+@cases(SCORES, SCORES, st.data())
+def test_layers_on_several_devices_compete_as_on_one(first, second, data):
+    n = data.draw(st.integers(1, len(first) + len(second) - 1))
+    weights = [torch.tensor(first), torch.tensor(second)]
+    everywhere = [torch.ones(len(weight), dtype=torch.bool) for weight in weights]
+    expected = ranking.top([Layer(weight) for weight in weights], magnitude, n, everywhere, len(first) + len(second))
+    layers = [Layer(Placed.at(i, weight)) for i, weight in enumerate(weights)]
+    among = [Placed.at(i, mask) for i, mask in enumerate(everywhere)]
+    found = ranking.top(layers, magnitude, n, among, len(first) + len(second))
+    for place, (mask, right) in enumerate(zip(found, expected, strict=True)):
+        assert mask.place == place and torch.equal(mask.as_subclass(torch.Tensor), right)

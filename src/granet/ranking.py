@@ -48,7 +48,7 @@ def top(
     """`granet.topology.top` for `n` above 0 and below the number of `candidates`."""
     if any(distributed.is_sharded(mask) for mask in among):
         return top_sharded(layers, criterion, n, among, candidates)
-    select = top_cpu if among[0].device.type == "cpu" else top_device
+    select = top_cpu if all(mask.device.type == "cpu" for mask in among) else top_device
     flat = select(layers, criterion, n, [mask.reshape(-1) for mask in among], candidates)
     return [chosen.view(mask.shape) for chosen, mask in zip(flat, among, strict=True)]
 
@@ -74,16 +74,20 @@ def top_cpu(layers, criterion, n, among, candidates) -> list[Tensor]:
 
 
 def top_device(layers, criterion, n, among, candidates) -> list[Tensor]:
-    """`top` on any other device, the threshold by torch's own selection; masks are flat."""
+    """`top` on any other device, or several, the threshold by torch's own selection on one of them; masks are flat."""
+    home = next((mask.device for mask in among if mask.device.type != "cpu"), among[0].device)
     scores = [_finite(criterion(layer)).reshape(-1) for layer in layers]
-    pool = torch.cat([values[mask] for values, mask in zip(scores, among, strict=True)])
+    pool = torch.cat([values[mask].to(home) for values, mask in zip(scores, among, strict=True)])
     best = 2 * n <= candidates
     picked = pool.topk(n if best else candidates - n + 1, largest=best, sorted=False).values
     threshold = picked.min() if best else picked.max()
-    chosen = [(values > threshold).logical_and_(mask) for values, mask in zip(scores, among, strict=True)]
+    thresholds = [threshold.to(values.device) for values in scores]
+    chosen = [
+        (values > least).logical_and_(mask) for values, least, mask in zip(scores, thresholds, among, strict=True)
+    ]
     missing = n - sum(int(torch.count_nonzero(mask)) for mask in chosen)
-    for values, mask, out in zip(scores, among, chosen, strict=True):
-        ties = (values == threshold).logical_and_(mask).nonzero().squeeze(1)[:missing]
+    for values, least, mask, out in zip(scores, thresholds, among, chosen, strict=True):
+        ties = (values == least).logical_and_(mask).nonzero().squeeze(1)[:missing]
         out[ties] = True
         missing -= ties.numel()
     return chosen
