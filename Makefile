@@ -17,7 +17,7 @@ test-all: $(STACKS)      ## every test, the slow ones too: processes that are ki
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 integrations: $(STACKS)  ## granet inside Lightning, transformers, accelerate, timm, peft and others, the slow tests too
-	$(BIN)/python -m pytest -q tests/integrations tests/test_quantised.py docs/integrations.md src/granet/integrations
+	$(BIN)/python -m pytest -q tests/integrations tests/sparsifier/test_quantised.py docs/integrations.md src/granet/integrations
 
 sanitize: $(STAMP)       ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer; takes minutes
 	GRANET_SANITIZE=1 $(BIN)/python -m pytest -q --timeout 1800 tests/engine/test_sanitizers.py

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import granet
-from granet import stepping
+from granet.sparsifier import stepping
 
 CONTEXT, BATCH, WIDTH, HEADS, DEPTH = 32, 16, 64, 4, 2
 INTERVAL = 50

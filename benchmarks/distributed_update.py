@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from granet import GraNet, Sparsifier, distributed
+from granet import GraNet, Sparsifier, shards
 
 LAYERS = 8
 
@@ -63,8 +63,8 @@ class Update:
     def __call__(self) -> tuple[float, float]:
         """Seconds of one update: on the clock, and of this process's processor."""
         for p in self.parameters:
-            mine = torch.randn(distributed.local(p).shape)  # each rank has its own part, so its own numbers
-            p.grad = distributed.like(mine, p) if distributed.is_sharded(p) else mine
+            mine = torch.randn(shards.local(p).shape)  # each rank has its own part, so its own numbers
+            p.grad = shards.like(mine, p) if shards.is_sharded(p) else mine
         self.sparsifier.before_step()
         self.optimizer.step()
         dist.barrier()

@@ -22,7 +22,7 @@ from torch import nn
 
 from granet.distribution import erk, uniform
 from granet.engine.inference import compile as compile_sparse
-from granet.models import build
+from granet.train.models import build
 
 
 class Bottleneck(nn.Module):

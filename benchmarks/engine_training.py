@@ -31,14 +31,14 @@ from engine_inference import processor
 from torch import nn
 
 import granet
-from granet import recipes
-from granet.charts import COLOURS, DENSE_COLOUR
 from granet.engine import ops, reference
 from granet.engine.spec import Spec
 from granet.engine.training import accelerate
-from granet.models import build
-from granet.recipe import validate
-from granet.trainer import Trainer
+from granet.report.charts import COLOURS, DENSE_COLOUR
+from granet.train import recipes
+from granet.train.models import build
+from granet.train.recipe import validate
+from granet.train.trainer import Trainer
 
 # in, out, kernel, stride, input size: the kinds of layer in a ResNet-50 for 32x32 images
 LAYERS = [

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import granet
-from granet import stepping
+from granet.sparsifier import stepping
 
 
 class Lion(torch.optim.Optimizer):

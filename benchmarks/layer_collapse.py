@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from granet import SNIP, GraSP, Probe, Static, SynFlow, data, models
+from granet import SNIP, GraSP, Probe, Static, SynFlow
 from granet.selection import columns, layers_of, select
 from granet.topology import count
+from granet.train import data, models
 
 SPARSITIES = (0.9, 0.95, 0.98, 0.99, 0.995)
 SNIP_ROUNDS = 10

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 
-from granet import GraNet, Sparsifier, masking, models
+from granet import GraNet, Sparsifier
 from granet.selection import columns, layers_of
+from granet.sparsifier import masking
 from granet.topology import count
+from granet.train import models
 
 
 def official_update(weights, grads, masks, density, ratio):

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float, float]:
     args = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    model = granet.models.build(args.model, classes=10, in_channels=3)
+    model = granet.train.models.build(args.model, classes=10, in_channels=3)
     granet.Sparsifier(model, granet.Static(sparsity=args.sparsity))
     model.eval()
     x = torch.randn(args.batch, 3, 32, 32)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from granet import distribution
 from granet.distribution import DISTRIBUTIONS, budget, er, erk, named, scale, share, uniform
-from granet.models import MODELS
+from granet.train.models import MODELS
 
 SHAPES = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=3),

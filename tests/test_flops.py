@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from granet.distribution import erk
 from granet.flops import count
-from granet.models import MODELS
+from granet.train.models import MODELS
 
 SIDES = {"digits-cnn": 8, "fashion-cnn": 28, "mlp": 28, "resnet18": 224, "resnet50": 224}
 

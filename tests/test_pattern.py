@@ -16,14 +16,15 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 import granet
-from granet import Sparsifier, recipes, topology
+from granet import Sparsifier, topology
 from granet.criterion import Layer, NonFiniteScores, given, gradient, magnitude
 from granet.distribution import Limited, capacity
 from granet.pattern import NM, Block, Channel, Pattern, parse
-from granet.recipe import validate
 from granet.selection import plan, select, unfit
 from granet.topology import count, exchange, grow, grow_random, prune_to, random_masks, top
-from granet.trainer import Trainer
+from granet.train import recipes
+from granet.train.recipe import validate
+from granet.train.trainer import Trainer
 
 METHODS = {
     "gmp": lambda s: granet.GMP(sparsity=s, end=12, interval=3),

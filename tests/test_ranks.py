@@ -11,11 +11,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from granet import recipes
 from granet.ranks import Ranks, current, joined, leave
-from granet.recipe import validate
-from granet.run import Run, execute
-from granet.trainer import Trainer
+from granet.train import recipes
+from granet.train.recipe import validate
+from granet.train.run import Run, execute
+from granet.train.trainer import Trainer
 
 
 def recipe(model="mlp", **train):
@@ -110,8 +110,8 @@ ELASTIC = """
 import os, signal, sys
 from pathlib import Path
 from granet import ranks, recipes
-from granet.recipe import validate
-from granet.run import Run, execute
+from granet.train.recipe import validate
+from granet.train.run import Run, execute
 
 folder, values = Path(sys.argv[1]), recipes.load("digits").model_dump()
 values["train"] |= {"epochs": 3, "warmup": 0, "checkpoint": 10, "log": 1}

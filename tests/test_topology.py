@@ -11,18 +11,7 @@ from hypothesis import strategies as st
 
 from granet.criterion import Layer, gradient, magnitude
 from granet.pattern import NM, Block, parse
-from granet.topology import (
-    count,
-    drop,
-    exchange,
-    grow,
-    grow_random,
-    obeying,
-    prune_to,
-    random_masks,
-    rewire,
-    top,
-)
+from granet.topology import count, drop, exchange, grow, grow_random, obeying, prune_to, random_masks, rewire, top
 
 SCORES = st.lists(st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0, 3.5, 7.25]), min_size=1, max_size=40)
 

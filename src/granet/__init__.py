@@ -1,96 +1,32 @@
 """Sparse neural networks that train sparse: GraNet and its family, on PyTorch.
 
-Names are imported on first use, so that `import granet` and the command line's help do not wait for torch.
+Names are imported on first use, so that `import granet` and the command line's help do not wait for torch. What is
+public stands in `__init__.pyi`, which editors and type checkers read too.
 """
 
+import ast
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from granet.names import did_you_mean
 
-if TYPE_CHECKING:
-    from granet import criterion as criterion
-    from granet import distribution as distribution
-    from granet import flops as flops
-    from granet import models as models
-    from granet import pattern as pattern
-    from granet import ranks as ranks
-    from granet import schedule as schedule
-    from granet import topology as topology
-    from granet.engine.inference import compile as compile
-    from granet.engine.training import accelerate as accelerate
-    from granet.importers import import_masks as import_masks
-    from granet.methods import ACDC as ACDC
-    from granet.methods import DSR as DSR
-    from granet.methods import GMP as GMP
-    from granet.methods import MEST as MEST
-    from granet.methods import METHODS as METHODS
-    from granet.methods import SET as SET
-    from granet.methods import SNFS as SNFS
-    from granet.methods import SNIP as SNIP
-    from granet.methods import STR as STR
-    from granet.methods import DeepR as DeepR
-    from granet.methods import Dense as Dense
-    from granet.methods import Fixed as Fixed
-    from granet.methods import GraNet as GraNet
-    from granet.methods import GraSP as GraSP
-    from granet.methods import Method as Method
-    from granet.methods import RigL as RigL
-    from granet.methods import RigLITOP as RigLITOP
-    from granet.methods import Static as Static
-    from granet.methods import SynFlow as SynFlow
-    from granet.methods import TopKAST as TopKAST
-    from granet.probe import Probe as Probe
-    from granet.selection import plan as plan
-    from granet.sparsifier import Sparsifier as Sparsifier
-
 __version__ = "0.1.0"
 
-_HOME = {
-    "Dense": "methods",
-    "Fixed": "methods",
-    "GMP": "methods",
-    "ACDC": "methods",
-    "DSR": "methods",
-    "DeepR": "methods",
-    "MEST": "methods",
-    "RigLITOP": "methods",
-    "SNFS": "methods",
-    "GraNet": "methods",
-    "GraSP": "methods",
-    "METHODS": "methods",
-    "Method": "methods",
-    "RigL": "methods",
-    "SET": "methods",
-    "SNIP": "methods",
-    "STR": "methods",
-    "Static": "methods",
-    "SynFlow": "methods",
-    "TopKAST": "methods",
-    "accelerate": "engine.training",
-    "compile": "engine.inference",
-    "import_masks": "importers",
-    "plan": "selection",
-    "Probe": "probe",
-    "Sparsifier": "sparsifier",
-}
-_MODULES = (
-    "criterion",
-    "distributed",
-    "distribution",
-    "flops",
-    "lab",
-    "models",
-    "pattern",
-    "ranks",
-    "schedule",
-    "sharded",
-    "topology",
-)
+_HERE = Path(__file__).parent
+_EARLIER = {"distributed": "shards", "sharded": "distributed_checkpoint"}  # names that two modules had before
 
-__all__ = [*_HOME, *_MODULES]
+
+def _public() -> dict[str, tuple[str, str]]:
+    """Public name to the module below granet that has it, and its name there."""
+    stub = ast.parse((_HERE / "__init__.pyi").read_text(encoding="utf-8"))
+    froms = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name: (node.module or "", alias.name) for node in froms for alias in node.names}
+
+
+_PUBLIC = _public()
+__all__ = sorted(_PUBLIC)
 
 
 class _Lazy(ModuleType):
@@ -120,13 +56,17 @@ class _Lazy(ModuleType):
 
 
 def __getattr__(name: str):
-    if name in _MODULES:
-        full = f"{__name__}.{name}"
+    name = _EARLIER.get(name, name)
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, _PUBLIC)}")
+    below, attribute = _PUBLIC[name]
+    home = f"{__name__}.{below}" if below else __name__
+    place = _HERE.joinpath(*below.split("."), attribute)
+    if place.is_dir() or place.with_suffix(".py").exists():
+        full = f"{home}.{attribute}"
         return import_module(full) if "torch" in sys.modules else _Lazy(full)
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, __all__)}")
+    return getattr(import_module(home), attribute)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return [*__all__, "__version__"]

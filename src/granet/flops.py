@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from granet.functional import called_with
 from granet.names import did_you_mean
-from granet.reparameterize import bare
+from granet.sparsifier.reparameterize import bare
 
 Active = Mapping[str, Tensor | int]  # parameter name -> its mask, or how many of its weights are active
 

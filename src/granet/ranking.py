@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from granet import distributed, native
+from granet import native, shards
 from granet.criterion import Criterion, Layer, NonFiniteScores
 
 _PART = 1 << 16  # weights looked at together: scores and comparisons of one part stay in the cache
@@ -46,7 +46,7 @@ def top(
     layers: Sequence[Layer], criterion: Criterion, n: int, among: Sequence[Tensor], candidates: int
 ) -> list[Tensor]:
     """`granet.topology.top` for `n` above 0 and below the number of `candidates`."""
-    if any(distributed.is_sharded(mask) for mask in among):
+    if any(shards.is_sharded(mask) for mask in among):
         return top_sharded(layers, criterion, n, among, candidates)
     select = top_cpu if all(mask.device.type == "cpu" for mask in among) else top_device
     flat = select(layers, criterion, n, [mask.reshape(-1) for mask in among], candidates)
@@ -102,13 +102,13 @@ def top_sharded(layers, criterion, n, among, candidates) -> list[Tensor]:
         ValueError: the tensors lie in different meshes.
         NonFiniteScores: a score on any of the ranks is NaN or infinite; raised on all of them.
     """
-    mesh = next(mask.device_mesh for mask in among if distributed.is_sharded(mask))
-    if any(distributed.is_sharded(mask) and mask.device_mesh != mesh for mask in among):
+    mesh = next(mask.device_mesh for mask in among if shards.is_sharded(mask))
+    if any(shards.is_sharded(mask) and mask.device_mesh != mesh for mask in among):
         raise ValueError("the sparse parameters lie in different device meshes; shard all of them over one")
     parts = [_flat_part(layer) for layer in layers]
-    masks = [distributed.local(mask).reshape(-1) for mask in among]
+    masks = [shards.local(mask).reshape(-1) for mask in among]
     # a part that several ranks hold is counted by the first of them
-    owned = [distributed.is_owner(mask, mesh) for mask in among]
+    owned = [shards.is_owner(mask, mesh) for mask in among]
 
     low, high = _bracket_sharded(parts, criterion, n, masks, candidates, owned, mesh, sum(m.numel() for m in among))
     while True:
@@ -121,7 +121,7 @@ def top_sharded(layers, criterion, n, among, candidates) -> list[Tensor]:
                 break
         mine = [one for one, owner in zip(found, owned, strict=False) if owner]
         counts = [sum(one.above for one in mine), sum(one.at.numel() for one in mine), int(not finite)]
-        above, inside, broken = distributed.summed(torch.tensor(counts, device=masks[0].device), mesh).tolist()
+        above, inside, broken = shards.summed(torch.tensor(counts, device=masks[0].device), mesh).tolist()
         if broken:
             raise NonFiniteScores(f"{_NOT_FINITE}, on some rank")
         if above <= n <= above + inside:
@@ -130,31 +130,28 @@ def top_sharded(layers, criterion, n, among, candidates) -> list[Tensor]:
 
     if n > above:
         kind = reduce(torch.promote_types, [one.scores.dtype for one in found])
-        keys = [distributed.ordered(one.scores.to(kind)) for one in found]
+        keys = [shards.ordered(one.scores.to(kind)) for one in found]
         bits = 8 * keys[0].element_size()
-        threshold, larger, equal = distributed.nth(_owned(keys, owned), bits, n - above, mesh)
+        threshold, larger, equal = shards.nth(_owned(keys, owned), bits, n - above, mesh)
         keep = [key > threshold for key in keys]
         ties = [key == threshold for key in keys]
         missing = n - above - larger
         if equal > missing:  # those that come first: the earlier layer, the smaller index in the whole tensor
             begin, places = 0, []
             for one, tie, mask in zip(found, ties, among, strict=True):
-                places.append(-1 - begin - distributed.positions(mask, one.at[tie]))
+                places.append(-1 - begin - shards.positions(mask, one.at[tie]))
                 begin += mask.numel()
-            last, *_ = distributed.nth(_owned(places, owned), begin.bit_length() + 1, missing, mesh)
+            last, *_ = shards.nth(_owned(places, owned), begin.bit_length() + 1, missing, mesh)
             for tie, place in zip(ties, places, strict=True):
                 tie[tie.clone()] = place >= last
         _add(found, torch.cat([a | b for a, b in zip(keep, ties, strict=True)]))
-    whole = [one.chosen.view(distributed.local(mask).shape) for one, mask in zip(found, among, strict=True)]
-    return [
-        distributed.like(out, mask) if distributed.is_sharded(mask) else out
-        for out, mask in zip(whole, among, strict=True)
-    ]
+    whole = [one.chosen.view(shards.local(mask).shape) for one, mask in zip(found, among, strict=True)]
+    return [shards.like(out, mask) if shards.is_sharded(mask) else out for out, mask in zip(whole, among, strict=True)]
 
 
 def _flat_part(layer: Layer) -> Layer:
-    grad = None if layer.grad is None else distributed.local(layer.grad)
-    return Layer(distributed.local(layer.weight), grad).flat()
+    grad = None if layer.grad is None else shards.local(layer.grad)
+    return Layer(shards.local(layer.weight), grad).flat()
 
 
 def _owned(values: list[Tensor], owned: list[bool]) -> Tensor:
@@ -268,13 +265,13 @@ def _bracket_sharded(parts, criterion, n, masks, candidates, owned, mesh, total)
     if total <= _SMALL or _of_many_kinds(parts):
         return -inf, inf
     values = _owned(_sample(parts, criterion, masks, _stride(total)), owned)
-    size = int(distributed.summed(torch.tensor(values.numel(), device=values.device), mesh))
-    keys = distributed.ordered(values)
+    size = int(shards.summed(torch.tensor(values.numel(), device=values.device), mesh))
+    keys = shards.ordered(values)
     found = []
     for rank, without in zip(_ranks(size, n / candidates), (-inf, inf), strict=True):
         inner = 0 <= rank < size
-        key = distributed.nth(keys, 8 * keys.element_size(), size - rank, mesh)[0] if inner else None
-        found.append(distributed.score_of(key, values.dtype) if inner else without)
+        key = shards.nth(keys, 8 * keys.element_size(), size - rank, mesh)[0] if inner else None
+        found.append(shards.score_of(key, values.dtype) if inner else without)
     low, high = found
     return (low if isfinite(low) else -inf), (high if isfinite(high) else inf)
 

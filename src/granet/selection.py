@@ -25,7 +25,7 @@ from math import prod
 import torch
 from torch import nn
 
-from granet import distributed
+from granet import shards
 from granet.checks import refuse_pruned, refuse_sparse_gradients, require_kinds
 from granet.criterion import Layer
 from granet.filters import KINDS, Default, Filter, by_default, hits, listed
@@ -101,7 +101,7 @@ def _obeying(choices: list[Choice], pattern: Pattern) -> list[Choice]:
         reason = f"the last layer's {pattern.unit} are the network's outputs; name it in only= to prune them"
         choices = [replace(choice, sparse=False, reason=reason) if choice is last[0] else choice for choice in choices]
     for choice in choices:
-        if choice.sparse and str(pattern) != "unstructured" and distributed.is_sharded(choice.parameter):
+        if choice.sparse and str(pattern) != "unstructured" and shards.is_sharded(choice.parameter):
             raise ValueError(f"{choice.name!r} is sharded: only pattern 'unstructured' is there for sharded parameters")
         why = pattern.misfit(tuple(choice.parameter.shape)) if choice.sparse else None
         if why:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from granet import distributed, distribution, ranking
+from granet import distribution, ranking, shards
 from granet.criterion import Criterion, Layer, given
 from granet.criterion import NonFiniteScores as NonFiniteScores  # what `top` and all that is made of it may raise
 
@@ -185,17 +185,17 @@ def random_scores(tensor: Tensor, rng: torch.Generator) -> Tensor:
     Lea and Flood 2014 at that index), so that shards of a tensor get the scores that they would have in the whole.
     """
     seed = int(torch.randint(1 << 62, (), generator=rng, device="cpu"))
-    state = distributed.positions(tensor).add_(seed & (1 << 31) - 1).mul_(_GOLDEN).add_(seed)
+    state = shards.positions(tensor).add_(seed & (1 << 31) - 1).mul_(_GOLDEN).add_(seed)
     for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
         state.bitwise_xor_((state >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
     scores = (state >> 40).bitwise_and_((1 << 24) - 1).float().div_(1 << 24)
-    return distributed.like(scores, tensor) if distributed.is_sharded(tensor) else scores
+    return shards.like(scores, tensor) if shards.is_sharded(tensor) else scores
 
 
 def count(mask: Tensor) -> int:
     """The number of True entries."""
-    if distributed.is_sharded(mask):
-        return distributed.count(mask)
+    if shards.is_sharded(mask):
+        return shards.count(mask)
     if mask.device.type == "cpu":  # several times as fast as torch's own
         return int(np.count_nonzero(mask.numpy()))
     return int(torch.count_nonzero(mask))

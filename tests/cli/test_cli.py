@@ -8,11 +8,11 @@ import time
 import pytest
 import yaml
 
-from granet import checkpoint
 from granet.cli import COMMANDS
 from granet.cli.progress import stoppable
-from granet.recipe import validate
-from granet.run import Run
+from granet.train import checkpoint
+from granet.train.recipe import validate
+from granet.train.run import Run
 
 GRANET = [sys.executable, "-m", "granet.cli"]
 TINY = ["--model.name", "mlp", "--train.epochs", "2", "--train.threads", "1", "--method.interval", "7it"]

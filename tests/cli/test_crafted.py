@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from granet import checkpoint, cli
+from granet import cli
 from granet.cli import main
-from granet.recipe import validate
-from granet.run import Run, execute
+from granet.train import checkpoint
+from granet.train.recipe import validate
+from granet.train.run import Run, execute
 
 RECIPE = {
     "name": "crafted",

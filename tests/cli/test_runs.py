@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from granet.run import Run
+from granet.train.run import Run
 
 TINY = ["train", "digits", "--model.name", "mlp", "--train.epochs", "2", "--train.warmup", "0", "--train.threads", "1"]
 TINY += ["--method.interval", "7it"]
@@ -33,8 +33,8 @@ def test_eval_and_sensitivity_take_the_best_checkpoint_or_else_the_last(say, tra
 
 
 def test_without_a_best_checkpoint_the_last_is_taken(say):
-    from granet import recipes
-    from granet.run import execute
+    from granet.train import recipes
+    from granet.train.run import execute
 
     run = Run.of(recipes.load("digits"), Path("runs"))  # dense beyond its target at the first step
     assert execute(run, stop=lambda: True) is None

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from granet.cli.sweep import last_epoch
-from granet.run import Run
+from granet.train.run import Run
 
 GRANET = [sys.executable, "-m", "granet.cli"]
 TINY = """

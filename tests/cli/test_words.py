@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from granet.cli import COMMANDS
-from granet.run import Run
+from granet.train.run import Run
 
 ROOT = Path(__file__).parents[2]
 GRANET = [sys.executable, "-m", "granet.cli"]
@@ -124,7 +124,7 @@ def test_a_library_that_is_not_there_is_missed_before_anything_runs(say, monkeyp
     ],
 )
 def test_what_draws_is_missed_before_anything_is_trained(say, monkeypatch, tmp_path, words):
-    from granet import recipes
+    from granet.train import recipes
 
     (tmp_path / "here").mkdir()
     (tmp_path / "here/recipe.yaml").write_text(recipes.load("digits").to_yaml())

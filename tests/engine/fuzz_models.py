@@ -10,8 +10,8 @@ from torch import nn
 
 from granet.engine import ops
 from granet.engine.capture import trace
-from granet.engine.plan import build
 from granet.engine.program import Choice, Program, choices
+from granet.engine.runtime import build
 
 
 class Block(nn.Module):

@@ -14,8 +14,8 @@ from torch import nn
 from granet.engine import inference, ops
 from granet.engine.capture import trace
 from granet.engine.graph import tensors_of
-from granet.engine.plan import build
 from granet.engine.program import Program, choices
+from granet.engine.runtime import build
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from fuzz_layers import check_layer, check_panels, check_random_layers
 
 from granet.engine import ops, reference
 from granet.engine.geometry import geometry
-from granet.engine.pattern import forward_pattern, patterns
+from granet.engine.index import forward_pattern, patterns
 from granet.engine.spec import Spec
 
 HERE = Path(__file__).parent

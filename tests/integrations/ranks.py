@@ -12,7 +12,7 @@ from problem import Network, Problem, Text
 from torch.distributed.fsdp import fully_shard
 
 import granet
-from granet import sharded as checkpoints
+from granet.integrations import distributed_checkpoint as checkpoints
 from granet.ranks import leave
 
 

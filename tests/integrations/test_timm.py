@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import granet
-from granet import masking, stepping
+from granet.sparsifier import masking, stepping
 
 timm = pytest.importorskip("timm", reason='needs pip install "granet[timm]"')
 
@@ -134,7 +134,7 @@ def test_a_step_that_the_scaler_skips_is_not_counted(batches):
 
 
 # adahessian differentiates the gradients once more, which it cannot when they were masked in place; fused ones need
-# apex, and those of bitsandbytes are in tests/test_quantised.py
+# apex, and those of bitsandbytes are in tests/sparsifier/test_quantised.py
 @pytest.mark.parametrize("name", list_optimizers(exclude_filters=("fused*", "bnb*", "adahessian")))
 def test_inactive_weights_and_what_is_remembered_of_them_are_zero(name, problem, eager):
     torch.manual_seed(0)

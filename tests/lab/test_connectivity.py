@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from granet import checkpoint
-from granet.checkpoint import CheckpointError
 from granet.cli import main
 from granet.lab.connectivity import ALL, connectivity_of, overlap, units
-from granet.recipe import validate
-from granet.run import Run, execute
 from granet.topology import count, random_masks
+from granet.train import checkpoint
+from granet.train.checkpoint import CheckpointError
+from granet.train.recipe import validate
+from granet.train.run import Run, execute
 
 
 def recipe(seed=0, model="mlp", **method):

@@ -4,10 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from granet import checkpoint, distribution, recipes
+from granet import distribution
 from granet.cli import main
 from granet.lab.lottery import Lottery, LotteryError, levels, run
-from granet.recipe import validate
+from granet.train import checkpoint, recipes
+from granet.train.recipe import validate
 
 
 def recipe(epochs=2, seed=0):
@@ -67,7 +68,7 @@ def test_a_level_begins_with_the_weights_that_its_mode_says(mode, rewind, tmp_pa
     if mode == "learning-rate":
         source = trained.model
     elif rewind == "0":
-        from granet.trainer import Trainer
+        from granet.train.trainer import Trainer
 
         source = Trainer(zero.run.recipe).model.state_dict()
     else:

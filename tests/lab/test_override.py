@@ -3,7 +3,8 @@
 import pytest
 
 from granet.cli import main
-from granet.lab import grid, override
+from granet.lab import override
+from granet.lab.sweep import grid
 
 VALUES = {
     "name": "mine",

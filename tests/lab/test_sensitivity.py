@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from granet import checkpoint, recipes
-from granet.checkpoint import CheckpointError
 from granet.cli import main
-from granet.lab.plasticity_cell import Bench
+from granet.lab.plasticity.cell import Bench
 from granet.lab.sensitivity import layer_sensitivity
-from granet.recipe import RecipeError, validate
-from granet.run import Run, execute
 from granet.topology import count
+from granet.train import checkpoint, recipes
+from granet.train.checkpoint import CheckpointError
+from granet.train.recipe import RecipeError, validate
+from granet.train.run import Run, execute
 
 
 def recipe(model="mlp", **train):
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
 
 
 def test_accuracies_are_those_of_the_network_with_one_layer_pruned(run):
-    from granet.trainer import Trainer
+    from granet.train.trainer import Trainer
 
     found = layer_sensitivity(run, sparsities=(0.5, 0.9, 0.99))
     trainer, last = Trainer(run.recipe), checkpoint.load_latest(run.checkpoints)

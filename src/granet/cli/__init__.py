@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(message: str) -> int:
     rank = f" on rank {os.environ['RANK']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-    from granet.texts import printable, worded
+    from granet.parsing import printable, worded
 
     print(printable(f"granet: error{rank}: {worded(message)}"), file=sys.stderr)
     return 2

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import tyro
 from pydantic import ValidationError, create_model
 
-from granet import recipes
 from granet.cli import words
-from granet.recipe import Recipe, RecipeError, explained, validate
+from granet.train import recipes
+from granet.train.recipe import Recipe, RecipeError, explained, validate
 
 DEFAULT = "digits"
 SHORT = {"--engine": "--train.engine"}

@@ -38,7 +38,7 @@ def main(args: list[str]) -> int:
     """Prints the report; returns the exit code."""
     arguments = words.read(Arguments, args, prog="granet bench", description=DESCRIPTION)
 
-    from granet import bench
+    from granet.lab import speed
 
-    say(bench.main(**vars(arguments)))
+    say(speed.main(**vars(arguments)))
     return 0

@@ -32,9 +32,9 @@ def main(args: list[str]) -> int:
     if not arguments.runs:
         raise ValueError("which runs? `granet compare runs/*`")
 
-    from granet import report
     from granet.cli.session import show_runs
     from granet.cli.terminal import Console, warn
+    from granet.report import page as report
 
     report.require()
     if arguments.out.exists() and not (arguments.out.is_file() and report.is_page(arguments.out)):

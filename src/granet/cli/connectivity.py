@@ -30,8 +30,8 @@ def main(args: list[str]) -> int:
     """Prints the tables, writes numbers and figure; returns the exit code."""
     arguments = words.read(Arguments, args, prog="granet connectivity", description=DESCRIPTION)
 
-    from granet import report
     from granet.lab.connectivity import connectivity_of
+    from granet.report import page as report
 
     report.require()
     found = connectivity_of(arguments.runs)

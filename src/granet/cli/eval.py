@@ -36,8 +36,8 @@ def main(args: list[str]) -> int:
     """Prints loss, accuracy and sparsity; returns the exit code."""
     arguments = words.read(Arguments, args, prog="granet eval", description=DESCRIPTION)
 
-    from granet.run import Run, load_weights
-    from granet.trainer import Trainer
+    from granet.train.run import Run, load_weights
+    from granet.train.trainer import Trainer
 
     run = Run.open(arguments.run)
     trainer = Trainer(run.recipe)

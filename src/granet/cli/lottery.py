@@ -56,11 +56,11 @@ def train(request: Request) -> int:
     """Trains what is not trained yet."""
     import dataclasses
 
-    from granet import report
     from granet.cli.progress import Watcher, show_log, stoppable
     from granet.cli.session import show
     from granet.cli.terminal import Console
     from granet.lab import lottery
+    from granet.report import page as report
 
     report.require()
     console = Console()

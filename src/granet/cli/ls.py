@@ -36,7 +36,7 @@ def main(args: list[str]) -> int:
 
 
 def _recipes():
-    from granet import recipes
+    from granet.train import recipes
 
     rows = []
     for file in recipes.catalog():
@@ -59,13 +59,13 @@ def _methods():
 
 
 def _models():
-    from granet.models import MODELS
+    from granet.train.models import MODELS
 
     return [(name, model.description) for name, model in MODELS.items()], None
 
 
 def _data():
-    from granet.data import DATA, data_root
+    from granet.train.data import DATA, data_root
 
     rows = []
     for name, source in DATA.items():

@@ -23,9 +23,9 @@ def main(args: list[str]) -> int:
     """Prints the plan; returns the exit code."""
     recipe = parse(args, Options, prog="granet plan", description=DESCRIPTION).recipe
 
-    from granet import data, models
+    from granet.parsing import worded
     from granet.selection import plan, unfit
-    from granet.texts import worded
+    from granet.train import data, models
 
     source = data.DATA[recipe.data.name]
     steps_per_epoch = NOMINAL

@@ -8,7 +8,7 @@ from typing import Literal
 from granet.cli import words
 from granet.cli.arguments import parse
 from granet.cli.terminal import say
-from granet.lab import plasticity_study as studies
+from granet.lab.plasticity import study as studies
 
 DESCRIPTION = """Pruning plasticity: prune a network once at moments of its training, and see how well it recovers.
 
@@ -82,11 +82,11 @@ def main(args: list[str]) -> int:
 
     import yaml
 
-    from granet import report
     from granet.cli.progress import stoppable
     from granet.cli.terminal import Console
-    from granet.lab import plasticity_grid as lab
-    from granet.lab import pool
+    from granet.lab.plasticity import run as lab
+    from granet.lab.pool import executor as pool
+    from granet.report import page as report
 
     report.require()
     pool.check(options.executor, options.jobs, options.option)
@@ -106,7 +106,7 @@ def main(args: list[str]) -> int:
         stopped = stop()
     table = plan.table()
     if table.rows:
-        from granet.lab.plasticity_findings import findings, paragraph
+        from granet.lab.plasticity.findings import findings, paragraph
 
         say(f"\n{table}\n\n{paragraph(table)}\n")
         for finding in findings(table):

@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from granet.cli.terminal import Console
-from granet.trainer import Trainer
+from granet.train.trainer import Trainer
 
 
 class Watcher:

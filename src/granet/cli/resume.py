@@ -26,6 +26,6 @@ def main(args: list[str]) -> int:
     arguments = words.read(Arguments, args, prog="granet resume", description=DESCRIPTION)
 
     from granet.cli.session import train_all
-    from granet.run import Run
+    from granet.train.run import Run
 
     return train_all([Run.open(arguments.run)])

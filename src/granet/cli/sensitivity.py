@@ -38,8 +38,9 @@ def main(args: list[str]) -> int:
     """Prints the table, writes numbers and figure; returns the exit code."""
     arguments = words.read(Arguments, args, prog="granet sensitivity", description=DESCRIPTION)
 
-    from granet import files, report
+    from granet import files
     from granet.lab.sensitivity import layer_sensitivity
+    from granet.report import page as report
 
     report.require()
     found = layer_sensitivity(

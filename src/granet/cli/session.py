@@ -4,10 +4,11 @@ from pathlib import Path
 
 from rich.text import Text
 
-from granet import ranks, report
+from granet import ranks
 from granet.cli.progress import Watcher, show_log, stoppable
 from granet.cli.terminal import Console
-from granet.run import Run, execute
+from granet.report import page as report
+from granet.train.run import Run, execute
 
 
 def train_all(runs: list[Run]) -> int:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 
 from granet.cli.arguments import parse
-from granet.recipe import schema
+from granet.train.recipe import schema
 
 DESCRIPTION = """A recipe with every default written out, as YAML that `granet train FILE.yaml` takes.
 

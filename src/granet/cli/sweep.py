@@ -10,8 +10,8 @@ from granet.cli import words
 
 if TYPE_CHECKING:
     from granet.cli.terminal import Console
-    from granet.lab.grid import Sweep
-    from granet.lab.sweep import Done
+    from granet.lab.sweep.grid import Sweep
+    from granet.lab.sweep.run import Done
 
 from granet.cli.terminal import say
 
@@ -58,14 +58,15 @@ class Arguments:
 
 def main(args: list[str]) -> int:
     """Runs the sweep, shows the table and writes the report; returns the exit code, 1 if runs failed."""
-    from granet.lab import grid, override
+    from granet.lab import override
+    from granet.lab.sweep import grid
 
     rest, settings = override.split(args)
     arguments = words.read(Arguments, rest, prog="granet sweep", description=DESCRIPTION, also=override.FLAGS)
 
-    from granet import report
     from granet.cli.terminal import Console
-    from granet.lab import pool
+    from granet.lab.pool import executor as pool
+    from granet.report import page as report
 
     report.require()
     pool.check(arguments.executor, arguments.jobs, arguments.option)
@@ -75,7 +76,7 @@ def main(args: list[str]) -> int:
     import yaml
 
     from granet.cli.progress import stoppable
-    from granet.lab import sweep as lab
+    from granet.lab.sweep import run as lab
 
     console = Console()
     lab.check(cells)
@@ -112,7 +113,7 @@ def main(args: list[str]) -> int:
 
 def show(sweep: "Sweep", ended: "list[Done]", out: Path, console: "Console") -> None:
     """Prints the table and writes it to ``out`` as Markdown, CSV and a page with plots."""
-    from granet.lab import page, table
+    from granet.lab.sweep import page, table
 
     lines = table.rows(sweep, ended)
     if not lines:
@@ -128,7 +129,7 @@ def show(sweep: "Sweep", ended: "list[Done]", out: Path, console: "Console") -> 
 
 
 def _title(sweep: "Sweep", done: "Done") -> str:
-    from granet.lab.grid import place
+    from granet.lab.sweep.grid import place
 
     keys = dict.fromkeys(("method.sparsity", *sweep.varied))
     settings = {key.partition(".")[2]: done.cell.at(key) for key in keys}
@@ -193,7 +194,7 @@ class Board:
 def last_epoch(metrics: Path) -> float | None:
     """Returns how far the run is that writes ``metrics``, in epochs; None before its first record."""
     from granet import files
-    from granet.texts import from_json
+    from granet.parsing import from_json
 
     try:
         lines = files.tail(metrics, 8192).split(b"\n")

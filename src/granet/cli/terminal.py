@@ -11,7 +11,7 @@ from typing import Any
 import rich.console
 from rich.segment import Segment
 
-from granet.texts import printable
+from granet.parsing import printable
 
 
 def say(*values: object, end: str = "\n") -> None:

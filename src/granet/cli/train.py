@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from granet import recipes
 from granet.cli.arguments import Request, parse
-from granet.recipe import Recipe, validate
+from granet.train import recipes
+from granet.train.recipe import Recipe, validate
 
 DESCRIPTION = """Train a network from a recipe. The same command again goes on where it stopped.
 
@@ -37,7 +37,7 @@ def main(args: list[str]) -> int:
         wanted.append(twin(request))
 
     from granet.cli.session import train_all
-    from granet.run import Run
+    from granet.train.run import Run
 
     return train_all([Run.of(recipe, request.options.runs) for recipe in wanted])
 

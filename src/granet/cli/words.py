@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import tyro
 from pydantic import ValidationError
 
-from granet.recipe import suggest
+from granet.train.recipe import suggest
 
 T = TypeVar("T")
 

@@ -21,10 +21,10 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 
 from granet import native
 from granet.engine.graph import Stages, lower
-from granet.engine.plan import build
-from granet.engine.planner import milliseconds
 from granet.engine.report import InferenceReport
+from granet.engine.runtime import build
 from granet.engine.search import Decision, compare, search
+from granet.engine.timing import milliseconds
 from granet.engine.weights import Constants, Watch
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from granet import native
 from granet.engine import search
 from granet.engine.capture import Part, Settings, capture, recording, separate
 from granet.engine.graph import tensors_of
-from granet.engine.planner import interleaved, milliseconds
 from granet.engine.report import InferenceReport
 from granet.engine.snapshot import untouched
+from granet.engine.timing import interleaved, milliseconds
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from granet import masking
 from granet.engine import eager, ops
-from granet.engine.planner import NOISE
 from granet.engine.report import LayerReport
 from granet.engine.spec import spec_of
+from granet.engine.timing import NOISE
+from granet.sparsifier import masking
 
 if TYPE_CHECKING:
     from granet.engine.training import TrainingPlan

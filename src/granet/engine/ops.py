@@ -14,7 +14,7 @@ from torch import Tensor
 from granet import native
 from granet.engine import eager, encoding, reference
 from granet.engine.geometry import Geometry, geometry
-from granet.engine.pattern import Pattern, patterns
+from granet.engine.index import Pattern, patterns
 from granet.engine.spec import Spec
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from granet.engine import encoding, ops
 from granet.engine.encoding import ACTIVATIONS, KINDS
 from granet.engine.geometry import LINE, Lanes, geometry, least_lanes, taps_of
-from granet.engine.pattern import Pattern, forward_pattern
+from granet.engine.index import Pattern, forward_pattern
 from granet.engine.spec import Spec
 
 GROUP = 4  # channels that share their places in the "block" kernel
@@ -371,6 +371,6 @@ class Program:
     def run(self, inputs: list[Tensor], arena: Tensor, *, time: bool = False) -> list[Tensor]:
         """The segment's outputs, in the order of `segment.outputs`; with `time` also the nanoseconds of each step."""
         inputs = [t.contiguous() for t in inputs]
-        found = torch.ops.granet.run(inputs, self.constants, arena, self.program, time)
+        found = torch.ops.granet.train.run(inputs, self.constants, arena, self.program, time)
         shaped = [t.view(v.shape) for t, v in zip(found, self.segment.outputs, strict=False)]
         return [*shaped, *found[len(shaped) :]]

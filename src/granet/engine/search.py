@@ -12,10 +12,10 @@ from torch import Tensor, fx
 
 from granet.engine import ops
 from granet.engine.graph import LAYERS, Stages, shape_of, tensors_of
-from granet.engine.plan import build
-from granet.engine.planner import NOISE, interleaved, milliseconds
 from granet.engine.program import Choice, Layer, Program, Segment, choices
 from granet.engine.report import InferenceReport, LayerReport
+from granet.engine.runtime import build
+from granet.engine.timing import NOISE, interleaved, milliseconds
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from granet import native
 from granet.engine import eager, ops
 from granet.engine.layer import Forward, is_exchanged
-from granet.engine.planner import NOISE, Spread, interleaved, spreads
 from granet.engine.report import LayerReport, layer_table
-from granet.reparameterize import is_reparameterized
+from granet.engine.timing import NOISE, Spread, interleaved, spreads
+from granet.sparsifier.reparameterize import is_reparameterized
 
 if TYPE_CHECKING:
     from granet.sparsifier import Sparsifier

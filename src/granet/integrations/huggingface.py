@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from granet import integrations, masking
+from granet.integrations import adapter
 from granet.methods.base import Method
 from granet.ranks import current
-from granet.reparameterize import is_reparameterized
-from granet.sparsifier import Sparsifier
+from granet.sparsifier import Sparsifier, masking
+from granet.sparsifier.reparameterize import is_reparameterized
 
 FILE = "sparsifier.pt"  # in each checkpoint's folder
 
@@ -52,7 +52,7 @@ class SparseTraining(TrainerCallback):
     """
 
     def __init__(self, method: Method | Sparsifier, *, max_norm: float | None = None, **options):
-        self.sparsifier = integrations.given(method, options)
+        self.sparsifier = adapter.given(method, options)
         self._method = method if self.sparsifier is None else None
         self._options, self.max_norm = options, max_norm
         if self._method is not None and self._method.reparameterizes:
@@ -91,7 +91,7 @@ class SparseTraining(TrainerCallback):
             state.log_history[-1].update(now)
 
     def on_save(self, args, state, control, **kwargs):
-        whole = integrations.whole(self.sparsifier.state_dict())
+        whole = adapter.whole(self.sparsifier.state_dict())
         with current().guard():
             if args.should_save:
                 part = (written(args, state) / FILE).with_suffix(".part")

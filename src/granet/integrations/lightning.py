@@ -13,10 +13,10 @@
 
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 
-from granet import integrations
+from granet.integrations import adapter
 from granet.methods.base import Method
 from granet.sparsifier import Sparsifier
-from granet.stepping import found_inf
+from granet.sparsifier.stepping import found_inf
 
 
 class SparseTraining(Callback):
@@ -35,7 +35,7 @@ class SparseTraining(Callback):
     """
 
     def __init__(self, method: Method | Sparsifier, **options):
-        self.sparsifier = integrations.given(method, options)
+        self.sparsifier = adapter.given(method, options)
         self._method, self._options, self._logged = method, options, None
         self._hooks, self._in_step = (), False
 
@@ -100,7 +100,7 @@ class SparseTraining(Callback):
             self._hooks = ()
 
     def state_dict(self):
-        return {} if self.sparsifier is None else integrations.whole(self.sparsifier.state_dict())
+        return {} if self.sparsifier is None else adapter.whole(self.sparsifier.state_dict())
 
     def load_state_dict(self, state_dict):
         if self.sparsifier is not None:  # None where a checkpoint is evaluated: its weights have their zeros

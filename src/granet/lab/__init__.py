@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from granet.lab.connectivity import connectivity_of as connectivity_of
-    from granet.lab.plasticity_grid import plasticity as plasticity
+    from granet.lab.plasticity.run import plasticity as plasticity
     from granet.lab.sensitivity import layer_sensitivity as layer_sensitivity
 
 _HOME = {

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from granet import checkpoint, report
-from granet.lab.plasticity_page import svg
+from granet.lab.plasticity.page import svg
 from granet.lab.rows import csv_of
-from granet.run import Run
+from granet.report import page as report
 from granet.selection import columns
 from granet.topology import count
+from granet.train import checkpoint
+from granet.train.run import Run
 
 if TYPE_CHECKING:
     import altair

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from granet import checkpoint, distribution, ranks, topology
+from granet import distribution, ranks, topology
 from granet.criterion import Layer, magnitude
-from granet.lab.plasticity_study import epochs, title
-from granet.recipe import Recipe, in_steps, validate
-from granet.run import Run, execute
-from granet.trainer import Trainer
+from granet.lab.plasticity.study import epochs, title
+from granet.train import checkpoint
+from granet.train.recipe import Recipe, in_steps, validate
+from granet.train.run import Run, execute
+from granet.train.trainer import Trainer
 
 MODES = ("weights", "learning-rate")
 
@@ -115,12 +116,12 @@ def run(
         recipe: what is trained.
         lottery: the procedure.
         runs: folder of the run directories.
-        stop, watch: as `granet.run.execute`.
+        stop, watch: as `granet.train.run.execute`.
         begin: told of each level that is going to be trained.
 
     Raises:
         LotteryError: the moment to go back to is not before the end of the training.
-        CheckpointError, TrainingError: as `granet.run.execute`.
+        CheckpointError, TrainingError: as `granet.train.run.execute`.
     """
     if ranks.current().world > 1:
         raise LotteryError("a lottery is run by one process: start it without torchrun")

@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_origin
 
-from granet.lab.grid import Sweep
-from granet.recipe import SECTIONS, Data, Model, Train
-from granet.texts import from_yaml
+from granet.lab.sweep.grid import Sweep
+from granet.parsing import from_yaml
+from granet.train.recipe import SECTIONS, Data, Model, Train
 
 FIELDS = {"data": (Data,), "model": (Model,), "train": (Train,), "method": tuple(SECTIONS.values())}
 FLAGS = sorted(

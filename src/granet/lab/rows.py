@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from granet import checkpoint
+from granet.train import checkpoint
 
 
 def csv_of(kind: type, rows: Iterable[object], path: str | Path | None = None) -> str:

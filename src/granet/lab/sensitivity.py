@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Literal
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from granet import checkpoint, masking, report, topology
+from granet import topology
 from granet.criterion import Layer, magnitude
 from granet.distribution import budget
-from granet.lab.plasticity_cell import Bench
-from granet.lab.plasticity_page import svg
+from granet.lab.plasticity.cell import Bench
+from granet.lab.plasticity.page import svg
 from granet.lab.rows import csv_of
-from granet.run import Run, pick
+from granet.report import page as report
 from granet.selection import columns
+from granet.sparsifier import masking
+from granet.train import checkpoint
+from granet.train.run import Run, pick
 
 if TYPE_CHECKING:
     import altair

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
 
-from granet import criterion, distributed, distribution, topology
+from granet import criterion, distribution, shards, topology
 from granet.methods.base import MOMENTUM, Method, Steps, require
 from granet.schedule import Cosine, Every
 
@@ -59,7 +59,7 @@ class SNFS(Method):
         for name, layer in known.items():
             active = topology.count(masks[name])
             m = criterion.gradient(layer)  # |M|
-            momentum[name] = distributed.total(m.where(masks[name], 0)) / active
+            momentum[name] = shards.total(m.where(masks[name], 0)) / active
             if not isfinite(momentum[name]):
                 raise criterion.NonFiniteScores(f"the momentum of {name!r} is not finite")
             n = min(topology.part(p, active), active - 1)

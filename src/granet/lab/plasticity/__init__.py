@@ -1,0 +1,1 @@
+"""Pruning plasticity: how well a network recovers from pruning, through training."""

@@ -1,0 +1,147 @@
+"""The figures of a study, and its page: like the paper's, a column a pretrained sparsity, a row an arm."""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from granet.lab.plasticity.findings import findings, paragraph
+from granet.lab.plasticity.study import ARMS
+from granet.lab.plasticity.table import MEASURES, Measure, Table
+from granet.report import charts
+from granet.report import page as report
+from granet.train import checkpoint
+
+if TYPE_CHECKING:
+    import altair
+
+TITLES = {"plasticity": "Pruning plasticity", "final_gap": "Final performance gap"}
+
+
+def figure(table: Table, measure: Measure = "plasticity") -> "altair.VConcatChart":
+    """Returns a figure: points of accuracy against the epoch of pruning, a curve a pruning rate; drops are dashed.
+
+    Raises:
+        ModuleNotFoundError: Altair is not installed; the message says how to.
+        ValueError: there is no such measure, or there are no rows.
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"there is no measure {measure!r}: choose from {', '.join(MEASURES)}")
+    if not table.rows:
+        raise ValueError("there are no rows to draw: no cell of the study is made yet")
+    try:
+        import altair as alt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('a figure needs altair: pip install "granet[train]"') from error
+    points = _points(table, measure)
+    values = [point[key] for point in points for key in ("low", "high")]
+    at = {(sparsity, arm): [] for arm in table.arms for sparsity in table.sparsities}
+    for point in points:
+        at[float(point["sparsity"]), point["arm"]].append(point)
+    panels = [[_panel(table, at[s, arm], arm, s, values) for s in table.sparsities] for arm in table.arms]
+    # a facet by row and column would shift the panels where a combination has no cell yet
+    return alt.vconcat(*(alt.hconcat(*row) for row in panels)).resolve_scale(color="shared")
+
+
+def _panel(table: Table, points: list[dict], arm: str, sparsity: float, values: list[float]) -> "altair.LayerChart":
+    import altair as alt
+
+    rates = [f"{rate:g}" for rate in table.rates]
+    x = alt.X(
+        "epoch:Q", title="epoch of pruning" if arm == table.arms[-1] else None,
+        scale=alt.Scale(domain=[0, table.epochs], nice=False), axis=alt.Axis(grid=False, tickCount=5),
+    )  # fmt: skip
+    # differences of half a point and of fifty are both to be seen
+    scale = alt.Scale(type="symlog", constant=1, domain=[min(0, *values), max(0, *values)], nice=False)
+    axis = alt.Axis(values=[-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50], format="+d", labelOverlap=False)
+    title = f"{arm}: points of accuracy" if sparsity == table.sparsities[0] else None
+    colours = alt.Scale(domain=rates, range=list(charts.COLOURS[: len(rates)]))
+    tooltip = [
+        alt.Tooltip("sparsity:N", title="pretrained sparsity"), alt.Tooltip("arm:N"), alt.Tooltip("rate:N"),
+        alt.Tooltip("epoch:Q"), alt.Tooltip("lr:N"), alt.Tooltip("mean:Q", format="+.2f"),
+        alt.Tooltip("low:Q", format="+.2f"), alt.Tooltip("high:Q", format="+.2f"), alt.Tooltip("seeds:Q"),
+    ]  # fmt: skip
+    base = alt.Chart().encode(x=x, color=alt.Color("rate:N", title="pruning rate", sort=rates, scale=colours))
+    y = alt.Y("mean:Q", title=title, scale=scale, axis=axis)
+    layers = [alt.Chart().mark_rule(opacity=0.5).encode(y=alt.datum(0, type="quantitative"))]
+    layers += [alt.Chart().mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x=alt.datum(at)) for at in table.drops]
+    if len(table.seeds) > 1:
+        layers.append(base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"))
+    layers += [base.mark_line().encode(y=y), base.mark_point(filled=True, size=28).encode(y=y, tooltip=tooltip)]
+    head = f"pretrained sparsity {sparsity:g}" if arm == table.arms[0] else ""
+    width = max(110, min(230, 900 // len(table.sparsities)))
+    return alt.layer(*layers, data=alt.Data(values=points)).properties(width=width, height=150, title=head)
+
+
+def _points(table: Table, measure: Measure) -> list[dict[str, Any]]:
+    """Returns a point for each curve and moment: mean over seeds, and the least and greatest."""
+    groups: dict[tuple, list] = defaultdict(list)
+    for row in table.rows:
+        groups[*row.curve, row.epoch, row.lr].append(100 * getattr(row, measure))
+    return [
+        {
+            "sparsity": str(sparsity), "rate": f"{rate:g}", "arm": arm, "epoch": epoch, "lr": f"{lr:g}",
+            "mean": statistics.fmean(values), "low": min(values), "high": max(values), "seeds": len(values),
+        }
+        for (sparsity, rate, arm, epoch, lr), values in groups.items()
+    ]  # fmt: skip
+
+
+def write(table: Table, out: Path) -> dict[str, Path]:
+    """Returns the files written to ``out``: numbers, text with findings, figures and a page that needs only a browser.
+
+    Raises:
+        ModuleNotFoundError: the libraries that draw are not installed; numbers and text are written all the same.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    written = {"numbers": out / "plasticity.csv", "findings": out / "plasticity.md"}
+    table.to_csv(written["numbers"])
+    checkpoint.replace(written["findings"], markdown(table))
+    for measure in MEASURES:
+        written[TITLES[measure].lower()] = path = out / f"{measure.replace('_', '-')}.svg"
+        checkpoint.replace(path, svg(figure(table, measure)))
+    written["page"] = out / "plasticity.html"
+    judged = findings(table)
+    report.write_page(
+        written["page"],
+        title=f"{table.name}: pruning plasticity",
+        headings=["finding", "verdict", "figures"],
+        rows=[([one.claim, one.verdict, one.figures], _COLOUR[one.verdict]) for one in judged],
+        colours={},
+        notes=[paragraph(table), *(f"{arm}: {ARMS[arm]}." for arm in table.arms)],
+        drawn=[(TITLES[measure], note, True, figure(table, measure)) for measure, note in MEASURES.items()],
+    )
+    return written
+
+
+_COLOUR = {"holds": charts.COLOURS[2], "does not hold": charts.COLOURS[7], "undecided": charts.DENSE_COLOUR}
+
+
+def svg(chart: "altair.TopLevelMixin") -> str:
+    """Returns a chart as SVG on white ground.
+
+    Raises:
+        ModuleNotFoundError: vl-convert is not installed; the message says how to.
+    """
+    try:
+        import vl_convert
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('a figure as SVG needs vl_convert: pip install "granet[train]"') from error
+    return vl_convert.vegalite_to_svg(json.dumps(chart.to_dict() | {"background": "white"}))
+
+
+def markdown(table: Table) -> str:
+    """Returns paragraph, findings and table of means as Markdown."""
+    lines = [f"# {table.name}: pruning plasticity", "", paragraph(table), ""]
+    if table.rows:
+        lines += ["## The paper's findings, here", "", "| finding | verdict | figures |", "|---|---|---|"]
+        lines += [f"| {one.claim} | **{one.verdict}** | {one.figures} |" for one in findings(table)]
+        lines += ["", "Criteria:", ""] + [f"- {one.claim}: {one.criterion}" for one in findings(table)]
+        lines += ["", "## Means over moments and seeds, points of accuracy", "", "```", str(table), "```"]
+        mean = statistics.fmean(row.accuracy_unpruned for row in table.rows)
+        seeds = ", ".join(map(str, table.seeds))
+        lines += ["", f"Seeds {seeds}; k = {table.retrain:g} of {table.epochs} epochs; final accuracy of the unpruned "
+                  f"networks {100 * mean:.2f} % on average; {table.tested:,} test images."]  # fmt: skip
+        lines += [f"`{arm}`: {ARMS[arm]}." for arm in table.arms]
+    return "\n".join(lines) + "\n"

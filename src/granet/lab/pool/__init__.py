@@ -1,0 +1,1 @@
+"""Executors: many pieces of work on local processes, Ray or Slurm."""

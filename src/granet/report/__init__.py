@@ -1,0 +1,1 @@
+"""Reports: pages, charts and the data of runs behind them."""

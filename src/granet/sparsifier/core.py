@@ -1,0 +1,388 @@
+"""The sparsifier: the one object that changes anything. It owns the masks, the step count and the random generator.
+
+It acts at the optimizer step. Before it, gradients are accumulated, reduced over ranks and unscaled, so every rank sees
+the same numbers; the gradient of inactive weights is set to zero there. An optimizer that treats each weight by itself
+then leaves an inactive weight and its buffers at zero without more ado. Whether this one does is checked on the first
+steps, after every update, and for a part of the weights after every step (`granet.sparsifier.masking.Watch`); for an
+optimizer that does not (Muon mixes the weights of a matrix, L-BFGS remembers old directions), weights and buffers are
+cleared after every step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from granet import checks, shards
+from granet.criterion import NonFiniteScores
+from granet.methods.base import Method
+from granet.pattern import Pattern, parse
+from granet.probe import Probe
+from granet.selection import layers_of, refuse, select, units_of
+from granet.sparsifier import masking, ownership, regrowth, state, stepping
+from granet.sparsifier.attachment import Attachment
+from granet.sparsifier.records import LayerReport, SparsityReport, Update
+from granet.sparsifier.reparameterize import Reparameterization, fold
+from granet.sparsifier.upkeep import Upkeep
+from granet.topology import count
+
+
+class Sparsifier(Upkeep):
+    """Makes a model sparse and keeps it so while it trains.
+
+    The weights of `model` are masked in place; its parameters, their names and its state dict stay those of the dense
+    model. Until the first step the weights that are masked are kept aside: `load_state_dict` gives them back where its
+    masks are other ones, so that model, optimizer and sparsifier of a run are loaded in any order before that step.
+
+    Args:
+        model: the model to train. Make it sparse before the optimizer is built.
+        method: what decides about the topology, `granet.GraNet(...)` for example.
+        only: filters of the parameters that are sparse; see `granet.selection`.
+        skip: filters of those that stay dense.
+        seed: of everything random in the topology. The same seed gives the same masks on every device and rank.
+        probe: a `granet.Probe`, for methods that look at gradients before training; the first rank looks, for all.
+        masks: masks to start from, by parameter name, instead of those the method would choose.
+        pattern: what every mask obeys, `"2:4"`, `"4x1"` or `"channel"`, say; see `granet.pattern`.
+        verify_every: updates between two comparisons of the masks of all ranks; see `verify`. 0 for none.
+
+    Attributes:
+        model: the model given.
+        pattern: what every mask obeys.
+        masks: parameter name to bool tensor, True = active. Not to be changed by hand.
+        trained: where gradients count, the masks for most methods; empty where that is the method's own affair (STR).
+        step: optimizer steps taken, those that a gradient scaler skipped not counted.
+        version: how often the masks have changed.
+        last_update: what the latest update did, or None.
+
+    Raises:
+        TypeError: something of another kind is given than is needed.
+        ValueError: a filter matches nothing, no parameter is sparse, the sparsity would leave a layer empty, the
+            method needs a probe, `masks` are of another model, the pattern cannot be obeyed, or another sparsifier is
+            attached to weights of the model.
+
+    >>> import granet, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.ReLU(), torch.nn.Linear(50, 2))
+    >>> sparsifier = Sparsifier(model, granet.RigL(sparsity=0.9, end=75, interval=10))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> sparsifier.attach(optimizer)
+    >>> for _ in range(20):
+    ...     model(torch.randn(8, 20)).square().mean().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> sparsifier.step, sparsifier.version, sparsifier.active, sparsifier.total
+    (20, 2, 110, 1100)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        only=None,
+        skip=(),
+        seed: int = 0,
+        probe: Probe | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        pattern: Pattern | str | None = None,
+        verify_every: int = 10,
+    ):
+        checks.require_kinds(model, method, seed=seed, verify_every=verify_every)
+        pattern = parse(pattern)
+        self._choices = [choice for choice in select(model, only, skip, pattern) if choice.sparse]
+        refuse(method, pattern, units_of(self._choices, pattern))
+        super().__init__(model, pattern, {choice.name: choice.parameter for choice in self._choices})
+        self._policy = pattern.policy(method)  # the method, as the pattern has it choose
+        self._rng = torch.Generator("cpu").manual_seed(seed)
+        self.method = method
+        self.step = self.version = 0
+        self.last_update: Update | None = None
+        self._gradients: dict[str, Tensor] = {}  # dense, kept as the method's gradient_mix says, while it says so
+        self._taken: set[str] = set()  # whose gradients of the coming step are kept already
+        self._folded = False
+        self._verify_every, self._updates = verify_every, 0  # updates tried, by this object
+        self._overdue = False  # an update could not be made and is tried again at the next step
+        self._overflow = False  # the gradient scaler skips the step under way
+        ownership.claim(self, self._parameters.values())
+        given = None if masks is None else state.checked_masks(masks, self._parameters, self.pattern, method)
+        probes = () if given else state.needed(probe, method, self._parameters)
+        self._set_masks(given or state.chosen(self._policy, layers_of(self._choices), self._rng, probes, verify_every))
+        if method.reparameterizes:
+            self._effective = Reparameterization(model, self._choices, method, self.masks)
+            self._set_masks(self.masks)
+        self._ever = {name: mask.clone() for name, mask in self.masks.items()}
+        self._clear_all()
+
+    @property
+    def exploration(self) -> float:
+        """R_s, the share of the sparse parameters' weights that were ever active (ITOP, Liu et al. 2021)."""
+        return sum(count(mask) for mask in self._ever.values()) / self.total
+
+    @property
+    def update_due(self) -> bool:
+        """Whether the topology is updated after the coming optimizer step."""
+        return not self._folded and (self._overdue or self.method.is_update(self.step + 1))
+
+    @property
+    def dense_grad_due(self) -> bool:
+        """Whether the coming step needs the gradient of inactive weights as well."""
+        return self.method.needs_dense_grad and self._mix is not None
+
+    @property
+    def _mix(self) -> tuple[float, float] | None:
+        mix = self.method.gradient_mix(self.step + 1)
+        late = mix is None and self._overdue and self.method.needs_grad
+        return (0.0, 1.0) if late else mix
+
+    def attach(self, *optimizers: Optimizer, hooks: bool = True) -> None:
+        """Tie the sparsifier to the optimizers of the model, so that the training loop stays as it is.
+
+        Several optimizers are stepped in any order; a step is complete, and counted, when each has stepped at least
+        once. Nothing is cleared before the first step: a run's states may be loaded before or after this.
+
+        Args:
+            *optimizers: the optimizers. Those inside of them (SAM's, ZeroRedundancyOptimizer's) are found.
+            hooks: False for a loop that calls `before_step()` and `after_step()` itself, around the optimizer's step.
+
+        Raises:
+            TypeError: what is given is no optimizer, and has none inside.
+            ValueError: a sparse parameter is in none of the optimizers, it was attached before, or another sparsifier
+                is attached to weights of the model.
+            RuntimeError: the masks differ between ranks; see `verify`.
+        """
+        if self._attached is not None:
+            raise ValueError("this sparsifier is attached already: call detach() first")
+        learned = {} if self._effective is None else self._effective.learned()
+        attached = Attachment(optimizers, self._parameters, learned)
+        ownership.claim(self, self._parameters.values())
+        self._attached, self._let_go = attached, False
+        self._place(self._state())  # the model may have moved to another device since
+        self._aside = self._aside or state.Aside()
+        if self._verify_every:
+            self.verify()
+        if hooks:
+            attached.hook(self)
+
+    def __deepcopy__(self, memo):
+        other = memo[id(self)] = object.__new__(type(self))
+        other.__dict__ |= deepcopy(self.__dict__, memo)
+        if not other._let_go:
+            ownership.claim(other, other._parameters.values())
+        if self._attached is not None and self._attached.hooked:  # torch leaves hooks out of an optimizer's copy
+            other._attached.hook(other)
+        return other
+
+    def __getstate__(self):
+        raise TypeError("a Sparsifier is not pickled: save its state_dict() beside those of model and optimizer")
+
+    def __repr__(self) -> str:
+        tied = "attached" if self.attached else "not attached"
+        return (
+            f"Sparsifier({self.method!r}: {self.active:,} of {self.total:,} weights active in {len(self.masks)} "
+            f"parameters, step {self.step:,}, {tied})"
+        )
+
+    def detach(self) -> None:
+        """Let the optimizers go. The masks stay as they are, and nothing keeps the zeros from now on."""
+        if self._attached is not None:
+            self._attached.release()
+        self._attached, self._let_go = None, True
+        ownership.release(self, self._parameters.values())
+
+    def verify(self) -> None:
+        """Compare masks, step and random generator with those of all other ranks, which call this at the same time.
+
+        Raises:
+            RuntimeError: on all ranks; names the first parameter that differs, and where.
+        """
+        generator = shards.checksum(self._rng.get_state())
+        counters = {"step": self.step, "version": self.version, "generator": generator}
+        shards.verify(self.masks, counters, next(iter(self.masks.values())).device)
+
+    def before_step(self) -> None:
+        """Ready the gradients for the optimizers: call it when they are final, right before `optimizer.step()`.
+
+        Gradients of inactive weights become zero. If an update follows that needs them, they are kept aside first.
+        """
+        if self._attached is None:
+            raise RuntimeError("attach(optimizer) comes before the first step: the optimizer's buffers must stay clean")
+        self._overflow = any(stepping.found_inf(optimizer) for optimizer in self._attached.optimizers)
+        if not self._overflow:
+            self._ready(*self._attached.optimizers)
+
+    def after_step(self) -> None:
+        """Count the step and, where the method says so, update the topology: call it right after `optimizer.step()`."""
+        if self._overflow or self._attached is None:
+            self._overflow = False
+            return
+        for optimizer in self._attached.optimizers:
+            self._settle(optimizer)
+        self._attached.begin()
+        self._count()
+
+    @torch.no_grad()
+    def _ready(self, *optimizers: Optimizer, final: bool = True) -> None:
+        """Ready the gradients of what these optimizers hold: keep what an update needs, mask them.
+
+        Args:
+            *optimizers: those that step now.
+            final: False inside of the step of another one, which has readied these gradients once.
+        """
+        if any(stepping.found_inf(optimizer) for optimizer in optimizers):
+            return
+        self._look(everywhere=self._aside is not None)
+        if self._aside is not None:
+            self._begin()
+        names = [name for optimizer in optimizers for name in self._attached.names(optimizer)]
+        scale = stepping.grad_scale(optimizers[0])
+        if self._mix is not None:
+            again = final and self._mix[0] == 0  # the latest one counts, and a mixture is made once
+            new = names if again else [name for name in names if name not in self._taken]
+            stepping.keep(self._gradients, {name: self._parameters[name] for name in new}, *self._mix, scale)
+            self._taken.update(new)
+        replaced = self.update_due and self.method.replaces_step and not self._overdue
+        if replaced and not any(map(self._attached.has_stepped, optimizers)):
+            return stepping.forget_gradients(optimizers)
+        self._mask(names)
+        if final and self.method.decays and self._effective is not None:
+            self._effective.penalise(scale, names)
+
+    @torch.no_grad()
+    def _stepped(self, optimizer: Optimizer) -> None:
+        """Behind a step of one of the optimizers."""
+        self._settle(optimizer)
+        if self._attached.completes(optimizer):
+            self._count()
+
+    @torch.no_grad()
+    def _count(self) -> None:
+        """Behind a complete step."""
+        due = self.update_due
+        self.step += 1
+        self._taken = set()
+        if self.method.drifts:
+            self._drift()
+        if due:
+            self._look(everywhere=True)
+            self._update()
+            self._updates += 1
+            if self._verify_every and self._updates % self._verify_every == 0:
+                self.verify()
+        following = self.method.gradient_mix(self.step + 1)
+        if following is None or following[0] == 0:
+            self._gradients = {}
+
+    def _drift(self) -> None:
+        """Move the active weights as the method says."""
+        lr = stepping.learning_rates(self._attached.optimizers, self._parameters)  # of a frozen parameter 0
+        given = layers_of(self._choices), self.masks, self._rng, lr, self._memory
+        for name, change in self.method.drift(self.step, *given).items():
+            self._parameters[name].detach().add_(change.mul(self.masks[name]))
+
+    def _layers(self):
+        return layers_of(self._choices, self._gradients) if self._effective is None else self._effective.layers()
+
+    def _update(self) -> None:
+        layers = self._informed(self._layers()) if self.method.needs_dense_grad else self._layers()
+        try:
+            if self.method.needs_grad and all(layer.grad is None for layer in layers.values()):
+                raise NonFiniteScores("no sparse parameter has a gradient at this step")
+            memory = (self._memory,) if self.method.remembers else ()
+            masks = self._policy.update(self.step, layers, self.masks, self._rng, *memory)
+        except NonFiniteScores as error:
+            self._overdue, self._gradients = True, {}
+            message = f"topology update at step {self.step} skipped, to be tried again at the next: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            return
+        self._overdue = False
+        self._apply(masks)
+        self._say_frozen()
+
+    def _apply(self, masks: Mapping[str, Tensor]) -> None:
+        """Take over new masks: clear what they drop, in the weights, the optimizers' buffers and the followers."""
+        old, before = self.masks, {name: mask.clone() for name, mask in self.trained.items()}  # some change in place
+        self._set_masks(masks)
+        self.last_update = Update.between(self.step, old, self.masks, self._active)
+        for name in filter(self.last_update.grown.get, old):
+            self._ever[name] |= self.masks[name]
+        self.version += self.last_update.changed
+        if self.last_update.changed or self._effective is not None:
+            if self._attached is not None:
+                optimizers = self._attached.optimizers
+                regrowth.warm(optimizers, self._parameters, before, self.trained, self._gradients)
+                self._attached.renew()
+            self._clear_all()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Read the masks off the weights as they are now, where sparsity is an outcome of training (STR)."""
+        if self._effective is not None and self.method.sparsity_at(self.step) is None:
+            self._apply(self.method.update(self.step, self._layers(), self.masks, self._rng))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Turn the model, and what follows it, into a plain one: parameters become what the network computes with.
+
+        For the end of training by a method that reparameterizes, others do so all along. The topology then stays.
+        """
+        if self._effective is None:
+            return
+        self.refresh()
+        for module in (self.model, *self._followers):
+            fold(module)
+        self._effective, self._folded, self._memory = None, True, {}
+        if self._attached is not None:
+            self._attached.restart()
+        self._set_masks(self.masks)
+        masking.clear(self._held())
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """The model's state dict with its weights as the network computes with them: zero where they are inactive."""
+        return dict(self.model.state_dict()) if self._effective is None else self._effective.state_dict()
+
+    def report(self) -> SparsityReport:
+        """The network as it is now: per parameter the weights, the active ones, and those that are not zero."""
+        self._asked()
+        self.refresh()
+        rows = tuple(LayerReport.of(name, layer, self._active[name]) for name, layer in self._layers().items())
+        return SparsityReport(self.method, self.step, self.exploration, rows, str(self.pattern))
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs: tensors, numbers and strings, to be saved beside model and optimizer."""
+        self._asked()
+        return self._state()
+
+    def _state(self) -> dict:
+        parts = {"masks": self.masks, "ever": self._ever, "gradients": self._gradients, "memory": self._memory}
+        counters = {"step": self.step, "version": self.version, "overdue": self._overdue, "folded": self._folded}
+        kind = {"method": repr(self.method), "pattern": str(self.pattern), "rng": self._rng.get_state()}
+        return state.packed(parts, **kind, **counters)
+
+    @torch.no_grad()
+    def load_state_dict(self, given: Mapping) -> None:
+        """Continue where `given` was taken. It is checked first and left as it is; weights are cleared to its masks.
+
+        Raises:
+            ValueError: the state is of another method or another model, or incomplete.
+        """
+        given = state.renamed(given, self._parameters)
+        state.refuse_foreign(given, self.method, self.masks, self.pattern, folded=self._folded)
+        if self._aside is not None:
+            self._aside.give_back(self._parameters)
+        self._place(given)
+        self._aside = state.Aside()
+        self._clear_all()
+
+    def _place(self, given: Mapping) -> None:
+        """Take over the state `given`, on the devices of the parameters."""
+        self._rng.set_state(given["rng"].cpu())
+        masks, self._ever, self._gradients, self._memory = state.unpacked(given, self._parameters)
+        self._set_masks(masks, self._memory)
+        self.step, self.version = int(given["step"]), int(given["version"])
+        self._overdue, self._overflow, self._taken = bool(given["overdue"]), False, set()
+        if self._attached is not None:
+            self._attached.restart()

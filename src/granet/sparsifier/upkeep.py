@@ -1,0 +1,276 @@
+"""Upkeep: what keeps weights, gradients and the memory of optimizers at zero where the masks say inactive.
+
+After any step, by whatever route, inactive weights and what is remembered of them are zero; or there is an error, or
+one warning that says what to do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from granet import checks, shards
+from granet.criterion import Layer
+from granet.pattern import Pattern
+from granet.sparsifier import followers, masking, state, stepping
+from granet.sparsifier.attachment import Attachment
+from granet.sparsifier.records import Update
+from granet.sparsifier.reparameterize import Reparameterization
+from granet.topology import count
+
+_AT_ONCE = 8  # parameters looked at in each step
+_STRANGE = 100  # looks at what optimizers that are not attached do
+_NOT_ATTACHED = (
+    "moved inactive weights away from zero and is not attached: nothing masks its gradients, and the model becomes "
+    "dense. Call sparsifier.attach(optimizer) with every optimizer of the model before the first step, or "
+    "sparsifier.detach() if the masks shall no longer hold"
+)
+
+
+class Upkeep:
+    """The part of a `Sparsifier` that keeps the zeros. It asks for nothing but masks, and never changes them."""
+
+    model: nn.Module
+    pattern: Pattern
+    masks: dict[str, Tensor]
+    trained: dict[str, Tensor]
+    step: int
+    last_update: Update | None
+
+    def __init__(self, model: nn.Module, pattern: Pattern, parameters: Mapping[str, nn.Parameter]):
+        self.model, self.pattern, self._parameters = model, pattern, dict(parameters)
+        self._attached: Attachment | None = None
+        self._effective: Reparameterization | None = None  # of a method that reparameterizes, until it is folded
+        self._memory: dict[str, Tensor] = {}  # what the method remembers from update to update
+        self._followers: list = []
+        self._aside: state.Aside | None = state.Aside()  # None from the first step on
+        self._trainable = [name for name, p in self._parameters.items() if p.requires_grad]  # at first
+        self._at = 0  # the place in `masks` from which some are looked at next
+        self._told: set[str] = set()  # kinds of warnings that were given
+        self._strangers, self._let_go = 0, False  # looks at optimizers that are not attached; whether all may do so
+
+    def _set_masks(self, masks: Mapping[str, Tensor], memory: Mapping[str, Tensor] | None = None) -> None:
+        self.masks = {name: masking.like(masks[name], p) for name, p in self._parameters.items()}
+        self._active = {name: count(mask) for name, mask in self.masks.items()}
+        if self._effective is not None:
+            self._memory = self._effective.renew(self.masks, memory)
+        # where training moves weights: all else is kept clear of gradients, and of what optimizers remember
+        self.trained = self.masks if self._effective is None else self._effective.trained()
+        self._masked = {name: mask for name, mask in self.trained.items() if count(mask) < mask.numel()}
+
+    @property
+    def total(self) -> int:
+        """The number of weights that take part, active or not."""
+        return sum(mask.numel() for mask in self.masks.values())
+
+    @property
+    def active(self) -> int:
+        """The number of active weights."""
+        return sum(self._active.values())
+
+    @property
+    def active_units(self) -> int:
+        """The number of active weights, blocks or channels, whichever the pattern has come and go as a whole."""
+        return sum(count(self.pattern.pooled_mask(mask)) for mask in self.masks.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of active weights of every sparse parameter."""
+        return dict(self._active)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of inactive weights among the sparse parameters."""
+        if self._attached is None:
+            self._asked()
+        return 1 - self.active / self.total
+
+    @property
+    def attached(self) -> bool:
+        """Whether the sparsifier acts around the steps of optimizers."""
+        return self._attached is not None
+
+    def follow(self, follower) -> None:
+        """Keep what stands for the sparse parameters in `follower`, an average of the weights say, sparse as well.
+
+        Args:
+            follower: a copy of the model, `torch.optim.swa_utils.AveragedModel` or another wrapper around one; or a
+                dict of tensors by name, a list of tensors in the order of `model.parameters()`, or an object with such
+                a list as `shadow_params` (diffusers' EMAModel).
+
+        Raises:
+            TypeError: it is none of these.
+            ValueError: it has not all of the sparse parameters, or not the effective weights that the model has.
+        """
+        self._clear_copy(follower, only_look=self._aside is not None)
+        self._followers.append(follower)
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Set the gradients of inactive weights to zero."""
+        self._mask(self._masked)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """The norm of the live gradients of everything the optimizers hold, which are scaled to `max_norm` if above it.
+
+        Gradients of inactive weights are left out; counted in, they would clip a sparse network several times too hard.
+        They are scaled alike and stay available to an update.
+        """
+        if self._attached is None:
+            raise RuntimeError("attach(optimizer) comes first: it says which gradients to clip")
+        masks = {self._parameters[name]: mask for name, mask in self._masked.items()}
+        return stepping.clip(stepping.parameters_of(self._attached.optimizers), masks, max_norm)
+
+    def _mask(self, names: Iterable[str]) -> None:
+        held = ((self._masked[name], self._parameters[name].grad) for name in names if name in self._masked)
+        masking.clear((mask, [grad]) for mask, grad in held if grad is not None)
+
+    def _clear_all(self) -> None:
+        aside = self._aside is not None and self._effective is None
+        with self._aside.taking(self._masked, self._parameters) if aside else nullcontext():
+            masking.clear(self._held())
+        for follower in self._followers:
+            self._clear_copy(follower)
+
+    def _held(self, names: Iterable[str] | None = None):
+        """Each mask with its weight, unless that rests where it is inactive, and the optimizers' memory of it."""
+        optimizers = self._attached.optimizers if self._attached else ()
+        for name in self._masked if names is None else names:
+            p = self._parameters[name]
+            weights = [p.detach()] if self._effective is None else []
+            yield self._masked[name], [*weights, *stepping.buffers(optimizers, p)]
+
+    def _weights(self):
+        """Each mask with its weight, unless that rests where it is inactive."""
+        if self._effective is None:
+            yield from ((mask, [self._parameters[name].detach()]) for name, mask in self._masked.items())
+
+    def _clear_copy(self, follower, *, only_look: bool = False) -> None:
+        if self._effective is not None:
+            return self._effective.put(follower, self._memory)
+        named = followers.tensors_of(follower, self.model, self.masks)
+        if not only_look:
+            masking.clear((masking.like(self.masks[name], named[name]), [named[name]]) for name in self._masked)
+
+    @torch.no_grad()
+    def _settle(self, optimizer: Optimizer) -> None:
+        """See to it that the weights that `optimizer` moved are zero where they are inactive, and its memory too."""
+        masks = {name: self._masked[name] for name in self._attached.names(optimizer) if name in self._masked}
+        moves = partial(stepping.moves, [optimizer])
+        if masks and self._attached.watch(optimizer).settle(moves, masks, self._held):
+            self._warn(
+                "found",
+                f"at step {self.step + 1} inactive weights, or what {type(optimizer).__name__} remembers of them, were "
+                "no longer zero, though its earlier steps had kept them so. They have been set to zero, and are from "
+                "now on after every step. If dense weights were loaded, what was loaded at inactive places is lost; if "
+                "another optimizer or a wrapper around this one moves weights, attach it as well",
+            )
+
+    def _look(self, *, everywhere: bool) -> None:
+        """Look whether parameters, some at each step, are still the model's, and the masks on their device.
+
+        Raises:
+            RuntimeError: one was replaced.
+        """
+        names = list(self._parameters)
+        some = names if everywhere else (names[self._at :] + names)[: min(_AT_ONCE, len(names))]
+        self._at = (self._at + len(some)) % len(names)
+        for name in some:
+            if not checks.holds(self.model, name, self._parameters[name]):
+                raise RuntimeError(
+                    f"{name!r} is no longer the parameter that the sparsifier was given: the module was replaced, or "
+                    "weights were loaded with assign=True. Load without assign=True; after the model has changed, call "
+                    "detach() and make a new Sparsifier and optimizer (its masks= takes the masks that go on)"
+                )
+        if any(self._parameters[name].device != self.masks[name].device for name in some):
+            self._place(self._state())
+
+    def _begin(self) -> None:
+        """Before the first step: whatever was loaded by now is cleared by the masks as they are by now."""
+        self._aside = None
+        if masking.leaks(self._weights()):
+            lost = sum(count(shards.local((w != 0) & ~mask)) for mask, (w,) in self._weights())
+            self._warn(
+                "loaded",
+                f"{lost:,} weights that the masks call inactive were not zero before the first step, and are lost: "
+                "they were loaded, initialised or trained after the sparsifier was made. If a run is resumed, call "
+                "sparsifier.load_state_dict(...) too, before the first step; else make the sparsifier when the "
+                "weights are there",
+            )
+        self._clear_all()
+
+    def _informed(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+        """The layers, without the gradients that say nothing of inactive weights: growth would go by position."""
+        grads = {name: layer.grad for name, layer in layers.items() if layer.grad is not None and name in self._masked}
+        silent = [name for name, grad in grads.items() if not masking.leaks([(self._masked[name], [grad])])]
+        nothing = [name for name in silent if not shards.nonzero(grads[name])]
+        masked = [name for name in silent if name not in nothing and _was_masked(grads[name], self._masked[name])]
+        if masked:
+            more = f" and {len(masked) - 1} more" if masked[1:] else ""
+            self._warn(
+                "masked",
+                f"at step {self.step} the gradient of every inactive weight of {masked[0]!r}{more} is zero: other code "
+                "has masked gradients before the step, and nothing says where to grow. The layer keeps its mask",
+            )
+        return dict(layers) | {name: replace(layers[name], grad=None) for name in (*nothing, *masked)}
+
+    def _say_frozen(self) -> None:
+        """Say so where an update took weights from a layer that was frozen since: it cannot make up for them."""
+        frozen = [name for name in self._trainable if not self._parameters[name].requires_grad]
+        taken = [name for name in frozen if self.last_update is not None and self.last_update.dropped[name]]
+        if taken:
+            self._warn(
+                "frozen",
+                f"{taken[0]!r} is frozen (requires_grad=False) and was pruned at step {self.step}; it cannot adapt. "
+                "Make the sparsifier after freezing, which leaves frozen layers dense, or name the layer in skip=",
+            )
+
+    def knows(self, optimizer: Optimizer) -> bool:
+        """Whether nothing more is to be said of steps of `optimizer`, which trains sparse parameters.
+
+        It is said once if it is not attached, and has moved inactive weights.
+        """
+        if self._attached is not None and any(optimizer is one for one in self._attached.optimizers):
+            return True
+        self._strangers += 1
+        if masking.leaks(self._weights(), together=False):
+            self._warn("stranger", f"{type(optimizer).__name__} {_NOT_ATTACHED}")
+            return True
+        return self._strangers > _STRANGE
+
+    def _asked(self) -> None:
+        """Say so where the weights are not as the masks say."""
+        if self._let_go or (self._attached is not None and self._aside is not None):  # or states are being loaded
+            return
+        self._look(everywhere=True)
+        if "stranger" not in self._told and masking.leaks(self._weights(), together=False):
+            self._warn("stranger", "An optimizer " + _NOT_ATTACHED)
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Warn once of each kind."""
+        if kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _was_masked(grad: Tensor, mask: Tensor) -> bool:
+    """Whether the gradients of inactive weights, all zero, were set to zero by someone.
+
+    They are zero as well where an input or an output is dead, or a tap of a kernel meets padding alone. So at least
+    ten must lie where gradients reach other weights of the same input, of the same output and of the same tap.
+    """
+    if grad.ndim < 2 or shards.is_sharded(grad):
+        return False
+    live = (grad != 0).reshape(*grad.shape[:2], -1)
+    inactive = mask.logical_not().reshape(live.shape)
+    for along in ((1, 2), (0, 2), (0, 1)):
+        inactive = inactive & live.any(along, keepdim=True)
+    return int(inactive.sum()) >= 10

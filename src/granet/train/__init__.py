@@ -1,0 +1,1 @@
+"""The application: recipes, data and models, and the runs that train them."""

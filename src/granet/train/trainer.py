@@ -1,0 +1,399 @@
+"""The reference loop: how granet trains, in plain torch, to be read and copied.
+
+`Trainer` builds everything from a recipe and runs the steps. What it has to say it says through ``record``, as
+mappings that `granet.train.run` writes to ``metrics.jsonl``; where it wants to be saved it calls ``save``.
+"""
+
+import copy
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from granet import flops, ranks
+from granet.engine.training import TrainingPlan, accelerate
+from granet.selection import plan, unfit
+from granet.shards import checksum
+from granet.sparsifier import Sparsifier
+from granet.train import data, models, optimizer
+from granet.train.checkpoint import restore_layout
+from granet.train.recipe import Recipe, Train
+
+logger = logging.getLogger(__name__)
+
+Record = Callable[[dict[str, Any]], None]
+
+
+class TrainingError(ArithmeticError):
+    """Training that cannot go on: names the step, and what to try."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean loss and accuracy of a network on a split."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Best(Score):
+    """The best evaluation so far, among those at target sparsity."""
+
+    step: int
+
+
+class Trainer:
+    """A training run in memory: data, model, sparsifier, optimizer, and how far it has come.
+
+    Args:
+        recipe: what to train, on what, how.
+
+    Raises:
+        ValueError: the recipe and the data do not fit each other.
+        FileNotFoundError: the dataset is not there; the message says where to get it.
+
+    >>> from granet import recipes
+    >>> from granet.train.recipe import validate
+    >>> recipe = recipes.load("digits").model_dump()
+    >>> trainer = Trainer(validate(recipe | {"train": {"epochs": 1, "lr": 0.01, "batch_size": 64}}, source="example"))
+    >>> trainer.steps, trainer.sparsifier.sparsity
+    (20, 0.5)
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.ranks = ranks.current()
+        torch.manual_seed(recipe.seed)
+        if recipe.train.threads:
+            torch.set_num_threads(recipe.train.threads)
+        with self.ranks.guard():  # nodes differ in their GPUs and their disks
+            self.share = self.ranks.share(recipe.train.batch_size, recipe.train.accumulate)  # of a batch, on this rank
+            self.device = self.ranks.device(recipe.train.device)
+            where = {"root": recipe.data.root, "validation": recipe.data.validation}
+            self.dataset = dataset = data.load(recipe.data.name, seed=recipe.seed, **where)
+            self.splits = {name: getattr(dataset, name).to(self.device) for name in ("train", "validation", "test")}
+            seen = {name: (len(split), checksum(split.labels)) for name, split in self.splits.items()}
+        self.ranks.same("the data (images and checksum of their labels)", seen)
+        self.drop_last, sizes = not recipe.train.partial_batch, (len(dataset.train), self.share)
+        self.steps_per_epoch = data.steps_per_epoch(*sizes, world=self.ranks.world, drop_last=self.drop_last)
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"batch_size {recipe.train.batch_size} is larger than the training set, {len(dataset.train)} images"
+            )
+        self.steps = self.steps_per_epoch * recipe.train.epochs
+        for warning in recipe.train.never(self.steps_per_epoch) if self.ranks.first else ():
+            logger.warning(warning)
+        units = {"steps_per_epoch": self.steps_per_epoch, "epochs": recipe.train.epochs}
+        self.settings = Train.model_construct(**recipe.train.resolved(**units))
+        if self.settings.engine == "sparse" and self.ranks.world > 1:
+            raise ValueError(f"train.engine: 'sparse' runs in one process, not in {self.ranks.world}; write 'dense'")
+        for every in ("log", "evaluate", "checkpoint"):
+            if not getattr(self.settings, every):
+                raise ValueError(f"train.{every}: {getattr(recipe.train, every)!r} is less than a step; 1 is the least")
+
+        model = models.build(recipe.model.name, classes=dataset.classes, in_channels=dataset.shape[0])
+        self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=self.layout)
+
+        method = recipe.resolve(self.steps_per_epoch)
+        pattern = recipe.model.pattern
+        skip = (*recipe.model.keep_dense, *unfit(self.model, pattern, skip=recipe.model.keep_dense))
+        planned = plan(self.model, method, skip=skip, pattern=pattern)
+        self.target, self.units = planned.final_active, planned.sparse_units  # weights, blocks or channels
+        probe = self.probe(self.settings.probe) if method.needs_probe else None
+        self.flops = flops.count(self.model, torch.zeros(1, *dataset.shape, device=self.device))
+        self.sparsifier = Sparsifier(self.model, method, skip=skip, seed=recipe.seed, probe=probe, pattern=pattern)
+        spared = self.sparsifier.masks if method.decays else ()
+        self.optimizer = optimizer.build(self.model, self.settings, spared=spared)
+        self.sparsifier.attach(self.optimizer)
+        self.ema = None
+        if self.settings.ema:
+            self.ema = copy.deepcopy(self.model).requires_grad_(False)
+            self.sparsifier.follow(self.ema)
+        self.replica = self.ranks.replica(self.model)
+
+        self.training_flops = self.seconds = 0.0
+        self.best: Best | None = None
+        self.engine: TrainingPlan | None = None  # the layers that run on sparse kernels
+        self._costs: tuple[int, float, float] = (-1, 0.0, 0.0)
+        self._window: list[tuple[int, Tensor, Tensor]] = []  # step, loss, accuracy since the last line of the log
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps taken."""
+        return self.sparsifier.step
+
+    @property
+    def eligible(self) -> bool:
+        """Whether the network is as sparse as asked: only then does an evaluation count."""
+        return self.target is None or self.sparsifier.active_units <= self.target
+
+    def fit(self, *, record: Record, save: Callable[[], None], stop: Callable[[], bool] = lambda: False) -> bool:
+        """Trains to the end, from wherever the trainer stands; returns False if ``stop`` ended it early.
+
+        Args:
+            record: called with each thing there is to say, on all ranks.
+            save: called whenever the state is worth keeping, on all ranks.
+            stop: asked after every step; True saves and ends training.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        settings, saved = self.settings, -1
+        forward = torch.compile(self.replica, mode=settings.compile) if settings.compile else self.replica
+        self.model.train()
+        clock = time.perf_counter()
+        if settings.engine == "sparse" and self.engine is None:
+            shape = (settings.batch_size // settings.accumulate, *self.dataset.shape)
+            self.engine = accelerate(self.sparsifier, torch.zeros(shape).to(memory_format=self.layout))
+        while self.step < self.steps:
+            for x, y in self.ranks.each(self.batches()):
+                self.train_step(forward, x, y)
+                last = self.step == self.steps
+                self.seconds, clock = self.seconds + time.perf_counter() - clock, time.perf_counter()
+
+                update = self.sparsifier.last_update
+                if update is not None and update.step == self.step:
+                    record(self._update_record(update))
+                if self.step % settings.log == 0 or last:
+                    record(self.train_record())
+                better = False
+                if self.step % settings.evaluate == 0 or last:
+                    better = self._validate(record)
+                stopped = self.ranks.any(stop())
+                kept = self.step in settings.keep
+                if self.step % settings.checkpoint == 0 or kept or better or last or stopped:
+                    self._refuse_non_finite()
+                    save()
+                    saved = self.step
+                clock = time.perf_counter()
+                if stopped and not last:
+                    return False
+        self.sparsifier.verify()
+        if saved != self.step:
+            save()
+        return True
+
+    def batches(self):
+        """Returns the rest of the epoch that the trainer stands in: of every batch this rank's share."""
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        augment = {key: getattr(self.recipe.data, key) for key in ("crop", "padding", "flip", "cutout")}
+        order = {"seed": self.recipe.seed, "epoch": epoch, "start": start, "drop_last": self.drop_last}
+        order |= {"rank": self.ranks.rank, "world": self.ranks.world}
+        return self._images("train", batch_size=self.share, train=True, augment=data.Augment(**augment), **order)
+
+    def probe(self, batches: int):
+        """Returns what shows the gradients on the first training batches, without augmentation."""
+        from granet.probe import Probe
+
+        options = {"batch_size": self.settings.batch_size, "train": True, "augment": data.Augment()}
+        images = self._images("train", seed=self.recipe.seed, epoch=0, start=0, drop_last=self.drop_last, **options)
+        example = torch.zeros(1, *self.dataset.shape, device=self.device)
+        return Probe(self.model, list(itertools.islice(images, batches)), example=example)
+
+    def _images(self, split: str, **options):
+        mean, std = self.dataset.mean, self.dataset.std
+        options |= {"mean": mean, "std": std, "device": self.device, "workers": self.ranks.workers}
+        return data.epoch_batches(self.splits[split], **options)
+
+    def _examples(self, step: int) -> int:
+        """Returns on how many examples the first ``step`` steps train, all ranks together."""
+        epochs, batches = divmod(step, self.steps_per_epoch)
+        of_an_epoch = min(self.steps_per_epoch * self.settings.batch_size, len(self.splits["train"]))
+        return epochs * of_an_epoch + batches * self.settings.batch_size
+
+    def train_step(self, forward: nn.Module, x: Tensor, y: Tensor) -> None:
+        """Takes one optimizer step on a batch, or on this rank's share of it."""
+        settings, sparsifier = self.settings, self.sparsifier
+        size = self._examples(self.step + 1) - self._examples(self.step)  # of this batch, on all ranks
+        lr = optimizer.learning_rate(settings, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        total, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        parts = list(zip(x.chunk(settings.accumulate), y.chunk(settings.accumulate), strict=True))
+        for part, labels in self.ranks.turns(forward, parts):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+                logits = forward(part.to(memory_format=self.layout))
+                loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+            parts_in_all = size / (self.ranks.world * len(labels))  # the mean over ranks is that over the batch
+            (loss / parts_in_all).backward()
+            total += loss.detach() / parts_in_all
+            correct += (logits.detach().argmax(1) == labels).sum()
+        correct /= size / self.ranks.world
+        # batch norms have seen this rank's examples alone: the mean of what they recorded is every rank's from here on
+        self.ranks.mean_([total, correct, *(b for b in self.model.buffers() if b.is_floating_point())])
+        self._window.append((self.step + 1, total, correct))
+        if sparsifier.update_due:
+            self._refuse_non_finite()  # before the topology is built on it
+        if settings.clip_norm:
+            sparsifier.clip_grad_norm_(settings.clip_norm)
+
+        self.training_flops += size * self._cost(dense_gradient=sparsifier.dense_grad_due)
+        self.optimizer.step()  # the sparsifier acts here: inactive weights stay zero, the topology is renewed when due
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            optimizer.average_(self.ema, self.model, settings.ema, self.step)
+
+    def _cost(self, *, dense_gradient: bool) -> float:
+        """Returns the FLOPs of training on one example, with the current topology."""
+        if self._costs[0] != self.sparsifier.version:
+            active, trained = self.sparsifier.counts, self.sparsifier.trained
+            both = (self.flops.training_step(active, trained=trained, dense_gradient=dense) for dense in (False, True))
+            self._costs = (self.sparsifier.version, *both)
+        return self._costs[1 + dense_gradient]
+
+    def _refuse_non_finite(self) -> None:
+        """Raises TrainingError if a loss since the last look was infinite or NaN; waits for the device."""
+        if not self._window:
+            return
+        losses = torch.stack([loss for _, loss, _ in self._window]).tolist()
+        for (step, *_), loss in zip(self._window, losses, strict=True):
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss is {loss} at step {step}; any checkpoint is from before it. Try a lower train.lr "
+                    f"(now {self.settings.lr:g}), a longer train.warmup, or train.clip_norm"
+                )
+
+    def train_record(self) -> dict[str, Any]:
+        """Returns means over the steps since the last record; raises TrainingError if a loss was not finite."""
+        self._refuse_non_finite()
+        loss, accuracy = torch.stack([torch.stack(entry) for _, *entry in self._window]).mean(0).tolist()
+        self._window.clear()
+        lr = optimizer.learning_rate(self.settings, self.step - 1, self.steps)
+        return self._record("train", loss=loss, accuracy=accuracy, lr=lr, sparsity=self.sparsifier.sparsity)
+
+    def _update_record(self, update) -> dict[str, Any]:
+        return self._record(
+            "update",
+            sparsity=self.sparsifier.sparsity,
+            regeneration=self.sparsifier.method.regeneration_at(self.step),
+            exploration=self.sparsifier.exploration,
+            active=dict(update.active),
+            grown=dict(update.grown),
+            dropped=dict(update.dropped),
+        )
+
+    def _record(self, kind: str, **values) -> dict[str, Any]:
+        return {"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch} | values
+
+    def _validate(self, record: Record) -> bool:
+        """Returns whether this evaluation is the best so far at target sparsity."""
+        began = time.perf_counter()
+        self.sparsifier.refresh()
+        score = self.evaluate("validation")
+        record(
+            self._record(
+                "eval",
+                split="validation",
+                **asdict(score),
+                sparsity=self.sparsifier.sparsity,
+                realised_sparsity=self.realised_sparsity(),
+                eligible=self.eligible,
+                seconds=time.perf_counter() - began,
+            )
+        )
+        best = self.best
+        better = best is None or (score.accuracy, -score.loss) > (best.accuracy, -best.loss)
+        if not (better and self.eligible):
+            return False
+        self.best = Best(**asdict(score), step=self.step)
+        return True
+
+    @torch.no_grad()
+    def evaluate(self, split: Literal["train", "validation", "test"]) -> Score:
+        """Returns loss and accuracy of the network, or of its moving average if there is one, in evaluation mode."""
+        network = self.model if self.ema is None else self.ema
+        training = network.training
+        network.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        mine = {"rank": self.ranks.rank, "world": self.ranks.world}  # each rank looks at some of the images
+        with self.ranks.guard():  # an image may be broken
+            for x, y in self._images(split, batch_size=max(256, self.settings.batch_size), train=False, **mine):
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
+                    logits = network(x.to(memory_format=self.layout)).float()
+                total += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
+        network.train(training)
+        return Score(*(self.ranks.sum_(total) / len(self.splits[split])).tolist())
+
+    @torch.no_grad()
+    def realised_sparsity(self) -> float:
+        """Returns the share of exact zeros among the sparse parameters: regrown weights start from zero."""
+        return 1 - sum(layer.nonzero for layer in self.sparsifier.report().layers) / self.sparsifier.total
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what the run is and cost, without its accuracies."""
+        counts = self.sparsifier.counts
+        total, sparse = sum(map(math.prod, self.flops.shapes.values())), self.sparsifier.total
+        return {
+            "name": self.recipe.name,
+            "method": self.recipe.method.name,
+            "model": self.recipe.model.name,
+            "pattern": self.recipe.model.pattern,
+            "data": self.recipe.data.name,
+            "seed": self.recipe.seed,
+            "sparsity": self.sparsifier.sparsity,
+            "target_sparsity": None if self.target is None else 1 - self.target / self.units,
+            "exploration": self.sparsifier.exploration,
+            "parameters": {"total": total, "sparse": sparse, "active": total - sparse + self.sparsifier.active},
+            "flops": {
+                "inference": self.flops.inference(counts),
+                "inference_dense": self.flops.inference(),
+                "training": self.training_flops,
+                "training_dense": self.flops.training_step() * self._examples(self.step),
+            },
+            "seconds": self.seconds,
+            "steps": self.step,
+            "epochs": self.recipe.train.epochs,
+            "layers": [
+                {key: getattr(layer, key) for key in ("name", "shape", "total", "active", "flops")}
+                for layer in self.flops.per_layer(counts)
+            ],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all of the state but the model's: numbers, names and tensors, nested."""
+        return {
+            # what is trained, where it is not what the network computes with, which a checkpoint has as the model
+            "model": self.model.state_dict() if self.sparsifier.method.reparameterizes else None,
+            "optimizer": self.optimizer.state_dict(),
+            "sparsifier": self.sparsifier.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "best": None if self.best is None else asdict(self.best),
+            "training_flops": self.training_flops,
+            "seconds": self.seconds,
+            "window": [list(entry) for entry in self._window],
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Continues where ``model`` and ``state`` were taken.
+
+        Raises:
+            ValueError: they belong to another model or method.
+        """
+        try:
+            self.model.load_state_dict(dict(state["model"] or model))
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+            restore_layout(state["optimizer"], self.optimizer)
+            self.sparsifier.load_state_dict(state["sparsifier"])
+            self.best = None if state["best"] is None else Best(**state["best"])
+            self.training_flops, self.seconds = state["training_flops"], state["seconds"]
+            to = [(at, *(x.to(self.device).reshape(()) for x in pair)) for at, *pair in state["window"]]
+            self._window = [(at, loss, accuracy) for at, loss, accuracy in to]
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise ValueError(f"the checkpoint does not fit this recipe: {error}") from error
+        self._costs = (-1, 0.0, 0.0)
