@@ -182,6 +182,46 @@ def step(sparsifier, optimizer):
     optimizer.zero_grad()
 
 
+def an_inner_optimizer_has_a_part_of_the_state(rank, world, tmp_path):
+    """ZeroRedundancyOptimizer keeps the state of some parameters on each rank, in an optimizer inside of it."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    begin(rank, world, tmp_path)
+    runs = []
+    for alone in (True, False):
+        model = network()
+        sparsifier = granet.Sparsifier(
+            model, granet.RigL(sparsity=0.8, end=15, interval=3), verify_every=0 if alone else 1
+        )
+        whole = torch.optim.Adam(model.parameters(), lr=1e-3)
+        optimizer = whole if alone else ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=1e-3)
+        sparsifier.attach(optimizer)
+        network_ = model if alone else DistributedDataParallel(model)
+        part = slice(None) if alone else slice(rank * 8 // world, (rank + 1) * 8 // world)
+        for step in range(STEPS):
+            x, y = batch(step, part)
+            nn.functional.cross_entropy(network_(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert sparsifier.step == step + 1
+            inner = optimizer if alone else optimizer.optim
+            for name, mask in sparsifier.masks.items():
+                p = model.get_parameter(name)
+                held = [p.detach(), *(v for v in inner.state.get(p, {}).values() if v.shape == p.shape)]
+                assert not any(tensor[~mask].any() for tensor in held)
+        runs.append((model, sparsifier))
+    (plain, one), (model, other) = runs
+    assert one.version == other.version > 2
+    assert all(torch.equal(one.masks[name], mask) for name, mask in other.masks.items())
+    torch.testing.assert_close(dict(plain.named_parameters()), dict(model.named_parameters()))
+    leave()
+
+
+def test_an_inner_optimizer_with_a_part_of_the_state(tmp_path):
+    spawn(an_inner_optimizer_has_a_part_of_the_state, 2, tmp_path)
+
+
 def differences_are_found(rank, world, folder):
     begin(rank, world, folder)
 

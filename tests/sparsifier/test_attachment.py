@@ -133,6 +133,19 @@ def test_sam_trains_sparse_in_both_ways_of_calling_it(method, closure, base):
     assert sparsifier.version >= 4
 
 
+def test_gradients_that_two_nested_optimizers_hold_are_clipped_once():
+    norms = []
+    for nested in (True, False):
+        model = mlp()
+        sparsifier = Sparsifier(model, Static(sparsity=0.9))
+        kind = torch.optim.SGD
+        optimizer = SAM(model.parameters(), kind, lr=0.1) if nested else kind(model.parameters(), lr=0.1)
+        sparsifier.attach(optimizer)
+        loss(model).backward()
+        norms.append(sparsifier.clip_grad_norm_(1e-3))
+    assert norms[0] == norms[1]
+
+
 def test_a_sam_that_is_given_a_closure_climbs_within_the_sparse_network():
     model = mlp()
     sparsifier = Sparsifier(model, Static(sparsity=0.9))

@@ -20,8 +20,8 @@ def then(closure: Callable, after: Callable[[], None]):
 
 
 def parameters_of(optimizers) -> list[nn.Parameter]:
-    """All that the optimizers hold, in their order."""
-    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    """All that the optimizers hold, in their order, each once: one inside of another holds the same ones."""
+    return list({id(p): p for o in optimizers for group in o.param_groups for p in group["params"]}.values())
 
 
 def forget_gradients(optimizers) -> None:
