@@ -371,6 +371,6 @@ class Program:
     def run(self, inputs: list[Tensor], arena: Tensor, *, time: bool = False) -> list[Tensor]:
         """The segment's outputs, in the order of `segment.outputs`; with `time` also the nanoseconds of each step."""
         inputs = [t.contiguous() for t in inputs]
-        found = torch.ops.granet.train.run(inputs, self.constants, arena, self.program, time)
+        found = torch.ops.granet.run(inputs, self.constants, arena, self.program, time)
         shaped = [t.view(v.shape) for t, v in zip(found, self.segment.outputs, strict=False)]
         return [*shaped, *found[len(shaped) :]]
