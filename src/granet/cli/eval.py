@@ -40,7 +40,7 @@ def main(args: list[str]) -> int:
     from granet.train.trainer import Trainer
 
     run = Run.open(arguments.run)
-    trainer = Trainer(run.recipe)
+    trainer = Trainer(run.recipe, begins=False)
     step = load_weights(run, trainer, arguments.checkpoint)
     which = "best" if trainer.best is not None and trainer.best.step == step else "last"
     which = arguments.checkpoint or which

@@ -1,6 +1,6 @@
 """`granet train`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from granet.cli.arguments import Request, parse
@@ -16,6 +16,7 @@ examples:
   granet train cifar10-vgg19 --method rigl                another method, with the settings it has in the recipe
   granet train cifar10-vgg19-rigl                         the same
   granet train cifar10-vgg19 --engine sparse              on the sparse kernels, where they are faster (CPU)
+  granet train digits --method fixed --init-from RUN      from another run's weights; fixed: within its masks
   granet train my.yaml --train.epochs 9 --train.bf16 True a recipe of your own"""
 
 
@@ -32,6 +33,8 @@ class Options:
 def main(args: list[str]) -> int:
     """Trains, shows the table, writes the report; returns the exit code."""
     request = parse(args, Options, prog="granet train", description=DESCRIPTION)
+    if request.recipe.train.init is not None:
+        request = replace(request, recipe=pinned(request.recipe))
     wanted = [request.recipe]
     if request.options.twin and request.recipe.method.name != "dense":
         wanted.append(twin(request))
@@ -40,6 +43,14 @@ def main(args: list[str]) -> int:
     from granet.train.run import Run
 
     return train_all([Run.of(recipe, request.options.runs) for recipe in wanted])
+
+
+def pinned(recipe: Recipe) -> Recipe:
+    """Returns the recipe that begins with the weights of the very checkpoint that is the run's best, or last, now."""
+    from granet.train import initial
+
+    path = initial.source(Path(recipe.train.init))
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"init": str(path)})})
 
 
 def twin(request: Request) -> Recipe:

@@ -127,7 +127,7 @@ def run(
         raise LotteryError("a lottery is run by one process: start it without torchrun")
     found = levels(recipe, lottery, runs)
     if found[-1].summary is None:
-        rewind_step(lottery, Trainer(found[-1].run.recipe))  # refused before the first level is trained
+        rewind_step(lottery, Trainer(found[-1].run.recipe, begins=False))  # refused before the first level is trained
     for level in found:
         if level.summary is None and level.number and checkpoint.load_latest(level.run.checkpoints) is None:
             _begin(level, found, lottery)
@@ -141,7 +141,7 @@ def run(
 
 def _begin(level: Level, found: list[Level], lottery: Lottery) -> None:
     """Writes the first checkpoint of a level: the network of the level before, pruned and rewound."""
-    trainer = Trainer(level.run.recipe)
+    trainer = Trainer(level.run.recipe, begins=False)
     at = rewind_step(lottery, trainer)
     before = checkpoint.load_latest(found[level.number - 1].run.checkpoints)
     if before is None:

@@ -18,7 +18,7 @@ from granet.report import page as report
 from granet.selection import columns
 from granet.sparsifier import masking
 from granet.train import checkpoint
-from granet.train.run import Run, pick
+from granet.train.run import Run
 
 if TYPE_CHECKING:
     import altair
@@ -160,7 +160,7 @@ def layer_sensitivity(
     if not sparsities:
         raise ValueError("sparsities is empty: there would be nothing to prune")
     run = run if isinstance(run, Run) else Run.open(Path(run))
-    found = pick(run, which)
+    found = checkpoint.pick(run.checkpoints, which)
     on = Bench(run)
     network = on.trainer.model if on.trainer.ema is None else on.trainer.ema
     if batch_norm and not any(isinstance(module, _BatchNorm) for module in network.modules()):

@@ -56,7 +56,7 @@ def network(source: str, *, sparsity: float, distribution: str = "erk", size: in
     path = Path(source)
     if (path / "recipe.yaml").exists() or (source not in MODELS and (path.exists() or len(path.parts) > 1)):
         run = Run.open(path)
-        trainer = Trainer(run.recipe)
+        trainer = Trainer(run.recipe, begins=False)
         load_weights(run, trainer, "last")
         trainer.sparsifier.fold()
         return trainer.model.cpu().float(), tuple(trainer.dataset.shape)

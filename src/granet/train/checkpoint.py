@@ -185,6 +185,27 @@ def distrusted(path: Path) -> Iterator[None]:
         ) from None
 
 
+def pick(folder: Path, which: str | None = None) -> Checkpoint:
+    """Returns the ``"best"`` of a run's checkpoints, or the ``"last"``; by default the best, else the last.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        ValueError: ``which`` is neither.
+    """
+    if which not in (None, "best", "last"):
+        raise ValueError(f"there is no checkpoint {which!r}: write 'best' or 'last'")
+    found = load_latest(folder)
+    if found is None:
+        raise CheckpointError(f"{folder.parent} has no checkpoint yet")
+    if which == "last" or found.best == found.step or (which is None and found.best is None):
+        return found
+    if found.best is None:
+        raise CheckpointError(
+            f"{folder.parent} has no best checkpoint: it has not been evaluated at its target sparsity yet; try 'last'"
+        )
+    return load(folder / f"{found.best:08d}")
+
+
 def load_latest(folder: Path) -> Checkpoint | None:
     """Returns the latest intact checkpoint in ``folder``, None if there is none; warns of each damaged one passed over.
 

@@ -17,6 +17,7 @@ def learning_rate(settings: Train, step: int, steps: int) -> float:
     >>> [learning_rate(settings, step, 10) for step in range(10)]
     [0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25]
     """
+    steps = next((stage for stage in settings.stages if step < stage), steps)
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     match settings.schedule:

@@ -157,6 +157,10 @@ class Train(Section):
         ("50%", "75%"), description="Where the multistep schedule multiplies by gamma."
     )
     gamma: float = Field(0.1, gt=0, lt=1, description="What the multistep schedule multiplies by.")
+    stages: tuple[Steps, ...] = Field(
+        (),
+        description="Lengths of the training before it was extended; each has a cosine schedule of its own length.",
+    )
     warmup: Steps = Field(0, description="Length of the linear warm-up of the learning rate.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the training loss.")
     clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient of the active weights.")
@@ -176,6 +180,11 @@ class Train(Section):
         ge=1,
         le=1_000_000,
         description="Batches that methods which choose their masks before training look at (snip, grasp).",
+    )
+    init: str | None = Field(
+        None,
+        description="Run directory or checkpoint whose weights the training begins with; with the method fixed, and "
+        "within its masks.",
     )
     log: Steps = Field("10it", description="Steps between two lines of the training log.")
     evaluate: Steps = Field("1ep", description="Steps between two evaluations on the validation set.")

@@ -30,8 +30,8 @@ import torch
 
 from granet import files, ranks
 from granet.parsing import from_yaml, short
-from granet.train import checkpoint
-from granet.train.recipe import Recipe, RecipeError, suggest, validate
+from granet.train import checkpoint, data, initial
+from granet.train.recipe import Recipe, RecipeError, validate
 from granet.train.summary import read_summary
 from granet.train.trainer import Trainer
 
@@ -181,7 +181,8 @@ def execute(
 
 
 def _train(run: Run, here: ranks.Ranks, watch, stop: Callable[[], bool]) -> dict[str, Any] | None:
-    trainer = Trainer(run.recipe)  # first of all: what cannot be built leaves no directory behind
+    begins = here.decide(lambda: not checkpoint.paths(run.checkpoints))
+    trainer = Trainer(run.recipe, begins=begins)  # first of all: what cannot be built leaves no directory behind
     with contextlib.ExitStack() as held:  # by the first rank: the lock and the open files
         metrics = events = None
 
@@ -266,41 +267,46 @@ def _summarise(run: Run, trainer: Trainer) -> dict[str, Any]:
 
 
 def load_weights(run: Run, trainer: Trainer, which: str | None = None) -> int:
-    """Returns the step of a checkpoint, which is put into ``trainer``; ``which`` is that of `pick`.
+    """Returns the step of a checkpoint, which is put into ``trainer``; ``which`` is that of `checkpoint.pick`.
 
     All ranks of ``trainer`` call this together: the first one reads, and tells the others.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    found = trainer.ranks.decide(lambda: pick(run, which))
+    found = trainer.ranks.decide(lambda: checkpoint.pick(run.checkpoints, which))
     _restore(trainer, found)
     return found.step
 
 
-def pick(run: Run, which: str | None = None) -> checkpoint.Checkpoint:
-    """Returns the ``"best"`` checkpoint, or the ``"last"``; by default the best if there is one, else the last.
+def extend(run: Run, epochs: int) -> Path:
+    """Returns the directory of the run that goes on from ``run`` up to ``epochs``, made if it is not there yet.
+
+    It lies beside ``run``, which stays as it is, and holds its records and its last and best checkpoint.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged.
-        ValueError: ``which`` is neither.
+        RecipeError: the training is so long already.
+        CheckpointError: the run has no checkpoint, or a damaged one.
     """
-    if which not in (None, "best", "last"):
-        raise ValueError(f"there is no checkpoint {which!r}; {suggest(which, ('best', 'last'))}")
-    found = checkpoint.load_latest(run.checkpoints)
-    if found is None:
-        raise checkpoint.CheckpointError(f"{run.path} has no checkpoint yet")
-    if which != "last":
-        best = found.best
-        if best is None and which is None:
-            return found
-        if best is None:
-            raise checkpoint.CheckpointError(
-                f"{run.path} has no best checkpoint: it has not been evaluated at its target sparsity yet; try 'last'"
-            )
-        if best != found.step:
-            found = checkpoint.load(run.checkpoints / f"{best:08d}")
-    return found
+    recipe, here = run.recipe, ranks.current()
+    images = data.load(
+        recipe.data.name, root=recipe.data.root, validation=recipe.data.validation, seed=recipe.seed
+    ).train
+    share = here.share(recipe.train.batch_size, recipe.train.accumulate)
+    drop_last = not recipe.train.partial_batch
+    steps_per_epoch = data.steps_per_epoch(len(images), share, world=here.world, drop_last=drop_last)
+    made = Run.of(initial.longer(recipe, epochs, steps_per_epoch), run.path.parent)
+    if checkpoint.paths(made.checkpoints):
+        return made.path
+    last, best = checkpoint.pick(run.checkpoints, "last"), checkpoint.pick(run.checkpoints)
+    made.path.mkdir(parents=True, exist_ok=True)
+    with made.locked():
+        checkpoint.replace(made.path / "recipe.yaml", made.recipe.to_yaml())
+        records = (run.path / "metrics.jsonl").read_bytes()[: last.metrics]
+        checkpoint.replace(made.path / "metrics.jsonl", records.decode())
+        for found in (best, last):
+            checkpoint.save(made.checkpoints, step=found.step, model=found.model, state=found.state)
+    return made.path
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from granet.engine.training import TrainingPlan, accelerate
 from granet.selection import plan, unfit
 from granet.shards import checksum
 from granet.sparsifier import Sparsifier
-from granet.train import data, models, optimizer
+from granet.train import data, initial, models, optimizer
 from granet.train.checkpoint import restore_layout
 from granet.train.recipe import Recipe, Train
 
@@ -55,6 +55,7 @@ class Trainer:
 
     Args:
         recipe: what to train, on what, how.
+        begins: whether it begins with the weights of `train.init`; not where a checkpoint is to be loaded.
 
     Raises:
         ValueError: the recipe and the data do not fit each other.
@@ -68,7 +69,7 @@ class Trainer:
     (20, 0.5)
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, *, begins: bool = True):
         self.recipe = recipe
         self.ranks = ranks.current()
         torch.manual_seed(recipe.seed)
@@ -103,6 +104,7 @@ class Trainer:
         self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.layout)
 
+        masks = initial.load(recipe, self.model, self.ranks) if begins else None
         method = recipe.resolve(self.steps_per_epoch)
         pattern = recipe.model.pattern
         skip = (*recipe.model.keep_dense, *unfit(self.model, pattern, skip=recipe.model.keep_dense))
@@ -110,7 +112,8 @@ class Trainer:
         self.target, self.units = planned.final_active, planned.sparse_units  # weights, blocks or channels
         probe = self.probe(self.settings.probe) if method.needs_probe else None
         self.flops = flops.count(self.model, torch.zeros(1, *dataset.shape, device=self.device))
-        self.sparsifier = Sparsifier(self.model, method, skip=skip, seed=recipe.seed, probe=probe, pattern=pattern)
+        options = {"skip": skip, "seed": recipe.seed, "probe": probe, "pattern": pattern, "masks": masks}
+        self.sparsifier = Sparsifier(self.model, method, **options)
         spared = self.sparsifier.masks if method.decays else ()
         self.optimizer = optimizer.build(self.model, self.settings, spared=spared)
         self.sparsifier.attach(self.optimizer)
@@ -157,17 +160,14 @@ class Trainer:
         while self.step < self.steps:
             for x, y in self.ranks.each(self.batches()):
                 self.train_step(forward, x, y)
-                last = self.step == self.steps
+                last = self.step in (*settings.stages, self.steps)
                 self.seconds, clock = self.seconds + time.perf_counter() - clock, time.perf_counter()
 
-                update = self.sparsifier.last_update
-                if update is not None and update.step == self.step:
+                if (update := self.sparsifier.last_update) is not None and update.step == self.step:
                     record(self._update_record(update))
                 if self.step % settings.log == 0 or last:
                     record(self.train_record())
-                better = False
-                if self.step % settings.evaluate == 0 or last:
-                    better = self._validate(record)
+                better = (self.step % settings.evaluate == 0 or last) and self._validate(record)
                 stopped = self.ranks.any(stop())
                 kept = self.step in settings.keep
                 if self.step % settings.checkpoint == 0 or kept or better or last or stopped:
@@ -175,7 +175,7 @@ class Trainer:
                     save()
                     saved = self.step
                 clock = time.perf_counter()
-                if stopped and not last:
+                if stopped and self.step < self.steps:
                     return False
         self.sparsifier.verify()
         if saved != self.step:

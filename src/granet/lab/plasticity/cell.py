@@ -75,7 +75,7 @@ class Bench:
             raise RecipeError(f"{run.path} trains more than its weights ({name}): take a run of another method")
         plain = recipe.model.model_copy(update={"pattern": "unstructured"})  # single weights are pruned
         dense = recipe.model_copy(update={"method": SECTIONS["dense"](name="dense"), "model": plain})
-        self.trainer = Trainer(dense)
+        self.trainer = Trainer(dense, begins=False)
         self.settings = self.trainer.settings
         self._before: dict[int, float] = {}
 
