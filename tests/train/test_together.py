@@ -192,6 +192,24 @@ def probe_other_batches(rank):
         yield all(torch.equal(mask, other.masks[name]) for name, mask in sparsifier.masks.items())
 
 
+def accelerate_together(rank):
+    """The report of a plan that was made on both ranks and followed an update, which rank 0 evaluated alone."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(300, 400), torch.nn.ReLU(), torch.nn.Linear(400, 10))
+    sparsifier = granet.Sparsifier(model, granet.GMP(sparsity=0.97, end=2, interval=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    plan = granet.accelerate(sparsifier, torch.randn(64, 300))
+    for _ in range(3):
+        model(torch.randn(64, 300)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 0:
+            with torch.no_grad():
+                model(torch.randn(64, 300))
+    return str(plan.report())
+
+
 def fail_alone(rank, world, folder):
     begin(rank, world, folder)
     said = {}
@@ -201,6 +219,7 @@ def fail_alone(rank, world, folder):
             work(rank, folder)
         except Exception as error:
             said[work.__name__] = [type(error).__name__, str(error), time.monotonic() - began]
+    said["plan"] = accelerate_together(rank)
     said["own masks"] = list(probe_other_batches(rank))
     (folder / f"{rank}.json").write_text(json.dumps(said))
     leave()
@@ -220,6 +239,12 @@ def test_what_fails_on_one_rank_fails_on_all_with_its_message_and_the_group_goes
     assert f"{kind}: {said}".startswith(message)
     other, told, seconds = failed[1 - rank][work.__name__]
     assert (other, told) == ("RankError", f"rank {rank} failed: {kind}: {said}") and seconds < 60
+
+
+def test_kernels_are_chosen_by_the_clock_of_the_first_rank(failed):
+    """Every rank would measure other times, and so might choose others."""
+    assert failed[0]["plan"] == failed[1]["plan"]
+    assert " ms" in failed[0]["plan"]
 
 
 def fail_within_a_step(rank, world, folder, way):

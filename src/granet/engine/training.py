@@ -22,6 +22,7 @@ from granet.engine import eager, ops
 from granet.engine.layer import Forward, is_exchanged
 from granet.engine.report import LayerReport, layer_table
 from granet.engine.timing import NOISE, Spread, interleaved, spreads
+from granet.ranks import Ranks, current
 from granet.sparsifier.reparameterize import is_reparameterized
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ class TrainingPlan:
         self._confirmed = False  # the whole model has been measured to be faster
         self._known: dict[tuple, float] = {}
         self._version = sparsifier.version
+        self._due = False  # whether layers are to be measured for a topology that has changed
+        # one choice for all ranks that train one network, by the first one's clock
+        self._ranks = current() if sparsifier._verify_every else Ranks()
         self._attached = None  # the sparsifier's optimizers that tell this plan of their steps
         self._hooks: list = []
 
@@ -109,12 +113,13 @@ class TrainingPlan:
         """Takes note of a topology that has changed: each layer calls this before it runs."""
         if self._attached is not self.sparsifier._attached:
             self._listen()
-        if self._version == self.sparsifier.version:
-            return
-        self._version = self.sparsifier.version
-        for forward in self.forwards:
-            forward.forget()
-        self._measure([f for f in self.forwards if f.worth_measuring])
+        if self._version != self.sparsifier.version:
+            self._version, self._due = self.sparsifier.version, True
+            for forward in self.forwards:
+                forward.forget()
+        if self._due and torch.is_grad_enabled():  # one rank alone may evaluate the model, all of them train it
+            self._due = False
+            self._measure([f for f in self.forwards if f.worth_measuring])
 
     def _listen(self) -> None:
         """Has the sparsifier's optimizers tell of their steps, after which it has cleared what is inactive."""
@@ -131,7 +136,7 @@ class TrainingPlan:
 
     def replan(self) -> None:
         """Measures every layer again, at the density it has now, and the whole model."""
-        self._version, self._confirmed = self.sparsifier.version, False
+        self._version, self._due, self._confirmed = self.sparsifier.version, False, False
         self._known.clear()
         for forward in self.forwards:
             forward.forget()
@@ -143,7 +148,8 @@ class TrainingPlan:
         All that is missing is measured in turns, so that noise hits it alike.
         """
         missing = [key for key in calls if key not in self._known]
-        self._known |= dict(zip(missing, interleaved([calls[k] for k in missing], repeats=2, enough=0.02), strict=True))
+        spent = self._ranks.decide(lambda: interleaved([calls[key] for key in missing], repeats=2, enough=0.02))
+        self._known |= dict(zip(missing, spent, strict=True))
         return [self._known[key] for key in calls]
 
     def _measure(self, forwards: list[Forward]) -> None:
@@ -162,7 +168,7 @@ class TrainingPlan:
             whole = self.whole[DENSE].least
             self.why = f"The layers' gain of {saved:.2f} ms is within the noise of the whole, {whole:.2f} ms."
         else:
-            self.whole = spreads(self.candidates())
+            self.whole = self._ranks.decide(lambda: spreads(self.candidates()))
             dense, fast = self.whole[DENSE], self.whole[SPARSE]
             self._confirmed = fast.least < dense.least * (1 - NOISE)
             self.why = (
@@ -245,6 +251,8 @@ def accelerate(
     is inactive, the layers run dense. So they do while `torch.export`, `torch.onnx` or `torch.jit.trace` record the
     model: what is exported holds torch's own operators. `torch.jit.script` needs `plan.remove()` first.
 
+    Of several ranks that train one network all call this, and the first one's measurements decide for all.
+
     Args:
         sparsifier: the sparsifier of the model; its topology is followed.
         example_inputs: what the model is trained with, batch size included: a tensor, several in a tuple or list, or a
@@ -256,8 +264,8 @@ def accelerate(
     if is_reparameterized(sparsifier.model):
         name = type(sparsifier.method).__name__
         refused = f"{name} trains other weights than those it computes with, which the kernels cannot."
-    elif not native.available():
-        refused = "The sparse kernels are not available on this machine."
+    elif plan._ranks.any(not native.available()):
+        refused = "The sparse kernels are not available on this machine, or on that of another rank."
     for name, module in sparsifier.model.named_modules():
         if any(p is not None for p in module._parameters.values()):
             plan.rows.append(_planned(plan, name, module, refused))
