@@ -4,8 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 STACKS := $(VENV)/.stacks
+DOCS   := $(VENV)/.docs
 
-.PHONY: train test test-all integrations sanitize check bench format clean
+.PHONY: train test test-all integrations sanitize check docs bench format clean
 
 train: $(STAMP)          ## GraNet to 90 % sparsity beside its dense twin, on real data, with a report at the end
 	$(BIN)/granet train --twin
@@ -22,13 +23,22 @@ integrations: $(STACKS)  ## granet inside Lightning, transformers, accelerate, t
 sanitize: $(STAMP)       ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer; takes minutes
 	GRANET_SANITIZE=1 $(BIN)/python -m pytest -q --timeout 1800 tests/engine/test_sanitizers.py
 
-check: $(STAMP)          ## formatting and lint
+check: $(STAMP)          ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(DOCS)            ## the documentation site, in build/site; warnings are errors, and nothing is fetched
+	rm -rf build/docs build/site
+	mkdir -p build/docs
+	cp -R *.md LICENSE docs results examples src tests build/docs  # with their places, so that links between them hold
+	find build/docs -name __pycache__ -prune -exec rm -rf {} +
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 bench: $(STAMP)          ## upkeep of the masks against the official procedure
 	$(BIN)/python benchmarks/upkeep.py
@@ -46,5 +56,9 @@ $(STACKS): $(STAMP)      # the stacks that granet is tested inside of: 600 MB
 	$(BIN)/python -m pip install -q -c constraints.txt --group integrations
 	@touch $@
 
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt --group docs
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) build runs .pytest_cache .ruff_cache

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from granet.names import described
 
 Filter = str | type | Callable[[str, nn.Module, nn.Parameter], bool]
+Filters = Filter | Iterable[Filter] | None
 
 KINDS: dict[str, tuple[type, ...]] = {
     "linear": (nn.Linear, nn.Bilinear),

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from granet.filters import Filters
 from granet.names import forms, matched
 from granet.selection import select
 
 
 @torch.no_grad()
-def import_masks(model: nn.Module, given: Mapping[str, Any] | None = None, *, only=None, skip=()) -> dict[str, Tensor]:
+def import_masks(
+    model: nn.Module, given: Mapping[str, Any] | None = None, *, only: Filters = None, skip: Filters = ()
+) -> dict[str, Tensor]:
     """The masks of a pruned model, by parameter name, True = active; sparse parameters without one are all active.
 
     Args:

@@ -28,7 +28,7 @@ from torch import nn
 from granet import shards
 from granet.checks import refuse_pruned, refuse_sparse_gradients, require_kinds
 from granet.criterion import Layer
-from granet.filters import KINDS, Default, Filter, by_default, hits, listed
+from granet.filters import KINDS, Default, Filter, Filters, by_default, hits, listed
 from granet.methods.base import Method
 from granet.pattern import Pattern, parse
 
@@ -54,8 +54,8 @@ class Choice:
 
 def select(
     model: nn.Module,
-    only: Filter | Iterable[Filter] | None = None,
-    skip: Filter | Iterable[Filter] = (),
+    only: Filters = None,
+    skip: Filters = (),
     pattern: Pattern | str | None = None,
 ) -> list[Choice]:
     """A choice for every parameter of `model`, in the order of `named_parameters()`; a tied parameter comes once.
@@ -129,8 +129,8 @@ class _Unfit:
 def unfit(
     model: nn.Module,
     pattern: Pattern | str | None,
-    only: Filter | Iterable[Filter] | None = None,
-    skip: Filter | Iterable[Filter] = (),
+    only: Filters = None,
+    skip: Filters = (),
 ) -> tuple[Filter, ...]:
     """The filters, to be added to `skip`, that leave dense what cannot obey `pattern`; none where everything can.
 
@@ -255,7 +255,9 @@ class Plan:
         return _share(count, row.units)
 
 
-def plan(model: nn.Module, method: Method, *, only=None, skip=(), pattern: Pattern | str | None = None) -> Plan:
+def plan(
+    model: nn.Module, method: Method, *, only: Filters = None, skip: Filters = (), pattern: Pattern | str | None = None
+) -> Plan:
     """The plan of `method` for `model`: every parameter, whether it is sparse and why, its shape and its budgets.
 
     Args:

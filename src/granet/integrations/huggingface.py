@@ -18,6 +18,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -51,7 +52,7 @@ class SparseTraining(TrainerCallback):
         sparsifier: the `Sparsifier`, None until training begins if a method was given.
     """
 
-    def __init__(self, method: Method | Sparsifier, *, max_norm: float | None = None, **options):
+    def __init__(self, method: Method | Sparsifier, *, max_norm: float | None = None, **options: Any):
         self.sparsifier = adapter.given(method, options)
         self._method = method if self.sparsifier is None else None
         self._options, self.max_norm = options, max_norm

@@ -11,6 +11,8 @@
 (40, 0.5, tensor(0.5000))
 """
 
+from typing import Any
+
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 
 from granet.integrations import adapter
@@ -34,7 +36,7 @@ class SparseTraining(Callback):
         sparsifier: the `Sparsifier`, None until a fit begins if a method was given.
     """
 
-    def __init__(self, method: Method | Sparsifier, **options):
+    def __init__(self, method: Method | Sparsifier, **options: Any):
         self.sparsifier = adapter.given(method, options)
         self._method, self._options, self._logged = method, options, None
         self._hooks, self._in_step = (), False

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from granet import checks, shards
 from granet.criterion import NonFiniteScores
+from granet.filters import Filters
 from granet.methods.base import Method
 from granet.pattern import Pattern, parse
 from granet.probe import Probe
@@ -83,8 +84,8 @@ class Sparsifier(Upkeep):
         model: nn.Module,
         method: Method,
         *,
-        only=None,
-        skip=(),
+        only: Filters = None,
+        skip: Filters = (),
         seed: int = 0,
         probe: Probe | None = None,
         masks: Mapping[str, Tensor] | None = None,
