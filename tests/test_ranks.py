@@ -109,7 +109,8 @@ def test_two_ranks_resume_to_the_bit(trained):
 ELASTIC = """
 import os, signal, sys
 from pathlib import Path
-from granet import ranks, recipes
+from granet import ranks
+from granet.train import recipes
 from granet.train.recipe import validate
 from granet.train.run import Run, execute
 

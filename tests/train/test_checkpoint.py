@@ -146,7 +146,7 @@ def test_nothing_is_unpickled(tmp_path):
 FULL = """
 import resource, sys, torch
 from pathlib import Path
-from granet import checkpoint
+from granet.train import checkpoint
 folder = Path(sys.argv[1])
 model = {"w": torch.ones(100_000)}
 checkpoint.save(folder, step=1, model=model, state={})

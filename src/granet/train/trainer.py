@@ -61,7 +61,7 @@ class Trainer:
         ValueError: the recipe and the data do not fit each other.
         FileNotFoundError: the dataset is not there; the message says where to get it.
 
-    >>> from granet import recipes
+    >>> from granet.train import recipes
     >>> from granet.train.recipe import validate
     >>> recipe = recipes.load("digits").model_dump()
     >>> trainer = Trainer(validate(recipe | {"train": {"epochs": 1, "lr": 0.01, "batch_size": 64}}, source="example"))
