@@ -4,8 +4,8 @@ A job is a top-level function and plain data, so that it can run anywhere. On th
 after the other; a job that fails takes its process with it, whatever the cause, and the others go on.
 
 >>> import math
->>> from granet.lab import pool
->>> sorted(outcome.value for outcome in pool.map(math.sqrt, [(4.0,), (9.0,)], jobs=1))
+>>> from granet.lab.pool import executor
+>>> sorted(outcome.value for outcome in executor.map(math.sqrt, [(4.0,), (9.0,)], jobs=1))
 [2.0, 3.0]
 """
 
