@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from granet.criterion import Layer, given, gradient, magnitude
+from granet.criterion import Layer, gradient, magnitude, own_values
 
 
-@pytest.mark.parametrize("criterion", [given, magnitude, gradient])
+@pytest.mark.parametrize("criterion", [own_values, magnitude, gradient])
 def test_a_criterion_of_parts_is_a_part_of_the_criterion(criterion):
     layer = Layer(torch.randn(6, 5, 3), torch.randn(6, 5, 3))
     parts = torch.cat([criterion(part) for part in layer.parts(7)])

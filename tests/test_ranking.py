@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_map_only
 
 from granet import native, ranking
-from granet.criterion import Layer, given, magnitude
+from granet.criterion import Layer, magnitude, own_values
 from granet.ranking import NonFiniteScores
 from granet.ranks import leave
 from granet.topology import count, drop, grow, top
@@ -49,8 +49,8 @@ def test_top_equals_the_naive_version(scores, data):
     masks = [torch.tensor(m, dtype=torch.bool) for _, m in pieces]
     for select in (ranking.top_cpu, ranking.top_device):
         if 0 < n < sum(among):
-            assert torch.cat(select(layers, given, n, masks, sum(among))).tolist() == expected
-    assert torch.cat(top(layers, given, n, masks)).tolist() == expected
+            assert torch.cat(select(layers, own_values, n, masks, sum(among))).tolist() == expected
+    assert torch.cat(top(layers, own_values, n, masks)).tolist() == expected
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "constant", "sorted", "one outlier", "float64"])
@@ -71,7 +71,9 @@ def test_top_of_many_scores_is_exact(kind, engine):
     candidates = among.nonzero().squeeze(1)
     ranked = candidates[np.argsort(-scores[candidates].numpy(), kind="stable")]
     for n in (1, 5, 1_000, count(among) // 2, count(among) - 1):
-        chosen = top([Layer(scores[:100_001]), Layer(scores[100_001:])], given, n, [among[:100_001], among[100_001:]])
+        chosen = top(
+            [Layer(scores[:100_001]), Layer(scores[100_001:])], own_values, n, [among[:100_001], among[100_001:]]
+        )
         assert set(torch.cat(chosen).nonzero().squeeze(1).tolist()) == set(ranked[:n].tolist())
 
 
@@ -81,7 +83,7 @@ def test_a_bracket_that_misses_is_widened(monkeypatch, engine):
     for n in (10, 500, 999):
         expected = torch.zeros(1000, dtype=torch.bool)
         expected[scores.argsort(descending=True)[:n]] = True
-        assert torch.equal(top([Layer(scores)], given, n, [among])[0], expected)
+        assert torch.equal(top([Layer(scores)], own_values, n, [among])[0], expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -134,7 +136,7 @@ def equal_to_whole(rank, world, folder):
 
     among = torch.rand(sum(sizes), generator=torch.Generator().manual_seed(1)) < 0.6
     for name, scores in adversaries().items():
-        for criterion in (given, magnitude) if name == "normal" else (given,):
+        for criterion in (own_values, magnitude) if name == "normal" else (own_values,):
             for n in (1, 1_000, count(among) // 2, count(among) - 1):
                 layers = [Layer(part.view(shape)) for part, shape in zip(scores.split(sizes), SHAPES, strict=True)]
                 masks = [part.view(shape) for part, shape in zip(among.split(sizes), SHAPES, strict=True)]
@@ -153,8 +155,8 @@ def equal_to_whole(rank, world, folder):
     split = [part if i % 2 else part.float() for i, part in enumerate(shards(wide))]
     masks = [part.view(shape) for part, shape in zip(among.split(sizes), SHAPES, strict=True)]
     for n in (50, count(among) // 2):
-        expected = top([Layer(part) for part in kinds], given, n, masks)
-        found = top([Layer(part) for part in split], given, n, shards(among))
+        expected = top([Layer(part) for part in kinds], own_values, n, masks)
+        found = top([Layer(part) for part in split], own_values, n, shards(among))
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one.full_tensor() if hasattr(one, "full_tensor") else one, other), n
 
@@ -162,7 +164,7 @@ def equal_to_whole(rank, world, folder):
     if rank == 1:
         broken[0].to_local()[0, 0] = float("nan")
     with pytest.raises(NonFiniteScores, match="on some rank"):  # on every rank, none waits for another
-        top([Layer(part) for part in broken], given, 10, shards(among))
+        top([Layer(part) for part in broken], own_values, 10, shards(among))
     leave()
 
 
@@ -172,7 +174,7 @@ def test_shards_choose_what_the_whole_does(tmp_path):
 
 def test_candidates_that_are_not_there_are_told_instead_of_looked_for():
     with pytest.raises(ValueError, match="fewer than 3"):
-        top([Layer(torch.ones(4))], given, 3, [torch.tensor([True, True, False, False])], candidates=4)
+        top([Layer(torch.ones(4))], own_values, 3, [torch.tensor([True, True, False, False])], candidates=4)
 
 
 class Placed(torch.Tensor):

@@ -59,7 +59,7 @@ def effective(layer: Layer) -> Tensor:
     return layer.weight if layer.effective is None else layer.effective
 
 
-def given(layer: Layer) -> Tensor:
+def own_values(layer: Layer) -> Tensor:
     """The layer's values themselves, for scores that were computed elsewhere: `Layer(scores)`."""
     return _float(layer.weight)
 

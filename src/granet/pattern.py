@@ -228,7 +228,9 @@ class NM(Pattern):
         import torch
 
         members = self._grouped(scores)
-        places = torch.arange(self.m, dtype=self._dtype, device=scores.device)  # the ranks, were the earlier the higher
+        places = torch.arange(
+            self.m, dtype=self._dtype, device=scores.device
+        )  # start as if earlier entries scored higher
         ranks = places.view(-1, *[1] * (members.ndim - 1)).expand(members.shape).clone()
         for k in range(self.m):
             for later in range(k + 1, self.m):

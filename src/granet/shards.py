@@ -137,7 +137,7 @@ def total(values: Tensor) -> float:
     return float(summed(mine if is_owner(values) else torch.zeros_like(mine), values.device_mesh))
 
 
-def placed(values: Tensor, tensor: Tensor) -> Tensor:
+def place_like(values: Tensor, tensor: Tensor) -> Tensor:
     """`values`, whole or in shards, in the placement and on the device of `tensor`.
 
     Shards of another placement are gathered, which all ranks of their mesh do together.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from granet import distribution, ranking, shards
-from granet.criterion import Criterion, Layer, given
+from granet.criterion import Criterion, Layer, own_values
 from granet.criterion import NonFiniteScores as NonFiniteScores  # what `top` and all that is made of it may raise
 
 Masks = Mapping[str, Tensor]
@@ -79,12 +79,12 @@ def top(
 
 def drop(mask: Tensor, scores: Tensor, n: int) -> Tensor:
     """`mask` without its `n` active entries of the lowest score."""
-    return top([Layer(scores)], given, count(mask) - n, [mask])[0]
+    return top([Layer(scores)], own_values, count(mask) - n, [mask])[0]
 
 
 def grow(mask: Tensor, scores: Tensor, n: int) -> Tensor:
     """`mask` with the `n` inactive entries of the highest score active as well."""
-    return mask | top([Layer(scores)], given, n, [~mask], beside=[(mask, mask)])[0]
+    return mask | top([Layer(scores)], own_values, n, [~mask], beside=[(mask, mask)])[0]
 
 
 def part(ratio: float, n: int) -> int:

@@ -11,7 +11,7 @@ from granet.methods.base import Method
 from granet.sparsifier import Sparsifier
 
 
-def given(method: Method | Sparsifier, options: dict) -> Sparsifier | None:
+def ready_made(method: Method | Sparsifier, options: dict) -> Sparsifier | None:
     """The sparsifier that an adapter was given, None if it is to make one by a method and its options.
 
     Raises:
@@ -24,10 +24,11 @@ def given(method: Method | Sparsifier, options: dict) -> Sparsifier | None:
     return method
 
 
-def whole(state: dict) -> dict:
+def unsharded_state(state: dict) -> dict:
     """A sparsifier's state in plain CPU tensors, to be written by one rank; all ranks call this together."""
-    here = torch.empty(0)
-    return {
-        key: {name: shards.placed(tensor, here) for name, tensor in part.items()} if isinstance(part, dict) else part
-        for key, part in state.items()
-    }
+    cpu = torch.empty(0)
+
+    def unsharded(part):
+        return {name: shards.place_like(value, cpu) for name, value in part.items()} if isinstance(part, dict) else part
+
+    return {key: unsharded(part) for key, part in state.items()}

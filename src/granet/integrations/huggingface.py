@@ -53,7 +53,7 @@ class SparseTraining(TrainerCallback):
     """
 
     def __init__(self, method: Method | Sparsifier, *, max_norm: float | None = None, **options: Any):
-        self.sparsifier = adapter.given(method, options)
+        self.sparsifier = adapter.ready_made(method, options)
         self._method = method if self.sparsifier is None else None
         self._options, self.max_norm = options, max_norm
         if self._method is not None and self._method.reparameterizes:
@@ -92,7 +92,7 @@ class SparseTraining(TrainerCallback):
             state.log_history[-1].update(now)
 
     def on_save(self, args, state, control, **kwargs):
-        whole = adapter.whole(self.sparsifier.state_dict())
+        whole = adapter.unsharded_state(self.sparsifier.state_dict())
         with current().guard():
             if args.should_save:
                 part = (written(args, state) / FILE).with_suffix(".part")

@@ -37,7 +37,7 @@ class SparseTraining(Callback):
     """
 
     def __init__(self, method: Method | Sparsifier, **options: Any):
-        self.sparsifier = adapter.given(method, options)
+        self.sparsifier = adapter.ready_made(method, options)
         self._method, self._options, self._logged = method, options, None
         self._hooks, self._in_step = (), False
 
@@ -102,7 +102,7 @@ class SparseTraining(Callback):
             self._hooks = ()
 
     def state_dict(self):
-        return {} if self.sparsifier is None else adapter.whole(self.sparsifier.state_dict())
+        return {} if self.sparsifier is None else adapter.unsharded_state(self.sparsifier.state_dict())
 
     def load_state_dict(self, state_dict):
         if self.sparsifier is not None:  # None where a checkpoint is evaluated: its weights have their zeros

@@ -189,7 +189,7 @@ class AtInitialization(Method):
         for t in range(1, rounds + 1):
             scored = {name: criterion.Layer(score) for name, score in scores(masks).items()}
             n = distribution.budget(topology.total_of(layers), (1 - self.sparsity) ** (t / rounds))
-            masks = topology.prune_to(masks, n, scored, criterion.given)
+            masks = topology.prune_to(masks, n, scored, criterion.own_values)
         return masks
 
 
@@ -246,7 +246,7 @@ GROWTHS = ("gradient", "momentum", "random")
 
 
 def require_growth(method: Method) -> None:
-    """Refuse a `growth` that there is not, and gradients gathered over more steps than lie between two updates."""
+    """Reject an unknown `growth`, and gradients gathered over more steps than lie between two updates."""
     kind, growth, n = type(method).__name__, method.growth, method.accumulate
     if growth not in GROWTHS:
         raise ValueError(f"{kind}: {unknown('growth', growth, GROWTHS)}")

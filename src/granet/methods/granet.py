@@ -67,7 +67,7 @@ class GraNet(Grows, Method):
                 raise ValueError('GraNet: last_sparsity belongs to scope="layerwise": global pruning ranks all')
         if self.initial_sparsity > self.sparsity:
             raise ValueError(
-                f"GraNet: initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity}: it only prunes"
+                f"GraNet: initial_sparsity={self.initial_sparsity} must not exceed sparsity={self.sparsity}"
             )
 
     def initial_counts(self, shapes):

@@ -235,7 +235,7 @@ class Attachment:
 def _before(attachment: Attachment, sparsifier, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple | None:
     """The hook before `optimizer.step(*args, **kwargs)`, which has the sparsifier act when gradients are final.
 
-    At once, unless the step is given a closure: gradients come to be inside it, and are readied behind it.
+    At once, unless the step is given a closure: the closure computes the gradients, so they are readied after it.
     """
     inside = attachment.is_inside()
     closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer

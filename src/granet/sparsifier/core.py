@@ -349,7 +349,7 @@ class Sparsifier(Upkeep):
         """The network as it is now: per parameter the weights, the active ones, and those that are not zero."""
         self._asked()
         self.refresh()
-        rows = tuple(LayerReport.of(name, layer, self._active[name]) for name, layer in self._layers().items())
+        rows = tuple(LayerReport.from_layer(name, layer, self._active[name]) for name, layer in self._layers().items())
         return SparsityReport(self.method, self.step, self.exploration, rows, str(self.pattern))
 
     def state_dict(self) -> dict:

@@ -159,7 +159,7 @@ def _nonzero(tensor: Tensor) -> Tensor:
 def like(mask: Tensor, parameter: Tensor) -> Tensor:
     """`mask` on the parameter's device, in its memory layout (channels-last, say) and in shards where it is."""
     if shards.is_sharded(parameter) or shards.is_sharded(mask):
-        return shards.placed(mask, parameter)
+        return shards.place_like(mask, parameter)
     if mask.device == parameter.device and mask.stride() == parameter.stride():
         return mask
     return torch.empty_like(parameter, dtype=torch.bool).copy_(mask)

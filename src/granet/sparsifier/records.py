@@ -57,7 +57,7 @@ class LayerReport:
     nonzero: int
 
     @classmethod
-    def of(cls, name: str, layer: Layer, active: int) -> LayerReport:
+    def from_layer(cls, name: str, layer: Layer, active: int) -> LayerReport:
         """The report of a layer as it is now."""
         return cls(name, tuple(layer.shape), layer.numel(), active, count(effective(layer) != 0))
 

@@ -197,7 +197,7 @@ def unpacked(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> list
         p = parameters.get(name)
         if p is None or value.shape != p.shape:
             return value.clone()
-        return (masking.like if value.dtype == torch.bool else shards.placed)(value, p).clone()
+        return (masking.like if value.dtype == torch.bool else shards.place_like)(value, p).clone()
 
     parts = (state[key] for key in _PARTS)
     return [{name: mine(name, value) for name, value in part.items()} for part in parts]
