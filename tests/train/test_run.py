@@ -126,6 +126,8 @@ def test_a_run_directory_holds_what_went_in_and_came_out(tmp_path):
     evals = [record for record in records(run) if record["kind"] == "eval"]
     assert summary["last"]["validation_accuracy"] == evals[-1]["accuracy"]
     assert 0.5 < summary["best"]["test_accuracy"] <= 1
+    per_class = summary["best"]["test_accuracy_per_class"]
+    assert len(per_class) == 10 and min(per_class) <= summary["best"]["test_accuracy"] <= max(per_class)
     assert not list(run.path.glob(".*.[0-9]*"))
 
 

@@ -253,17 +253,25 @@ def _restore(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
 def _summarise(run: Run, trainer: Trainer) -> dict[str, Any]:
     """Returns the summary: what the run is and cost, and the test accuracy of its last and its best network."""
     summary = trainer.summary() | {"name": run.path.name}
-    validation = trainer.evaluate("validation")
-    last = {"step": trainer.step, "validation_accuracy": validation.accuracy}
-    summary["last"] = last | {"test_accuracy": trainer.evaluate("test").accuracy}
+    summary["last"] = _score(trainer, trainer.evaluate("validation").accuracy)
     summary["best"] = None
     if trainer.best is not None:
         best, step = trainer.best, trainer.step
         if best.step != step:
             load_weights(run, trainer, "best")
-        accuracy = trainer.evaluate("test").accuracy
-        summary["best"] = {"step": best.step, "validation_accuracy": best.accuracy, "test_accuracy": accuracy}
+        summary["best"] = _score(trainer, best.accuracy)
     return summary
+
+
+def _score(trainer: Trainer, validation_accuracy: float) -> dict[str, Any]:
+    """Returns what the summary says of the network that the trainer holds."""
+    test = trainer.evaluate("test")
+    return {
+        "step": trainer.step,
+        "validation_accuracy": validation_accuracy,
+        "test_accuracy": test.accuracy,
+        "test_accuracy_per_class": list(test.per_class),
+    }
 
 
 def load_weights(run: Run, trainer: Trainer, which: str | None = None) -> int:

@@ -26,6 +26,7 @@ class _Part(BaseModel):
 class _Score(_Part):
     test_accuracy: Share
     validation_accuracy: Share
+    test_accuracy_per_class: list[Share | None] | None = None  # by the number of the class
 
 
 class _Parameters(_Part):
@@ -76,6 +77,7 @@ class _Train(_Record):
     loss: float
     accuracy: Share
     sparsity: Share
+    lr: Amount | None = None
 
 
 class _Eval(_Record):

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from granet.sparsifier import Sparsifier
 from granet.train import data, initial, models, optimizer
 from granet.train.checkpoint import restore_layout
 from granet.train.recipe import Recipe, Train
+from granet.train.scores import Best, Evaluation, Tally
 
 logger = logging.getLogger(__name__)
 
@@ -33,21 +34,6 @@ Record = Callable[[dict[str, Any]], None]
 
 class TrainingError(ArithmeticError):
     """Training that cannot go on: names the step, and what to try."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean loss and accuracy of a network on a split."""
-
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Best(Score):
-    """The best evaluation so far, among those at target sparsity."""
-
-    step: int
 
 
 class Trainer:
@@ -294,7 +280,8 @@ class Trainer:
             self._record(
                 "eval",
                 split="validation",
-                **asdict(score),
+                loss=score.loss,
+                accuracy=score.accuracy,
                 sparsity=self.sparsifier.sparsity,
                 realised_sparsity=self.realised_sparsity(),
                 eligible=self.eligible,
@@ -305,24 +292,25 @@ class Trainer:
         better = best is None or (score.accuracy, -score.loss) > (best.accuracy, -best.loss)
         if not (better and self.eligible):
             return False
-        self.best = Best(**asdict(score), step=self.step)
+        self.best = Best(score.loss, score.accuracy, step=self.step)
         return True
 
     @torch.no_grad()
-    def evaluate(self, split: Literal["train", "validation", "test"]) -> Score:
+    def evaluate(self, split: Literal["train", "validation", "test"]) -> Evaluation:
         """Returns loss and accuracy of the network, or of its moving average if there is one, in evaluation mode."""
         network = self.model if self.ema is None else self.ema
         training = network.training
         network.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        tally = Tally(self.dataset.classes, self.device)
         mine = {"rank": self.ranks.rank, "world": self.ranks.world}  # each rank looks at some of the images
         with self.ranks.guard():  # an image may be broken
             for x, y in self._images(split, batch_size=max(256, self.settings.batch_size), train=False, **mine):
                 with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
                     logits = network(x.to(memory_format=self.layout)).float()
-                total += torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
+                tally.add(logits, y)
         network.train(training)
-        return Score(*(self.ranks.sum_(total) / len(self.splits[split])).tolist())
+        self.ranks.sum_(tally.sums)
+        return tally.evaluation()
 
     @torch.no_grad()
     def realised_sparsity(self) -> float:
