@@ -26,6 +26,16 @@ def test_ready_never_compiles(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_kernels_of_a_machine_are_compiled_by_the_package_itself(cache):
+    """As the Makefile, the documentation and the errors say: here they are there already."""
+    command = [sys.executable, "-m", "granet.native"]
+    done = subprocess.run(command, env={**os.environ, "GRANET_CACHE": str(cache)}, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    environment = {**os.environ, "GRANET_CACHE": str(cache.parent / "empty"), "CXX": "no-such-compiler"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "no-such-compiler is no program that can be found" in done.stderr
+
+
 def test_a_cache_that_cannot_be_written_is_explained(tmp_path):
     try:
         native.compiler()

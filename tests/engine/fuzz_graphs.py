@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from granet.engine import inference, search
+from granet.engine import inference, search, timing
 from granet.engine.graph import tensors_of
 
 WIDTH = 8
@@ -188,8 +188,8 @@ def check(seed: int) -> str:
 def check_all(first: int, last: int, *, fast: bool = True) -> dict[str, int]:
     """Checks a range of seeds with the compiled model chosen whatever is faster; counts what ran."""
     chosen: dict[str, int] = {}
-    before = search.NOISE, search.ROUNDS
-    search.NOISE, search.ROUNDS = (-1e9 if fast else before[0]), 1
+    before = timing.NOISE, search.ROUNDS
+    timing.NOISE, search.ROUNDS = (-1e9 if fast else before[0]), 1
     try:
         for seed in range(first, last):
             try:
@@ -198,7 +198,7 @@ def check_all(first: int, last: int, *, fast: bool = True) -> dict[str, int]:
                 raise AssertionError(f"seed {seed}: {traceback.format_exc()[-3000:]}") from error
             chosen[said] = chosen.get(said, 0) + 1
     finally:
-        search.NOISE, search.ROUNDS = before
+        timing.NOISE, search.ROUNDS = before
     return chosen
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from granet.engine import ops
 from granet.engine.capture import trace
-from granet.engine.program import Choice, Program, choices
+from granet.engine.program import KernelChoice, Program, kernel_choices
 from granet.engine.runtime import build
 
 
@@ -79,10 +79,19 @@ def check_every_choice(model: nn.Module, x: torch.Tensor) -> None:
         assert stages.segments
         width = ops.cpu()[0]
         for batch in (1, width, 2 * width):
-            for pick in (Choice("sparse", 1), Choice("sparse", 5), Choice("sparse", 12), Choice("block")):
+            for pick in (
+                KernelChoice("sparse", 1),
+                KernelChoice("sparse", 5),
+                KernelChoice("sparse", 12),
+                KernelChoice("block"),
+            ):
 
                 def choose(layer, pick=pick, batch=batch):
-                    return pick if pick in choices(layer, batch) or pick.kind == "sparse" else Choice("sparse", 8)
+                    return (
+                        pick
+                        if pick in kernel_choices(layer, batch) or pick.kind == "sparse"
+                        else KernelChoice("sparse", 8)
+                    )
 
                 for chain in (False, True):
                     run = build(stages, {s: Program(s, choose, batch, chain=chain) for s in stages.segments})

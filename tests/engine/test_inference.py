@@ -14,7 +14,7 @@ from torch import nn
 from granet.engine import inference, ops
 from granet.engine.capture import trace
 from granet.engine.graph import tensors_of
-from granet.engine.program import Program, choices
+from granet.engine.program import Program, kernel_choices
 from granet.engine.runtime import build
 
 
@@ -195,7 +195,7 @@ def test_a_model_with_a_branch_on_its_data_is_captured_in_parts():
     ids=["linear", "conv1d", "tokens"],
 )
 def test_models_with_unsupported_parts(model, x, monkeypatch):
-    monkeypatch.setattr("granet.engine.search.NOISE", -1e9)  # take the compiled model whether it wins or not
+    monkeypatch.setattr("granet.engine.timing.NOISE", -1e9)  # take the compiled model whether it wins or not
     for module in model.eval().modules():
         if isinstance(module, nn.BatchNorm1d):
             module.running_mean.normal_()
@@ -281,7 +281,7 @@ def test_an_output_of_one_position(kernel, size, padding, stride, images):
     ((part, args),) = trace(model, x)
     stages, _ = part.stages(args)
     for batch in (1, ops.cpu()[0]):
-        for pick in choices(stages.segments[0].layers[0], batch):
+        for pick in kernel_choices(stages.segments[0].layers[0], batch):
             programs = {s: Program(s, lambda layer, pick=pick: pick, batch) for s in stages.segments}
             with torch.no_grad():
                 (found,) = build(stages, programs)(*args)

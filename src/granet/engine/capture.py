@@ -25,7 +25,7 @@ from granet.engine.report import InferenceReport
 from granet.engine.runtime import build
 from granet.engine.search import Decision, compare, search
 from granet.engine.timing import milliseconds
-from granet.engine.weights import Constants, Watch
+from granet.engine.weights import Constants, WeightCheck
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _calls = threading.local()
 
 
 @dataclass
-class Settings:
+class CaptureSettings:
     """What the parts of one compiled model have in common.
 
     Attributes:
@@ -57,14 +57,14 @@ class Part:
 
     _boxed_call = True  # the convention by which AOTAutograd hands over a list that the callee empties
 
-    def __init__(self, module: fx.GraphModule, weights: Sequence[str | None], settings: Settings):
+    def __init__(self, module: fx.GraphModule, weights: Sequence[str | None], settings: CaptureSettings):
         self.module, self.settings = module, settings
         holders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self._weights = {n: i for i, (n, w) in enumerate(zip(holders, weights, strict=True)) if w is not None}
         self._names = {n: weights[i] for n, i in self._weights.items()}
-        self._packed: tuple[Watch, fx.GraphModule] | None = None
+        self._packed: tuple[WeightCheck, fx.GraphModule] | None = None
         self._places: set[int] = set()  # of the arguments that are packed
-        self._stale: Watch | None = None  # of weights that were new at the last call
+        self._stale: WeightCheck | None = None  # of weights that were new at the last call
         self.decision: Decision | None = None
         self._lock = threading.Lock()
 
@@ -104,7 +104,7 @@ class Part:
             if stale is not None and stale.same(args):
                 self._pack(args)
             elif packed is not None or stale is not None:
-                self._stale = Watch(args, self._places)
+                self._stale = WeightCheck(args, self._places)
                 self._packed = None
             return self.module
 
@@ -143,7 +143,7 @@ class Part:
 
     def _keep(self, args: tuple[object, ...], constants: Constants, fast: fx.GraphModule) -> None:
         self._places = constants.used
-        self._packed = Watch(args, self._places), fast
+        self._packed = WeightCheck(args, self._places), fast
 
     def stages(self, args: tuple[object, ...]) -> tuple[Stages, Constants]:
         """The graph lowered for the weights among these arguments, and which of those it looked at."""
@@ -196,8 +196,8 @@ def recording() -> Iterator[list[Part]]:
 def capture(
     module: fx.GraphModule,
     example_inputs: list[object],
-    settings: Settings,
-    part: Callable[[fx.GraphModule, list[str | None], Settings], Callable[..., object]] = Part,
+    settings: CaptureSettings,
+    part: Callable[[fx.GraphModule, list[str | None], CaptureSettings], Callable[..., object]] = Part,
 ) -> Callable[..., object]:
     """What Dynamo shall call instead of a graph it has captured; `part` makes it from the graph of aten operators."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
@@ -237,14 +237,14 @@ def backend(module: fx.GraphModule, example_inputs: list[object]) -> Callable[..
 
     Under torch.no_grad(); where gradients are needed the model runs on torch's kernels.
     """
-    return capture(module, example_inputs, Settings())
+    return capture(module, example_inputs, CaptureSettings())
 
 
 def trace(model: nn.Module, *inputs: object) -> list[tuple[Part, tuple[object, ...]]]:
     """The parts of a model and the arguments they are called with, without measuring: for tools and tests."""
     found: list[tuple[Part, tuple[object, ...]]] = []
 
-    def part(graph: fx.GraphModule, weights: list[str | None], settings: Settings) -> Callable[..., object]:
+    def part(graph: fx.GraphModule, weights: list[str | None], settings: CaptureSettings) -> Callable[..., object]:
         made = Part(graph, weights, settings)
 
         def call(args: list[object]) -> object:
@@ -259,7 +259,7 @@ def trace(model: nn.Module, *inputs: object) -> list[tuple[Part, tuple[object, .
 
     own = separate(call)
     with torch.no_grad():
-        torch.compile(own, backend=lambda m, e: capture(m, e, Settings(), part), dynamic=False)(*inputs)
+        torch.compile(own, backend=lambda m, e: capture(m, e, CaptureSettings(), part), dynamic=False)(*inputs)
     return found
 
 

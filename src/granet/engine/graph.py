@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from granet.engine.program import Add, AvgPool, Input, Layer, MaxPool, Segment, Step, Value
+from granet.engine.program import Add, AvgPool, Convolution, Input, MaxPool, Segment, Step, Value
 from granet.engine.spec import Spec
 from granet.engine.weights import Constants
 
@@ -170,7 +170,7 @@ class _Lowering:
     def _layer(self, node: fx.Node, source: Value, spec: Spec, weight: Tensor, bias: Tensor | None, name: str) -> None:
         out = Value(source.images, spec.out_channels, spec.output_size(source.size), shape_of(node))
         weight = weight.reshape(spec.weight_shape)
-        self._add(node, Layer(out, [source], name=name, spec=spec, weight=weight, bias=bias))
+        self._add(node, Convolution(out, [source], name=name, spec=spec, weight=weight, bias=bias))
 
     def _convolution(self, node: fx.Node) -> bool:
         x, w, b, stride, padding, dilation, transposed, _, groups = node.args
@@ -226,7 +226,7 @@ class _Lowering:
                 return None
             step, names = self.maker[value], self.names[value]
             if names[0] is node:
-                return step if isinstance(step, Layer | Add) and not step.activation else None
+                return step if isinstance(step, Convolution | Add) and not step.activation else None
             node = names[names.index(node) - 1]
 
     def _activate(self, node: fx.Node, first: fx.Node, activation: str) -> bool:
@@ -254,7 +254,7 @@ class _Lowering:
         makers = [(place[id(self.maker[v])], n, v, o) for n, v, o in ((a, left, right), (b, right, left))]
         _, name, value, other = max(makers, key=lambda m: m[0])
         step = self._fusible(name)
-        if isinstance(step, Layer) and len(step.inputs) == 1 and value is not other:
+        if isinstance(step, Convolution) and len(step.inputs) == 1 and value is not other:
             step.inputs.append(other)
             self._alias(node, value)
         else:
@@ -285,7 +285,7 @@ class _Lowering:
         if b is not None:
             shift = shift + self.constants[b]
         step = self._fusible(first)
-        if isinstance(step, Layer) and len(step.inputs) == 1:
+        if isinstance(step, Convolution) and len(step.inputs) == 1:
             step.weight = step.weight * scale[:, None, None, None]
             step.bias = shift if step.bias is None else step.bias * scale + shift
             self._alias(node, value)

@@ -12,7 +12,7 @@ from granet.engine.spec import Spec
 
 
 @dataclass(frozen=True)
-class Pattern:
+class IndexStructure:
     """A sparse matrix in compressed rows, cut into chunks of rows and blocks of columns, all int32.
 
     Stored row (chunk * blocks + block) * (rows / chunks) + i is the i-th shortest of the chunk's rows in that block of
@@ -43,8 +43,8 @@ class Pattern:
         return sum(4 * t.numel() for t in (self.ptr, self.id, self.offset, self.index))
 
 
-def patterns(mask: Tensor, geometry: Geometry) -> tuple[Pattern, Pattern]:
-    """The forward pattern (rows are output channels) and the backward one (rows are input planes) of a mask.
+def index_structures(mask: Tensor, geometry: Geometry) -> tuple[IndexStructure, IndexStructure]:
+    """Returns the structures of a mask: forward, whose rows are output channels, and backward, of input planes.
 
     Args:
         mask: True where the weight is active, of the weight's own shape.
@@ -57,7 +57,7 @@ def patterns(mask: Tensor, geometry: Geometry) -> tuple[Pattern, Pattern]:
         for units, columns, rows in ((geometry.channels, planes, outputs), (outputs, outputs, planes))
     ]
     taps = [number for tap in geometry.taps for number in tap]
-    found = torch.ops.granet.patterns(
+    found = torch.ops.granet.index_structures(
         mask.contiguous(),
         taps,
         outputs,
@@ -67,10 +67,10 @@ def patterns(mask: Tensor, geometry: Geometry) -> tuple[Pattern, Pattern]:
         geometry.chunks,
         *blocks,
     )
-    return Pattern(*found[:4], blocks[0]), Pattern(*found[4:], blocks[1])
+    return IndexStructure(*found[:4], blocks[0]), IndexStructure(*found[4:], blocks[1])
 
 
-def forward_pattern(
+def forward_structure(
     mask: Tensor,
     spec: Spec,
     geometry: Geometry,
@@ -78,8 +78,8 @@ def forward_pattern(
     group: int = 1,
     chunks: int | None = None,
     blocks: int | None = None,
-) -> Pattern:
-    """The pattern whose rows are output channels, or groups of `group` channels that share their non-zeros' places.
+) -> IndexStructure:
+    """The structure whose rows are output channels, or groups of `group` channels that share their non-zeros' places.
 
     With group > 1 a place counts if any channel of the group is active there, `id` names the group's first channel, and
     `index` holds `group` numbers per non-zero. `chunks` and `blocks` override the
@@ -112,7 +112,7 @@ def forward_pattern(
     index = index[source]
     if group > 1:
         index = (index.unsqueeze(1) + torch.arange(group) * per_group * taps).reshape(-1)
-    return Pattern(ptr.int(), (run // blocks * group).int(), offset[source].int(), index.int(), blocks)
+    return IndexStructure(ptr.int(), (run // blocks * group).int(), offset[source].int(), index.int(), blocks)
 
 
 def _check_reach(geometry: Geometry) -> None:

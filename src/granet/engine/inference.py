@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_map
 
 from granet import native
 from granet.engine import search
-from granet.engine.capture import Part, Settings, capture, recording, separate
+from granet.engine.capture import CaptureSettings, Part, capture, recording, separate
 from granet.engine.graph import tensors_of
 from granet.engine.report import InferenceReport
 from granet.engine.snapshot import untouched
-from granet.engine.timing import interleaved, milliseconds
+from granet.engine.timing import milliseconds, time_in_turns
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.training = False  # and not eval(), which would reach into the model: a dropout may be on for good reason
         self.model = model
-        self._settings = Settings(tolerance)
+        self._settings = CaptureSettings(tolerance)
         self._shapes = shapes
         self._reports: dict[Signature, InferenceReport] = {}
         self._warned: set[str] = set()
@@ -158,11 +158,18 @@ class CompiledModel(nn.Module):
                 lambda: self.model(*tree_map(_copy, inputs), **tree_map(_copy, named)),
                 lambda: self._run(*tree_map(_copy, (inputs, named))),
             ]
-            dense_ms, fast_ms = interleaved(calls, repeats=3, enough=0.3)
-        if fast_ms < dense_ms * (1 - search.NOISE):
-            return replace(whole, dense_ms=dense_ms, fast_ms=fast_ms)
-        why = f"the compiled model took {fast_ms:.2f} ms, no less than dense"
-        return replace(whole, dense_ms=dense_ms, fast_ms=dense_ms, chosen="dense", why=why, nbytes=0, arena_nbytes=0)
+            dense, fast = time_in_turns(calls, repeats=3, enough=0.3)
+        if fast.is_faster_than(dense):
+            return replace(whole, dense_ms=dense.least, fast_ms=fast.least)
+        return replace(
+            whole,
+            dense_ms=dense.least,
+            fast_ms=dense.least,
+            chosen="dense",
+            why=search.not_faster(dense, fast),
+            nbytes=0,
+            arena_nbytes=0,
+        )
 
     def _run(self, inputs: tuple, named: dict) -> object:
         try:

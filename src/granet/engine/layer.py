@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from granet.engine import eager, ops
 from granet.engine.report import LayerReport
 from granet.engine.spec import spec_of
-from granet.engine.timing import NOISE
+from granet.engine.timing import Spread, Timings
 from granet.sparsifier import masking
 
 if TYPE_CHECKING:
-    from granet.engine.training import TrainingPlan
+    from granet.sparsifier import Sparsifier
 
 HOPELESS = 0.5  # above this density the sparse kernels are not worth measuring
 ANEW_DENSE = 0.9  # a dense layer is measured again below this share of the density measured, or where it can win first
@@ -35,13 +35,24 @@ OUTSIDE = (
 class Forward:
     """The exchanged `forward` of one module. A copy of the module gets its own dense forward back.
 
+    Args:
+        module: the module.
+        name: its name in the sparsifier's model.
+        sparsifier: the sparsifier that has its mask.
+        timings: the measured times, which layers of the same shape share.
+        follow: called before each forward; it brings this object up to date where the topology has changed, and returns
+            whether the sparse kernels may run.
+
     Raises:
         ValueError: the kernels do not compute what the module does; the message says why.
     """
 
-    def __init__(self, module: nn.Module, name: str, plan: TrainingPlan):
+    def __init__(
+        self, module: nn.Module, name: str, sparsifier: Sparsifier, timings: Timings, follow: Callable[[], bool]
+    ):
         self.kind = _kind_of(module)
-        self.module, self.name, self.plan, self.spec = module, name, plan, spec_of(module)
+        self.module, self.name, self.spec = module, name, spec_of(module)
+        self._sparsifier, self._timings, self._follow = sparsifier, timings, follow
         self.weight = module.weight  # the parameter that the sparsifier has
         self.batch: int | None = None  # images innermost, where the layer runs sparse
         self.runs_sparse = False
@@ -59,11 +70,9 @@ class Forward:
 
     @torch.compiler.disable(reason=OUTSIDE)
     def _run(self, x: Tensor) -> Tensor:
-        if self.plan.enabled and eager.plain():
-            self.plan.follow()
-            if self.runs_sparse and not self.unfit(x) and self._is_clean():
-                whole = torch.is_grad_enabled() and self.plan.sparsifier.dense_grad_due
-                return self.sparse(x, self.batch, whole=whole)
+        if eager.plain() and self._follow() and self.runs_sparse and not self.unfit(x) and self._is_clean():
+            whole = torch.is_grad_enabled() and self._sparsifier.dense_grad_due
+            return self.sparse(x, self.batch, whole=whole)
         return self.dense(x)
 
     def unfit(self, x: Tensor) -> str:
@@ -130,7 +139,7 @@ class Forward:
 
     @property
     def _mask(self) -> Tensor:
-        return self.plan.sparsifier.masks[f"{self.name}.weight" if self.name else "weight"]
+        return self._sparsifier.masks[f"{self.name}.weight" if self.name else "weight"]
 
     @property
     def density(self) -> float:
@@ -183,14 +192,15 @@ class Forward:
             for batch in self._batches(x):
                 forward = functools.partial(self.sparse, batch=batch)
                 calls[(*shape, alike, batch)] = functools.partial(both, forward)
-            dense_ms, *sparse_ms = self.plan.timings(calls)
-        self._settle(density, dense_ms, dict(zip(self._batches(x), sparse_ms, strict=True)), "")
+            dense, *sparse = self._timings.measure(calls)
+        self._settle(density, dense, dict(zip(self._batches(x), sparse, strict=True)), "")
 
-    def _settle(self, density: float, dense_ms: float | None, spent: dict[int | None, float], why: str) -> None:
-        self.batch = min(spent, key=spent.get) if spent else None
-        sparse_ms = spent[self.batch] if spent else None
-        self.runs_sparse = bool(spent) and sparse_ms < dense_ms * (1 - NOISE)
-        if spent:
+    def _settle(self, density: float, dense: Spread | None, sparse: dict[int | None, Spread], why: str) -> None:
+        """Takes the faster kernel by what was measured: dense, and sparse by images innermost."""
+        self.batch, self.runs_sparse, dense_ms, sparse_ms = None, False, None, None
+        if dense is not None:
+            self.batch, best = min(sparse.items(), key=lambda item: item[1].least)
+            self.runs_sparse, dense_ms, sparse_ms = best.is_faster_than(dense), dense.least, best.least
             why = "faster" if self.runs_sparse else "dense is as fast"
         chosen = "sparse" if self.runs_sparse else "dense"
         self.row = LayerReport(self.name, tuple(self.weight.shape), density, dense_ms, sparse_ms, chosen, why)

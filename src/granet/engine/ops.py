@@ -14,7 +14,7 @@ from torch import Tensor
 from granet import native
 from granet.engine import eager, encoding, reference
 from granet.engine.geometry import Geometry, geometry
-from granet.engine.index import Pattern, patterns
+from granet.engine.index import IndexStructure, index_structures
 from granet.engine.spec import Spec
 
 
@@ -24,8 +24,8 @@ class Layout:
 
     spec: Spec
     geometry: Geometry
-    forward: Pattern
-    backward: Pattern
+    forward: IndexStructure
+    backward: IndexStructure
 
     def with_images(self, images: int) -> Layout:
         """The same layout for another number of images: the index structures do not depend on it."""
@@ -64,7 +64,7 @@ def layout(mask: Tensor, spec: Spec, shape: tuple[int, ...], batch: int | None =
     if batch is None:
         batch = default_batch(images, size, spec)
     place = geometry(spec, images, size, vector=width, batch=batch, chunks=torch.get_num_threads())
-    return Layout(spec, place, *patterns(mask, place))
+    return Layout(spec, place, *index_structures(mask, place))
 
 
 def default_batch(images: int, size: tuple[int, int], spec: Spec) -> int:
@@ -129,11 +129,11 @@ def prepare() -> None:
     """Loads the kernels and registers what torch must know about them. Raises native.EngineUnavailable."""
     native.load()
     encoding.check(torch.ops.granet.encoding())
-    pattern = "Tensor ptr, Tensor id, Tensor offset, Tensor index"
+    forth = "Tensor ptr, Tensor id, Tensor offset, Tensor index"
     back = "Tensor back_ptr, Tensor back_id, Tensor back_offset, Tensor back_index"
     torch.library.define(
         "granet::conv",
-        f"(Tensor x, Tensor weight, Tensor? bias, {pattern}, {back}, int[] geometry, int[] spec, bool whole) -> Tensor",
+        f"(Tensor x, Tensor weight, Tensor? bias, {forth}, {back}, int[] geometry, int[] spec, bool whole) -> Tensor",
     )
     torch.library.impl("granet::conv", "CPU")(_conv)
     torch.library.register_fake("granet::conv")(lambda x, weight, bias, *rest: x.new_empty(_output_shape(x, rest[-3])))

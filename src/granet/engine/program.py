@@ -11,7 +11,7 @@ from torch import Tensor
 from granet.engine import encoding, ops
 from granet.engine.encoding import ACTIVATIONS, KINDS
 from granet.engine.geometry import LINE, Lanes, geometry, least_lanes, taps_of
-from granet.engine.index import Pattern, forward_pattern
+from granet.engine.index import IndexStructure, forward_structure
 from granet.engine.spec import Spec
 
 GROUP = 4  # channels that share their places in the "block" kernel
@@ -43,7 +43,7 @@ class Input(Step):
 
 
 @dataclass(eq=False)
-class Layer(Step):
+class Convolution(Step):
     """A convolution or linear layer with all that is fused into it: inputs are the data and perhaps a residual."""
 
     name: str = ""
@@ -88,29 +88,32 @@ class Segment:
     outputs: list[Value] = field(default_factory=list)
 
     @property
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[Convolution]:
         """The segment's convolution and linear layers."""
-        return [s for s in self.steps if isinstance(s, Layer)]
+        return [s for s in self.steps if isinstance(s, Convolution)]
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """How one layer is computed: the kernel, and the vectors in a tile (0 for the kernel's longest)."""
 
     kind: str
     vectors: int = 0
 
 
-def choices(layer: Layer, batch: int) -> list[Choice]:
+def kernel_choices(layer: Convolution, batch: int) -> list[KernelChoice]:
     """The ways to compute `layer` that are worth measuring, the likeliest first."""
     spec, source = layer.spec, layer.inputs[0]
     if batch == 1 and spec.kernel == (1, 1) and spec.padding == (0, 0) and source.size == (1, 1):  # a plane is a number
-        return [Choice("vector")]
-    found = [Choice("sparse", 8), Choice("sparse", 12)]
+        return [KernelChoice("vector")]
+    found = [KernelChoice("sparse", 8), KernelChoice("sparse", 12)]
     grouped = layer.spec.out_channels // layer.spec.groups % GROUP == 0
     if grouped and layer.density > 0.15:
-        found.append(Choice("block"))
+        found.append(KernelChoice("block"))
     return found
+
+
+PackedWeights = dict[tuple[Convolution, KernelChoice], tuple[IndexStructure, Tensor]]
 
 
 class Program:
@@ -127,19 +130,19 @@ class Program:
     def __init__(
         self,
         segment: Segment,
-        choose: Callable[[Layer], Choice],
+        choose: Callable[[Convolution], KernelChoice],
         batch: int,
         *,
         chain: bool = True,
-        kept: dict[tuple[Layer, Choice], tuple[Pattern, Tensor]] | None = None,
+        kept: PackedWeights | None = None,
     ):
         self.segment = segment
         self.batch = batch
         self.constants: list[Tensor] = []
-        self.layer_steps: dict[Layer, list[int]] = {}
+        self.layer_steps: dict[Convolution, list[int]] = {}
         self._shared: dict[tuple[int, ...], int] = {}
         self._lanes: dict[Value, Lanes] = {}
-        self._split: dict[Layer, Value] = {}
+        self._split: dict[Convolution, Value] = {}
         self._assign_lanes()
         self._encode(choose, chain, {} if kept is None else kept)
 
@@ -154,7 +157,7 @@ class Program:
 
         needs: list[tuple[Value, Spec, tuple[int, int]]] = []
         for step in self.segment.steps:
-            if isinstance(step, Layer):
+            if isinstance(step, Convolution):
                 source = step.inputs[0]
                 if step.spec.stride != (1, 1):
                     phases = len({phase for phase, _ in taps_of(step.spec)})
@@ -176,7 +179,10 @@ class Program:
         self._lanes = {value: lanes[root(value)] for value in parent}
 
     def _encode(
-        self, choose: Callable[[Layer], Choice], chain: bool, kept: dict[tuple[Layer, Choice], tuple[Pattern, Tensor]]
+        self,
+        choose: Callable[[Convolution], KernelChoice],
+        chain: bool,
+        kept: PackedWeights,
     ) -> None:
         steps: list[tuple[encoding.AnyStep, list[Value]]] = []
         slots: dict[Value, int] = {}
@@ -196,7 +202,7 @@ class Program:
                 whole = self._constant(torch.zeros(2, dtype=torch.int32), "whole")
                 number = self.inputs.index(step)
                 emit(encoding.PackStep(number, out, step.out.channels, *step.out.size, whole), step.out)
-            elif isinstance(step, Layer):
+            elif isinstance(step, Convolution):
                 first = len(steps)
                 self._encode_layer(step, choose(step), slot, emit, kept)
                 self.layer_steps[step] = list(range(first, len(steps)))
@@ -223,11 +229,11 @@ class Program:
 
     def _encode_layer(
         self,
-        step: Layer,
-        choice: Choice,
+        step: Convolution,
+        choice: KernelChoice,
         slot: Callable[[Value], int],
         emit: Callable[..., None],
-        kept: dict[tuple[Layer, Choice], tuple[Pattern, Tensor]],
+        kept: PackedWeights,
     ) -> None:
         spec, source = step.spec, step.inputs[0]
         width, longest, longest_block = ops.cpu()
@@ -247,16 +253,16 @@ class Program:
             place = geometry(spec, source.images, source.size, vector=width, lanes=Lanes(1, 0, 1), tile=width)
         blocks = 1 if kind == "vector" else None
         if (step, choice) not in kept:
-            pattern = forward_pattern(step.weight != 0, spec, place, group=group, chunks=chunks, blocks=blocks)
-            kept[step, choice] = pattern, step.weight.reshape(-1)[pattern.index.long()].float().contiguous()
-        pattern, value = kept[step, choice]
+            structure = forward_structure(step.weight != 0, spec, place, group=group, chunks=chunks, blocks=blocks)
+            kept[step, choice] = structure, step.weight.reshape(-1)[structure.index.long()].float().contiguous()
+        structure, value = kept[step, choice]
         if step in self._split:
             split = self._split[step]
             phases = torch.tensor(place.phases, dtype=torch.int32).reshape(-1)
             number = self._constant(phases, "phases", place.phases)
             emit(encoding.SplitStep(slot(source), slot(split), number, *spec.stride), split, source)
             source = split
-        ptr, ids, offset, values = (self._constant(t) for t in (pattern.ptr, pattern.id, pattern.offset, value))
+        ptr, ids, offset, values = (self._constant(t) for t in (structure.ptr, structure.id, structure.offset, value))
         conv = encoding.ConvStep(
             source=slot(source),
             out=slot(step.out),
@@ -268,7 +274,7 @@ class Program:
             bias=-1 if step.bias is None else self._constant(step.bias.float().contiguous()),
             keep=self._keep(step.out) if lanes.front and kind != "vector" else -1,
             chunks=chunks,
-            blocks=pattern.blocks,
+            blocks=structure.blocks,
             activation=ACTIVATIONS[step.activation],
             kind=KINDS[kind],
             tile=vectors * width,

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 
 from granet.engine import ops
 from granet.engine.graph import LAYERS, Stages, shape_of, tensors_of
-from granet.engine.program import Choice, Layer, Program, Segment, choices
+from granet.engine.program import Convolution, KernelChoice, Program, Segment, kernel_choices
 from granet.engine.report import InferenceReport, LayerReport
 from granet.engine.runtime import build
-from granet.engine.timing import NOISE, interleaved, milliseconds
+from granet.engine.timing import Spread, interleaved, milliseconds, time_in_turns
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Decision:
         report: what was measured.
     """
 
-    segments: tuple[tuple[int, bool, tuple[Choice, ...]], ...]
+    segments: tuple[tuple[int, bool, tuple[KernelChoice, ...]], ...]
     report: InferenceReport
 
     def programs(self, stages: Stages) -> dict[Segment, Program]:
@@ -60,7 +60,7 @@ def search(
         names: the placeholders of parameters and their names.
     """
     programs: dict[Segment, Program] = {}
-    spent: dict[Layer, tuple[float, str]] = {}
+    spent: dict[Convolution, tuple[float, str]] = {}
     segments = []
     for i, segment in enumerate(stages.segments):
         log.info("measuring the kernels of %d layers (part %d)", len(segment.layers), i + 1)
@@ -74,9 +74,9 @@ def search(
     dense_ms = {layer: _dense_ms(layer, known) for segment in stages.segments for layer in segment.layers}
     whole = [lambda: dense(*cases[0]), lambda: fast(*cases[0])]
     with torch.random.fork_rng(devices=[]):
-        dense_total, fast_total = interleaved(whole, repeats=3, enough=0.5)
+        dense_times, fast_times = time_in_turns(whole, repeats=3, enough=0.5)
     packed = sum(p.nbytes for p in programs.values()), sum(4 * p.arena_floats for p in programs.values())
-    report = verdict(_rows(stages, dense_ms, spent, names), dense_total, fast_total, error, packed, tolerance)
+    report = verdict(_rows(stages, dense_ms, spent, names), dense_times, fast_times, error, packed, tolerance)
     return Decision(tuple(segments), report), fast if report.chosen == "sparse" else None
 
 
@@ -91,28 +91,33 @@ def compare(dense: Callable[..., object], fast: Callable[..., object], args: Seq
 
 def verdict(
     rows: Sequence[LayerReport],
-    dense_ms: float,
-    fast_ms: float,
+    dense: Spread,
+    fast: Spread,
     error: float,
     packed: tuple[int, int],
     tolerance: float,
 ) -> InferenceReport:
-    """The report of a whole model: sparse where it is faster by more than the scatter of timings, else dense."""
-    wins = fast_ms < dense_ms * (1 - NOISE) and error <= tolerance
-    why = "faster as a whole" if wins else f"the compiled model took {fast_ms:.2f} ms, no less than dense"
+    """Returns the report of a whole graph: sparse where that is faster and computes the same, else dense."""
+    wins = fast.is_faster_than(dense) and error <= tolerance
+    why = "faster as a whole" if wins else not_faster(dense, fast)
     if not error <= tolerance:
         why = f"the outputs differ by {error:.1e} of the largest value, more than the tolerance of {tolerance:.0e}"
         log.warning("not compiled: %s", why)
     return InferenceReport(
         layers=tuple(rows),
-        dense_ms=dense_ms,
-        fast_ms=fast_ms if wins else dense_ms,
+        dense_ms=dense.least,
+        fast_ms=fast.least if wins else dense.least,
         chosen="sparse" if wins else "dense",
         why=why,
         error=error,
         nbytes=packed[0] if wins else 0,
         arena_nbytes=packed[1] if wins else 0,
     )
+
+
+def not_faster(dense: Spread, fast: Spread) -> str:
+    """Returns the reason why the dense model runs."""
+    return f"the compiled model is not faster: it took {fast}, the dense one {dense}"
 
 
 def difference(expected: object, found: object) -> float:
@@ -147,14 +152,14 @@ def _batches(segment: Segment) -> list[int]:
 
 def fastest_program(
     segment: Segment, chains: tuple[bool, ...] = (True, False)
-) -> tuple[Program, dict[Layer, tuple[float, str]], tuple[int, bool, tuple[Choice, ...]]]:
+) -> tuple[Program, dict[Convolution, tuple[float, str]], tuple[int, bool, tuple[KernelChoice, ...]]]:
     """The fastest program found for a segment, milliseconds and kernel of each of its layers, and how it is made."""
     # a layer's speed does not depend on what its inputs hold
     inputs = [torch.randn(s.out.shape) for s in segment.steps if not s.inputs]
     best: tuple[float, Program, dict, tuple] | None = None
     for batch in _batches(segment):
-        options = {layer: choices(layer, batch) for layer in segment.layers}
-        spent: dict[Layer, dict[Choice, float]] = {layer: {} for layer in options}
+        options = {layer: kernel_choices(layer, batch) for layer in segment.layers}
+        spent: dict[Convolution, dict[KernelChoice, float]] = {layer: {} for layer in options}
         kept: dict = {}
         for i in range(max((len(o) for o in options.values()), default=1)):
             picked = {layer: o[min(i, len(o) - 1)] for layer, o in options.items()}
@@ -182,7 +187,7 @@ def step_times(program: Program, inputs: list[Tensor]) -> list[float]:
     return (torch.stack(runs[1:]).min(dim=0).values.double() * 1e-6).tolist()
 
 
-def _dense_ms(layer: Layer, known: dict[tuple, float]) -> float:
+def _dense_ms(layer: Convolution, known: dict[tuple, float]) -> float:
     """Milliseconds torch's dense kernel takes for a layer, with bias and nothing else fused; `known` by shape."""
     source, spec = layer.inputs[0], layer.spec
     key = (spec, source.images, source.size)
@@ -198,7 +203,10 @@ def _dense_ms(layer: Layer, known: dict[tuple, float]) -> float:
 
 
 def _rows(
-    stages: Stages, dense_ms: dict[Layer, float], spent: dict[Layer, tuple[float, str]], names: dict[fx.Node, str]
+    stages: Stages,
+    dense_ms: dict[Convolution, float],
+    spent: dict[Convolution, tuple[float, str]],
+    names: dict[fx.Node, str],
 ) -> list[LayerReport]:
     rows = []
     for layer, (sparse_ms, kind) in spent.items():

@@ -1,77 +1,124 @@
-"""Timing calls against each other."""
+"""Timing of calls against each other, and the rule by which one of them is faster."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-NOISE = 0.03  # a win must exceed this share of the time, the scatter of repeated minima on a quiet machine
+from granet.ranks import Ranks
 
-
-def seconds() -> float:
-    """The time on a clock: processor time where torch has one thread, so that other processes count little."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def milliseconds(call: Callable[[], object], *, repeats: int = 5) -> float:
-    """The shortest timing of `call` in milliseconds; see `interleaved`."""
-    return interleaved([call], repeats=repeats)[0]
-
-
-def interleaved(calls: Sequence[Callable[[], object]], *, repeats: int = 5, enough: float = 0.05) -> list[float]:
-    """The shortest timing of each call in milliseconds, the calls taking turns so that noise hits all alike.
-
-    There are `repeats` rounds after one unmeasured, and more while they have taken less than `enough` seconds together:
-    a short call is more easily disturbed.
-    """
-    for call in calls:
-        call()
-    best = [float("inf")] * len(calls)
-    begin, rounds = time.perf_counter(), 0
-    while rounds < repeats or (time.perf_counter() - begin < enough and rounds < 10 * repeats):
-        for i, call in enumerate(calls):
-            start = seconds()
-            call()
-            best[i] = min(best[i], seconds() - start)
-        rounds += 1
-    return [b * 1e3 for b in best]
+NOISE = 0.03  # a win must exceed this share of the time: repeated measurements on a quiet machine differ by as much
 
 
 @dataclass(frozen=True)
 class Spread:
-    """What repeated runs of one call took, in milliseconds of wall time."""
+    """The times that repeated runs of one call took, in milliseconds."""
 
     least: float
     median: float
     most: float
     runs: int
 
+    @classmethod
+    def from_seconds(cls, times: Sequence[float]) -> Spread:
+        """Returns the spread of single times in seconds."""
+        spent = [1e3 * one for one in times]
+        return cls(min(spent), statistics.median(spent), max(spent), len(spent))
+
+    def is_faster_than(self, other: Spread) -> bool:
+        """Returns whether both the shortest time and the median are below the other's by more than `NOISE`.
+
+        The shortest time alone is what a call takes at its luckiest. On a busy machine it may favour a call that is
+        usually the slower one, so where the two disagree there is no winner.
+        """
+        share = 1 - NOISE
+        return self.least < other.least * share and self.median < other.median * share
+
     def __str__(self) -> str:
         return f"{self.least:.2f} ms (median {self.median:.2f}, longest {self.most:.2f})"
 
 
-def spreads(
+def seconds() -> float:
+    """Returns the time on a clock: processor time where torch has one thread, so that other processes count little."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def milliseconds(call: Callable[[], object], *, repeats: int = 5) -> float:
+    """Returns the shortest time of a call in milliseconds; see `time_in_turns`."""
+    return interleaved([call], repeats=repeats)[0]
+
+
+def interleaved(calls: Sequence[Callable[[], object]], *, repeats: int = 5, enough: float = 0.05) -> list[float]:
+    """Returns the shortest time of each call in milliseconds; see `time_in_turns`."""
+    return [spread.least for spread in time_in_turns(calls, repeats=repeats, enough=enough)]
+
+
+def time_in_turns(calls: Sequence[Callable[[], object]], *, repeats: int = 5, enough: float = 0.05) -> list[Spread]:
+    """Returns the times of each call by the clock of `seconds`. The calls take turns, so that noise hits all alike.
+
+    There are `repeats` rounds after one that is not measured, and up to ten times as many while they have taken less
+    than `enough` seconds together, because a short call is more easily disturbed.
+    """
+    for call in calls:
+        call()
+    times: list[list[float]] = [[] for _ in calls]
+    begin, rounds = time.perf_counter(), 0
+    while rounds < repeats or (time.perf_counter() - begin < enough and rounds < 10 * repeats):
+        for call, spent in zip(calls, times, strict=True):
+            start = seconds()
+            call()
+            spent.append(seconds() - start)
+        rounds += 1
+    return [Spread.from_seconds(spent) for spent in times]
+
+
+class Timings:
+    """The times of calls, each under a key: calls of the same key are measured once.
+
+    Args:
+        ranks: the processes that must agree: they all take the first one's times.
+    """
+
+    def __init__(self, ranks: Ranks | None = None):
+        self._ranks = ranks or Ranks()
+        self._known: dict[Hashable, Spread] = {}
+
+    def measure(self, calls: Mapping[Hashable, Callable[[], object]]) -> list[Spread]:
+        """Returns the times of the calls, in order. All that are not known yet are measured now, in turns."""
+        missing = [key for key in calls if key not in self._known]
+        measure = functools.partial(time_in_turns, [calls[key] for key in missing], repeats=3, enough=0.02)
+        found = self._ranks.decide(measure)
+        self._known |= dict(zip(missing, found, strict=True))
+        return [self._known[key] for key in calls]
+
+    def clear(self) -> None:
+        """Forgets all times."""
+        self._known.clear()
+
+
+def wall_times(
     calls: Mapping[str, Callable[[], object]], *, warm: int = 2, rounds: int = 5, enough: float = 0.2
 ) -> dict[str, Spread]:
-    """The wall time of each call, all treated alike: every one is warmed up, then they take turns.
+    """Returns the wall time of each call. All are treated alike: every one is warmed up, then they take turns.
 
     A call in a fresh process pays for memory and plans that later ones find ready, up to twice its usual time, so the
     first `warm` rounds are not measured. Each measured round begins with another call than the one before it. There are
-    `rounds` of them, and more, six times as many at most, while they have taken less than `enough` seconds together.
+    `rounds` of them, and up to six times as many while they have taken less than `enough` seconds together.
     """
     for _ in range(warm):
         for call in calls.values():
             call()
-    spent: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     order, begin, done = list(calls), time.perf_counter(), 0
     while done < rounds or (time.perf_counter() - begin < enough and done < 6 * rounds):
         for name in order:
             start = time.perf_counter()
             calls[name]()
-            spent[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append(time.perf_counter() - start)
         order, done = [*order[1:], order[0]], done + 1
-    return {name: Spread(min(t), statistics.median(t), max(t), len(t)) for name, t in spent.items()}
+    return {name: Spread.from_seconds(spent) for name, spent in times.items()}

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from granet import native
-from granet.engine import eager, ops
+from granet.engine import eager, ops, timing
 from granet.engine.layer import Forward, is_exchanged
 from granet.engine.report import LayerReport, layer_table
-from granet.engine.timing import NOISE, Spread, interleaved, spreads
+from granet.engine.timing import Spread, Timings, wall_times
 from granet.ranks import Ranks, current
 from granet.sparsifier.reparameterize import is_reparameterized
 
@@ -91,11 +91,11 @@ class TrainingPlan:
         self.whole: dict[str, Spread] = {}  # forward and backward of the whole model, as last measured
         self.why = ""
         self._confirmed = False  # the whole model has been measured to be faster
-        self._known: dict[tuple, float] = {}
         self._version = sparsifier.version
         self._due = False  # whether layers are to be measured for a topology that has changed
         # one choice for all ranks that train one network, by the first one's clock
         self._ranks = current() if sparsifier._verify_every else Ranks()
+        self.timings = Timings(self._ranks)
         self._attached = None  # the sparsifier's optimizers that tell this plan of their steps
         self._hooks: list = []
 
@@ -109,8 +109,13 @@ class TrainingPlan:
         rows = tuple(row.row if isinstance(row, Forward) else row for row in self.rows)
         return TrainingReport(rows, self.why, dict(self.whole))
 
-    def follow(self) -> None:
-        """Takes note of a topology that has changed: each layer calls this before it runs."""
+    def follow(self) -> bool:
+        """Takes note of a topology that has changed, and returns whether the sparse kernels may run.
+
+        Each layer calls this before it runs.
+        """
+        if not self.enabled:
+            return False
         if self._attached is not self.sparsifier._attached:
             self._listen()
         if self._version != self.sparsifier.version:
@@ -120,6 +125,7 @@ class TrainingPlan:
         if self._due and torch.is_grad_enabled():  # one rank alone may evaluate the model, all of them train it
             self._due = False
             self._measure([f for f in self.forwards if f.worth_measuring])
+        return True
 
     def _listen(self) -> None:
         """Has the sparsifier's optimizers tell of their steps, after which it has cleared what is inactive."""
@@ -137,20 +143,10 @@ class TrainingPlan:
     def replan(self) -> None:
         """Measures every layer again, at the density it has now, and the whole model."""
         self._version, self._due, self._confirmed = self.sparsifier.version, False, False
-        self._known.clear()
+        self.timings.clear()
         for forward in self.forwards:
             forward.forget()
         self._measure(self.forwards)
-
-    def timings(self, calls: dict[tuple, Callable[[], object]]) -> list[float]:
-        """Milliseconds of the calls, measured now unless one of the same key was: layers of a shape are measured once.
-
-        All that is missing is measured in turns, so that noise hits it alike.
-        """
-        missing = [key for key in calls if key not in self._known]
-        spent = self._ranks.decide(lambda: interleaved([calls[key] for key in missing], repeats=2, enough=0.02))
-        self._known |= dict(zip(missing, spent, strict=True))
-        return [self._known[key] for key in calls]
 
     def _measure(self, forwards: list[Forward]) -> None:
         for forward in forwards:
@@ -162,15 +158,18 @@ class TrainingPlan:
             self._judge(chosen)
 
     def _judge(self, chosen: list[Forward]) -> None:
-        """Keeps the choice if the whole model's forward and backward are faster with it, else takes all of it back."""
+        """Keeps the choice if the whole model's forward and backward are faster with it, else takes all of it back.
+
+        Faster means by the shortest time and by the median: see `Spread.is_faster_than`.
+        """
         saved = sum(f.row.dense_ms - f.row.sparse_ms for f in chosen)
-        if self.whole and saved < NOISE * self.whole[DENSE].least:
+        if self.whole and saved < timing.NOISE * self.whole[DENSE].least:
             whole = self.whole[DENSE].least
             self.why = f"The layers' gain of {saved:.2f} ms is within the noise of the whole, {whole:.2f} ms."
         else:
-            self.whole = self._ranks.decide(lambda: spreads(self.candidates()))
+            self.whole = self._ranks.decide(lambda: wall_times(self.candidates()))
             dense, fast = self.whole[DENSE], self.whole[SPARSE]
-            self._confirmed = fast.least < dense.least * (1 - NOISE)
+            self._confirmed = fast.is_faster_than(dense)
             self.why = (
                 f"The whole model's forward + backward, {dense.runs} times each in turns after a warm-up: "
                 f"dense {dense}, sparse {fast}, {dense.least / fast.least:.2f}x by the shortest and "
@@ -303,7 +302,7 @@ def _planned(plan: TrainingPlan, name: str, module: nn.Module, refused: str) -> 
         why = "its forward was exchanged by somebody else"
     else:
         try:
-            return Forward(module, name, plan)
+            return Forward(module, name, plan.sparsifier, plan.timings, plan.follow)
         except ValueError as error:
             why = str(error)
     total = sum(mask.numel() for mask in sparse)

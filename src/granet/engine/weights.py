@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -50,36 +51,49 @@ class Constants:
         return self._known[node]
 
 
-class Watch:
-    """Notices that the tensors a plan was packed from have changed.
+class WeightCheck:
+    """Tells whether the tensors that a plan was packed from are still the same.
 
-    It compares identity, place in memory, version and a sample of the values. A write through `.data` or by code
-    outside of torch that keeps the sampled values is the only change that cannot be seen.
+    It compares their identity, place in memory, version and a sample of their values. The only change that it cannot
+    see is a write that does not count as a new version, through `.data` or by code outside of torch, and that keeps the
+    sampled values.
+
+    Args:
+        args: the arguments of a call.
+        places: the positions of the tensors among the arguments.
     """
 
-    def __init__(self, args: Sequence[object], places: Sequence[int]):
-        self._kept = [(i, args[i], args[i].data_ptr(), _version(args[i])) for i in sorted(places)]
-        self._views = [_sample(t.detach()) for _, t, _, _ in self._kept]
-        self._values = self._read()
-
-    def _read(self) -> Tensor | None:
-        return torch.cat(self._views) if self._views else None
+    def __init__(self, args: Sequence[object], places: Collection[int]):
+        self._places = sorted(places)
+        self._tensors = [args[i] for i in self._places]
+        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
+        counted = [tensor for tensor in self._tensors if not tensor.is_inference()]  # others have no version
+        self._counted, self._versions = counted, [tensor._version for tensor in counted]
+        # The views keep the memory alive that is read below.
+        self._views = [view for tensor in self._tensors if (view := _sample(tensor.detach())).numel()]
+        addresses = [view.data_ptr() + 4 * i * view.stride(0) for view in self._views for i in range(len(view))]
+        self._addresses = torch.tensor(addresses, dtype=torch.int64)
+        self._words = torch.cat([view.view(torch.int32) for view in self._views] or [torch.zeros(0, dtype=torch.int32)])
 
     def same(self, args: Sequence[object]) -> bool:
-        """Whether the tensors are those that were kept, with the values they had."""
-        for i, tensor, pointer, version in self._kept:
-            now = args[i]
-            if now is not tensor or now.data_ptr() != pointer or _version(now) != version:
-                return False
-        return self._values is None or torch.equal(self._read().view(torch.int32), self._values.view(torch.int32))
+        """Returns whether the tensors among the arguments are those that were kept, with the values they had."""
+        tensors = self._tensors
+        return (
+            all(map(operator.is_, [args[i] for i in self._places], tensors))
+            and list(map(Tensor.data_ptr, tensors)) == self._pointers
+            and list(map(_version, self._counted)) == self._versions
+            and torch.ops.granet.words_are(self._addresses, self._words)
+        )
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+_version = operator.attrgetter("_version")
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """A view of a few numbers of a tensor, spread over it and not zero if most of it is."""
+    """Returns a view of a few numbers of a tensor, spread over it and not zero if most of it is.
+
+    The view is one-dimensional; it is empty where the tensor holds no float32 numbers.
+    """
     if tensor.numel() == 0 or tensor.dtype != torch.float32:
         return torch.zeros(0)
     if not tensor.is_contiguous():

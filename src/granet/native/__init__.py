@@ -266,8 +266,3 @@ def available() -> bool:
         log.warning("%s", error)
         return False
     return True
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    raise SystemExit(not available())

@@ -67,33 +67,33 @@ const int32_t* ints(const Tensor& t) {
   return t.const_data_ptr<int32_t>();
 }
 
-// A sparse matrix's structure as the operators take it: see granet.engine.index.
-struct Pattern {
+// The index structure of a sparse matrix as the operators take it: see granet.engine.index.
+struct IndexStructure {
   const int32_t *ptr, *id, *offset, *index;
   int64_t rows, nonzeros;
 
-  Pattern(const Tensor& p, const Tensor& i, const Tensor& off, const Tensor& ind, int64_t expected)
+  IndexStructure(const Tensor& p, const Tensor& i, const Tensor& off, const Tensor& ind, int64_t expected)
       : ptr(ints(p)), id(ints(i)), offset(ints(off)), index(ints(ind)), rows(expected), nonzeros(off.numel()) {
     STD_TORCH_CHECK(p.numel() == rows + 1 && i.numel() == rows && ind.numel() == nonzeros && ptr[rows] == nonzeros,
-                    "granet: the pattern does not fit the geometry");
+                    "granet: the index structure does not fit the geometry");
   }
 };
 
-std::unique_ptr<float[]> gather(const float* weight, const Pattern& pattern) {
-  std::unique_ptr<float[]> values(new float[std::max<int64_t>(pattern.nonzeros, 1)]);
+std::unique_ptr<float[]> gather(const float* weight, const IndexStructure& structure) {
+  std::unique_ptr<float[]> values(new float[std::max<int64_t>(structure.nonzeros, 1)]);
   float* const to = values.get();
-  torch::stable::parallel_for(0, pattern.nonzeros, 32768, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) to[k] = weight[pattern.index[k]];
+  torch::stable::parallel_for(0, structure.nonzeros, 32768, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) to[k] = weight[structure.index[k]];
   });
   return values;
 }
 
-// Rows begin..end of the pattern's chunks, over all tiles.
-void multiply(const Pattern& pattern, const float* values, int64_t chunks, int64_t blocks, int64_t first_chunk,
+// Multiplies chunks first_chunk..last_chunk of the rows, over all tiles.
+void multiply(const IndexStructure& structure, const float* values, int64_t chunks, int64_t blocks, int64_t first_chunk,
               int64_t last_chunk, const std::vector<Tile>& cut, const float* x, float* out, int64_t out_stride,
               const float* bias) {
-  const int64_t rows = pattern.rows / (chunks * blocks);
-  const Rows matrix{pattern.ptr, pattern.id, pattern.offset, values};
+  const int64_t rows = structure.rows / (chunks * blocks);
+  const Rows matrix{structure.ptr, structure.id, structure.offset, values};
   for (const Tile& tile : cut) {
     for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
       for (int64_t block = 0; block < blocks; ++block) {
@@ -135,15 +135,15 @@ struct Panels {
   }
 };
 
-void pointwise_forward(const Geometry& g, const Pattern& pattern, const float* values, const float* x,
+void pointwise_forward(const Geometry& g, const IndexStructure& structure, const float* values, const float* x,
                        const float* bias, float* y) {
   const Panels panels(g);
   torch::stable::parallel_for(0, panels.count(), 1, [&](int64_t begin, int64_t end) {
     float* const input = scratch(0, g.c * g.stride);
     for (int64_t i = begin; i < end; ++i) {
       panels.pack(x, i, g.c, input);
-      multiply(pattern, values, g.chunks, g.forward_blocks, 0, g.chunks, panels.cut(i), input, y + panels.start(i, g.o),
-               g.h * g.w, bias);
+      multiply(structure, values, g.chunks, g.forward_blocks, 0, g.chunks, panels.cut(i), input,
+               y + panels.start(i, g.o), g.h * g.w, bias);
     }
   });
 }
@@ -154,16 +154,16 @@ Tensor conv_forward(const Tensor& x, const Tensor& weight, const std::optional<T
   check_float(x, g.n * g.c * g.h * g.w, "the input");
   check_float(weight, weight.numel(), "the weight");
   if (bias) check_float(*bias, g.o, "the bias");
-  const Pattern pattern(ptr, id, offset, index, g.o * g.forward_blocks);
+  const IndexStructure structure(ptr, id, offset, index, g.o * g.forward_blocks);
   const Tensor y =
       x.dim() == 2 ? torch::stable::new_empty(x, {g.n, g.o}) : torch::stable::new_empty(x, {g.n, g.o, g.ho, g.wo});
   if (g.n == 0) return y;
-  const auto values = gather(weight.const_data_ptr<float>(), pattern);
+  const auto values = gather(weight.const_data_ptr<float>(), structure);
   const float* const bias_data = bias ? bias->const_data_ptr<float>() : nullptr;
   const float* const from = x.const_data_ptr<float>();
   float* const to = y.mutable_data_ptr<float>();
   if (g.pointwise()) {
-    pointwise_forward(g, pattern, values.get(), from, bias_data, to);
+    pointwise_forward(g, structure, values.get(), from, bias_data, to);
     return y;
   }
   const std::vector<Tile> cut = tiles(g.output().positions(), g.longest_tile());
@@ -184,12 +184,12 @@ Tensor conv_forward(const Tensor& x, const Tensor& weight, const std::optional<T
       }
       float* const image = to + block * g.batch * g.o * g.ho * g.wo;
       if (direct) {
-        multiply(pattern, values.get(), g.chunks, g.forward_blocks, first, last, cut, input + g.front, image,
+        multiply(structure, values.get(), g.chunks, g.forward_blocks, first, last, cut, input + g.front, image,
                  g.ho * g.wo, bias_data);
       } else {
         float* const output = scratch(1, g.o * g.stride);
-        multiply(pattern, values.get(), g.chunks, g.forward_blocks, first, last, cut, input + g.front, output + g.front,
-                 g.stride, bias_data);
+        multiply(structure, values.get(), g.chunks, g.forward_blocks, first, last, cut, input + g.front,
+                 output + g.front, g.stride, bias_data);
         // The chunks deal the output channels out one by one: chunk i holds channels i, i + chunks, ...
         for (int64_t c = 0; c < g.o; ++c) {
           const int64_t chunk = c % g.chunks;
@@ -209,16 +209,16 @@ Tensor conv_forward(const Tensor& x, const Tensor& weight, const std::optional<T
 // Both gradients of a layer, block by block: a block is `batch` images, or a panel of a pointwise layer.
 struct Backward {
   const Geometry& g;
-  const Pattern& forward;   // rows are output channels: where the weight's gradient is wanted
-  const Pattern& backward;  // rows are input planes
+  const IndexStructure& forward;   // rows are output channels: where the weight's gradient is wanted
+  const IndexStructure& backward;  // rows are input planes
   const std::optional<Panels> panels;
   const std::vector<Tile> cut, grad_cut;
   const bool direct;             // rows of the input's gradient can be written where they belong
   const float *dy, *x, *values;  // `values` are the weights in the order of `backward`
   float* dx;
 
-  Backward(const Geometry& geometry, const Pattern& f, const Pattern& b, const float* gradient, const float* input,
-           const float* weights, float* result)
+  Backward(const Geometry& geometry, const IndexStructure& f, const IndexStructure& b, const float* gradient,
+           const float* input, const float* weights, float* result)
       : g(geometry),
         forward(f),
         backward(b),
@@ -281,12 +281,12 @@ struct Backward {
 };
 
 // Writes the sum of the parts' gradients to the places of the active weights.
-void scatter(const std::vector<std::unique_ptr<float[]>>& parts, const Pattern& pattern, float* to) {
-  torch::stable::parallel_for(0, pattern.nonzeros, 32768, [&](int64_t begin, int64_t end) {
+void scatter(const std::vector<std::unique_ptr<float[]>>& parts, const IndexStructure& structure, float* to) {
+  torch::stable::parallel_for(0, structure.nonzeros, 32768, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       float sum = 0;
       for (const auto& part : parts) sum += part[k];
-      to[pattern.index[k]] = sum;
+      to[structure.index[k]] = sum;
     }
   });
 }
@@ -300,8 +300,8 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor& x, cons
   check_float(dy, g.n * g.o * g.ho * g.wo, "the gradient");
   check_float(x, g.n * g.c * g.h * g.w, "the input");
   check_float(weight, weight.numel(), "the weight");
-  const Pattern forward(ptr, id, offset, index, g.o * g.forward_blocks);
-  const Pattern backward(back_ptr, back_id, back_offset, back_index, g.planes() * g.backward_blocks);
+  const IndexStructure forward(ptr, id, offset, index, g.o * g.forward_blocks);
+  const IndexStructure backward(back_ptr, back_id, back_offset, back_index, g.planes() * g.backward_blocks);
   Tensor dx = need_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor dw = need_weight ? torch::stable::new_zeros(weight, weight.sizes()) : torch::stable::new_empty(weight, {0});
   const bool covered = static_cast<int64_t>(g.phases.size()) == g.sy * g.sx;

@@ -81,9 +81,9 @@ void compress(const Tensor& like, const std::vector<Weight>& weights, const Cut&
 }
 
 // `taps` holds phase and shift of every position of the kernel; the blocks are those that Geometry.blocks() allows.
-std::vector<Tensor> patterns(const Tensor& mask, std::vector<int64_t> taps, int64_t outputs, int64_t channels,
-                             int64_t phases, int64_t plane, int64_t chunks, int64_t forward_blocks,
-                             int64_t backward_blocks) {
+std::vector<Tensor> index_structures(const Tensor& mask, std::vector<int64_t> taps, int64_t outputs, int64_t channels,
+                                     int64_t phases, int64_t plane, int64_t chunks, int64_t forward_blocks,
+                                     int64_t backward_blocks) {
   const int64_t kernel = static_cast<int64_t>(taps.size()) / 2, planes = channels * phases;
   STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Bool && mask.is_contiguous(),
                   "granet: a mask must be a contiguous bool tensor on the CPU");
@@ -125,10 +125,10 @@ std::vector<Tensor> patterns(const Tensor& mask, std::vector<int64_t> taps, int6
 
 STABLE_TORCH_LIBRARY_FRAGMENT(granet, m) {
   m.def(
-      "patterns(Tensor mask, int[] taps, int outputs, int channels, int phases, int plane, int chunks, "
+      "index_structures(Tensor mask, int[] taps, int outputs, int channels, int phases, int plane, int chunks, "
       "int forward_blocks, int backward_blocks) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(granet, CPU, m) { m.impl("patterns", TORCH_BOX(&patterns)); }
+STABLE_TORCH_LIBRARY_IMPL(granet, CPU, m) { m.impl("index_structures", TORCH_BOX(&index_structures)); }
 
 }  // namespace granet
