@@ -35,7 +35,7 @@ format: $(STAMP)
 docs: $(DOCS)            ## the documentation site, in build/site; warnings are errors, and nothing is fetched
 	rm -rf build/docs build/site
 	mkdir -p build/docs
-	cp -R *.md LICENSE docs results examples src tests build/docs  # with their places, so that links between them hold
+	cp -R *.md LICENSE CITATION.cff docs results examples src tests build/docs  # with their places, so that links between them hold
 	find build/docs -name __pycache__ -prune -exec rm -rf {} +
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
