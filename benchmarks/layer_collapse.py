@@ -51,10 +51,10 @@ class Remembering(Probe):
 
 def images(per_class):
     """The name of the dataset, and its first `per_class` training images of each class with their labels, 32x32."""
-    name = next(name for name in ("cifar10", "fashion-mnist", "digits") if data.DATA[name].locate())
+    name = next(name for name in ("cifar10", "fashion-mnist", "digits") if data.DATASETS[name].locate())
     train = data.load(name, validation=0).train
     rows = torch.cat([(train.labels == label).nonzero()[:per_class, 0] for label in range(10)])
-    source = data.DATA[name]
+    source = data.DATASETS[name]
     batches = data.epoch_batches(train[rows], batch_size=len(rows), train=False, mean=source.mean, std=source.std)
     x, y = next(iter(batches))
     return name, F.interpolate(x, (32, 32), mode="bilinear") if x.shape[-1] != 32 else x, y

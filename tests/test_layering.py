@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "granet"
 LAYERS = [  # a folder or module may import what stands before it; docs/architecture.md draws them
     "names",
+    "registry",
     "parsing",
     "files",
     "functional",
@@ -125,7 +126,7 @@ def test_no_file_is_longer_than_400_lines():
     assert {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400} == {}
 
 
-@pytest.mark.parametrize("module", ["granet", "granet.methods", "granet.train.recipe", "granet.cli"])
+@pytest.mark.parametrize("module", ["granet", "granet.methods", "granet.train.registration", "granet.train.recipe", "granet.cli"])
 def test_no_torch_before_it_is_needed(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -153,6 +154,9 @@ def test_every_module_has_a_test():
         "recipes": "recipe",
         "records": "core",
         "optimizer": "trainer",
+        "sections": "recipe",
+        "catalog": "plugins",
+        "registration": "plugins",
         "checks": "first_mistakes",
         "filters": "selection",
         "adapter": "lightning",

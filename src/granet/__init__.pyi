@@ -39,5 +39,6 @@ from .selection import plan as plan
 from .sparsifier.core import Sparsifier as Sparsifier
 from .train import data as data
 from .train import models as models
+from .train.registration import register as register
 
 __version__: str

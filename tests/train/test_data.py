@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from granet.train.data import DATA, DEBIAN_FASHION_MNIST, load
+from granet.train.catalog import DATASETS, DEBIAN_FASHION_MNIST
+from granet.train.data import load
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -252,11 +253,11 @@ def test_a_missing_dataset_is_explained(tmp_path, name, says):
         load(name, root=tmp_path, validation=0)
     for words in says:
         assert words.format(root=tmp_path) in str(error.value)
-    assert DATA[name].locate(tmp_path) is None
+    assert DATASETS[name].locate(tmp_path) is None
 
 
 def test_fashion_mnist_is_explained_with_its_debian_package():
-    assert "apt-get install dataset-fashion-mnist" in DATA["fashion-mnist"].advice
+    assert "apt-get install dataset-fashion-mnist" in DATASETS["fashion-mnist"].advice
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -8,22 +8,10 @@ import pytest
 import yaml
 
 from granet import METHODS, GraNet, RigL, RigLITOP
-from granet.train import data, recipe, recipes
-from granet.train.data import DATA
-from granet.train.models import MODELS
+from granet.train import data, recipe, recipes, sections
 from granet.train.recipe import FILE_KEYS, SECTIONS, Data, Model, Recipe, RecipeError, Train, in_steps, schema, validate
 
 TINY = {"data": {"name": "digits"}, "model": {"name": "mlp"}, "method": {"name": "dense"}}
-
-
-def literals(section, field):
-    return set(section.model_fields[field].annotation.__args__)
-
-
-def test_names_are_those_of_the_registries():
-    assert literals(Data, "name") == set(DATA)
-    assert literals(Model, "name") == set(MODELS)
-    assert set(SECTIONS) == set(METHODS)
 
 
 def test_every_hyper_parameter_is_explained():
@@ -124,8 +112,8 @@ def test_a_file_of_your_own_can_start_from_a_shipped_one(tmp_path):
         ({"sede": 3}, r"sede: there is no such key; did you mean 'seed'\?"),
         ({"method": {"name": "grnet"}}, r"there is no method 'grnet'; did you mean 'granet'\?"),
         ({"method": {"name": "set", "sparsty": 0.5}}, r"method\.sparsty: .* did you mean 'sparsity'\?"),
-        ({"model": {"name": "restnet20"}}, r"model\.name: 'restnet20' .* did you mean 'resnet20'\?"),
-        ({"data": {"name": "cifar"}}, r"data\.name: 'cifar' .* did you mean 'cifar10"),
+        ({"model": {"name": "restnet20"}}, r"model\.name: there is no model 'restnet20'; did you mean 'resnet20'\?"),
+        ({"data": {"name": "cifar"}}, r"data\.name: there is no dataset 'cifar'; did you mean 'cifar10"),
         ({"data": None}, r"data: .* got None"),
         ({"train": {"lr": -1}}, r"train\.lr: must be greater than 0, got -1$"),
         ({"train": {"lr": float("inf")}}, r"train\.lr: must be a finite number, got inf$"),
@@ -153,7 +141,7 @@ def test_a_file_of_your_own_can_start_from_a_shipped_one(tmp_path):
         ({"train": {"batch_size": 10, "accumulate": 3}}, "cannot be split"),
         ({"name": "../elsewhere"}, r"name: .* got '\.\./elsewhere'"),
         ({"name": ""}, r"name: "),
-        ({"method": {"sparsity": 0.5}}, r"method: has no name \(choices: dense, "),
+        ({"method": {"sparsity": 0.5}}, r"method\.name: is missing; choose from ac-dc, "),
         ({"method": [1]}, r"method: is a mapping of keys to values, got \[1\]"),
         ({"train": {"milestones": 3}}, r"train\.milestones: is a list, got 3"),
     ],
@@ -247,7 +235,7 @@ def test_recipes_need_no_torch():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_hyper_parameter_is_explained_where_it_stands(name):
     """In the docstring of the method, which `help()`, editors, the reference and the command line show."""
-    described = recipe._descriptions(METHODS[name])
+    described = sections._descriptions(METHODS[name])
     assert set(described) == {field.name for field in dataclasses.fields(METHODS[name])}
     assert all(len(text) > 10 for text in described.values())
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "plan": "every parameter of a recipe's network: sparse or not, why, its budget",
     "show": "a recipe with every default written out",
     "bench": "speed of a run's network on the sparse kernels, beside dense",
-    "ls": "list recipes, methods, models or data",
+    "ls": "list recipes, methods, models, data or optimizers",
 }
 
 HELP = f"""usage: granet COMMAND ...

@@ -19,14 +19,14 @@ examples:
 class Arguments:
     """What to list."""
 
-    what: tyro.conf.Positional[Literal["recipes", "methods", "models", "data"]] = "recipes"
+    what: tyro.conf.Positional[Literal["recipes", "methods", "models", "data", "optimizers"]] = "recipes"
     """What to list."""
 
 
 def main(args: list[str]) -> int:
     """Prints names with a line about each; returns the exit code."""
     arguments = words.read(Arguments, args, prog="granet ls", description=DESCRIPTION)
-    rows, hint = {"recipes": _recipes, "methods": _methods, "models": _models, "data": _data}[arguments.what]()
+    rows, hint = LISTS[arguments.what]()
     width = max(len(name) for name, _ in rows)
     for name, about in rows:
         say(f"{name:{width}}  {about}")
@@ -59,17 +59,26 @@ def _methods():
 
 
 def _models():
-    from granet.train.models import MODELS
+    from granet.train.catalog import MODELS
 
     return [(name, model.description) for name, model in MODELS.items()], None
 
 
 def _data():
-    from granet.train.data import DATA, data_root
+    from granet.train.catalog import DATASETS, data_root
 
     rows = []
-    for name, source in DATA.items():
+    for name, source in DATASETS.items():
         place = source.locate()
         rows.append((name, source.description))
         rows.append(("", f"here: {place}" if place else "not here. " + source.advice.format(root=data_root())))
     return rows, None
+
+
+def _optimizers():
+    from granet.train.catalog import OPTIMIZERS
+
+    return [(name, optimizer.description) for name, optimizer in OPTIMIZERS.items()], None
+
+
+LISTS = {"recipes": _recipes, "methods": _methods, "models": _models, "data": _data, "optimizers": _optimizers}

@@ -24,10 +24,9 @@ def main(args: list[str]) -> int:
     recipe = parse(args, Options, prog="granet plan", description=DESCRIPTION).recipe
 
     from granet.parsing import worded
-    from granet.selection import plan, unfit
     from granet.train import data, models
 
-    source = data.DATA[recipe.data.name]
+    source = data.DATASETS[recipe.data.name]
     steps_per_epoch = NOMINAL
     if source.locate(recipe.data.root):
         there = data.load(recipe.data.name, root=recipe.data.root, validation=recipe.data.validation)
@@ -37,7 +36,5 @@ def main(args: list[str]) -> int:
     else:
         say(f"{recipe.data.name} is not on this machine: steps are counted as if an epoch had {NOMINAL}\n")
     model = models.build(recipe.model.name, classes=source.classes, in_channels=source.shape[0])
-    pattern, skip = recipe.model.pattern, recipe.model.keep_dense
-    skip = (*skip, *unfit(model, pattern, skip=skip))
-    say(worded(str(plan(model, recipe.resolve(steps_per_epoch), skip=skip, pattern=pattern))))
+    say(worded(str(recipe.plan(model, steps_per_epoch))))
     return 0

@@ -7,9 +7,10 @@ https://arxiv.org/abs/2106.12379
 from dataclasses import dataclass
 
 from granet import criterion, distribution, topology
-from granet.methods.base import Method, Steps, require, require_order, require_scope
+from granet.methods.base import METHODS, Method, Steps, require, require_order, require_scope
 
 
+@METHODS.add("ac-dc")
 @dataclass(frozen=True, kw_only=True)
 class ACDC(Method):
     """Alternate between phases of sparse and of dense training, after a dense warm-up; from `end` on stay sparse.

@@ -7,7 +7,7 @@ applies them. Steps are optimizer steps, counted from 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from numbers import Real
 from types import NoneType
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, get_args, get_type_hints
 
 from granet import criterion, distribution, topology
 from granet.names import described, unknown
+from granet.registry import Registry
 
 if TYPE_CHECKING:
     import torch
@@ -165,6 +166,21 @@ class Method:
     def regeneration_at(self, step: int) -> float:
         """The share of its active weights that a layer exchanges in an update at `step`."""
         return 0.0
+
+
+def _check_method(name: str, kind: object) -> None:
+    """Raises TypeError unless `kind` is a frozen dataclass derived from `Method`."""
+    if not isinstance(kind, type) or not issubclass(kind, Method):
+        raise TypeError(f"the method {name!r} must be a class derived from granet.Method, not {described(kind)}")
+    if not is_dataclass(kind) or "__dataclass_fields__" not in vars(kind):
+        raise TypeError(
+            f"the method {name!r} must be a dataclass: write @dataclass(frozen=True, kw_only=True) over "
+            f"class {kind.__name__}, below the line that registers it"
+        )
+
+
+METHODS: Registry[type[Method]] = Registry("method", home="granet.methods", check=_check_method)
+"""The classes of all methods by name, those of granet and those that plugins register."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,10 @@ from math import sqrt
 from typing import ClassVar
 
 from granet import distribution, topology
-from granet.methods.base import Method, require, require_at_least
+from granet.methods.base import METHODS, Method, require, require_at_least
 
 
+@METHODS.add("deep-r")
 @dataclass(frozen=True, kw_only=True)
 class DeepR(Method):
     """At every step, drop the weights that would cross zero and reactivate as many at random places.

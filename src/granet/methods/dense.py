@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from granet.methods.base import Method
+from granet.methods.base import METHODS, Method
 
 
+@METHODS.add("dense")
 @dataclass(frozen=True, kw_only=True)
 class Dense(Method):
     """Every weight is active, from the first step to the last."""

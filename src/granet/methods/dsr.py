@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from granet import criterion, distribution, topology
-from granet.methods.base import Method, Steps, require, require_at_least
+from granet.methods.base import METHODS, Method, Steps, require, require_at_least
 from granet.schedule import Every
 
 
+@METHODS.add("dsr")
 @dataclass(frozen=True, kw_only=True)
 class DSR(Method):
     """Every `interval` steps, remove weights below a threshold and regrow as many, most in layers that kept most.

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from granet import topology
-from granet.methods.base import Method
+from granet.methods.base import METHODS, Method
 
 
+@METHODS.add("fixed")
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Method):
     """Keep the zeros that the model has: what is zero at the start stays zero, and all other weights train."""

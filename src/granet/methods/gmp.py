@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from math import prod
 
 from granet import criterion, distribution, schedule, topology
-from granet.methods.base import Method, Steps, require, require_order, require_scope
+from granet.methods.base import METHODS, Method, Steps, require, require_order, require_scope
 from granet.schedule import Every
 
 
+@METHODS.add("gmp")
 @dataclass(frozen=True, kw_only=True)
 class GMP(Method):
     """Start dense and prune the smallest weights every `interval` steps, until `sparsity` is reached at `end`.

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from math import prod
 
 from granet import criterion, distribution, schedule, topology
-from granet.methods.base import Grows, Method, Steps, require, require_growth, require_order, require_scope
+from granet.methods.base import METHODS, Grows, Method, Steps, require, require_growth, require_order, require_scope
 from granet.schedule import Cosine, Every
 
 
+@METHODS.add("granet")
 @dataclass(frozen=True, kw_only=True)
 class GraNet(Grows, Method):
     """Every `interval` steps, prune a little, then let each layer regrow the weights with the largest gradients.

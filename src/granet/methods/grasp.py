@@ -6,9 +6,10 @@ https://arxiv.org/abs/2002.07376
 
 from dataclasses import dataclass
 
-from granet.methods.base import AtInitialization, require
+from granet.methods.base import METHODS, AtInitialization, require
 
 
+@METHODS.add("grasp")
 @dataclass(frozen=True, kw_only=True)
 class GraSP(AtInitialization):
     """Before training, remove the weights with the largest `-w * (H g)`; the topology then stays as it is.

@@ -7,10 +7,11 @@ https://arxiv.org/abs/2110.14032
 from dataclasses import dataclass
 
 from granet import criterion, distribution, topology
-from granet.methods.base import Method, Steps, require, require_at_least, require_order
+from granet.methods.base import METHODS, Method, Steps, require, require_at_least, require_order
 from granet.schedule import Every
 
 
+@METHODS.add("mest")
 @dataclass(frozen=True, kw_only=True)
 class MEST(Method):
     """Every `interval` steps, each layer replaces its weights of least `|w| + lambda * |g|` by random ones.

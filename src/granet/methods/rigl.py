@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from granet import distribution
-from granet.methods.base import Grows, Method, Steps, require, require_growth
+from granet.methods.base import METHODS, Grows, Method, Steps, require, require_growth
 from granet.schedule import Cosine, Every
 
 
+@METHODS.add("rigl")
 @dataclass(frozen=True, kw_only=True)
 class RigL(Grows, Method):
     """Every `interval` steps until `end`, each layer replaces its smallest weights by those of largest gradient.

@@ -7,10 +7,11 @@ Liu et al., "Do We Actually Need Dense Over-Parameterization? In-Time Over-Param
 from dataclasses import dataclass
 
 from granet import distribution
-from granet.methods.base import Grows, Method, Steps, require, require_growth
+from granet.methods.base import METHODS, Grows, Method, Steps, require, require_growth
 from granet.schedule import Cosine, Every
 
 
+@METHODS.add("rigl-itop")
 @dataclass(frozen=True, kw_only=True)
 class RigLITOP(Grows, Method):
     """Every `interval` steps to the end, each layer replaces its smallest weights by those of largest gradient.

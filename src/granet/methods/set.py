@@ -7,10 +7,11 @@ science", Nature Communications 2018. https://arxiv.org/abs/1707.04780
 from dataclasses import dataclass
 
 from granet import criterion, distribution, topology
-from granet.methods.base import Method, Steps, require
+from granet.methods.base import METHODS, Method, Steps, require
 from granet.schedule import Every
 
 
+@METHODS.add("set")
 @dataclass(frozen=True, kw_only=True)
 class SET(Method):
     """Every `interval` steps (in the paper: every epoch), each layer replaces its smallest weights by random ones.

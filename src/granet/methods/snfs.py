@@ -9,10 +9,11 @@ from math import isfinite
 from typing import ClassVar
 
 from granet import criterion, distribution, shards, topology
-from granet.methods.base import MOMENTUM, Method, Steps, require
+from granet.methods.base import METHODS, MOMENTUM, Method, Steps, require
 from granet.schedule import Cosine, Every
 
 
+@METHODS.add("snfs")
 @dataclass(frozen=True, kw_only=True)
 class SNFS(Method):
     """Every `interval` steps (in the paper: every epoch), replace small weights by those where the momentum is large.

@@ -7,9 +7,10 @@ Trimming more fat from a network at initialization", ICLR 2021 (https://arxiv.or
 
 from dataclasses import dataclass
 
-from granet.methods.base import AtInitialization, require
+from granet.methods.base import METHODS, AtInitialization, require
 
 
+@METHODS.add("snip")
 @dataclass(frozen=True, kw_only=True)
 class SNIP(AtInitialization):
     """Before training, keep the weights of the network with the largest `|g * w|`; the topology then stays as it is.

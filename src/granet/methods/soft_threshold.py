@@ -9,10 +9,11 @@ from math import isfinite
 from typing import ClassVar
 
 from granet import criterion
-from granet.methods.base import Method, Steps, require
+from granet.methods.base import METHODS, Method, Steps, require
 from granet.schedule import Every
 
 
+@METHODS.add("str")
 @dataclass(frozen=True, kw_only=True)
 class STR(Method):
     """The network computes with `sign(w) * max(|w| - sigmoid(s), 0)`, and each layer learns its threshold `s`.

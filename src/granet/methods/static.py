@@ -6,9 +6,10 @@ The baseline of Mocanu et al. 2018 and Evci et al. 2020 ("static"); with `distri
 from dataclasses import dataclass
 
 from granet import distribution
-from granet.methods.base import Method, require
+from granet.methods.base import METHODS, Method, require
 
 
+@METHODS.add("static")
 @dataclass(frozen=True, kw_only=True)
 class Static(Method):
     """A random topology of the given sparsity, which training does not change.

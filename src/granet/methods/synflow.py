@@ -6,9 +6,10 @@ https://arxiv.org/abs/2006.05467
 
 from dataclasses import dataclass
 
-from granet.methods.base import AtInitialization, require
+from granet.methods.base import METHODS, AtInitialization, require
 
 
+@METHODS.add("synflow")
 @dataclass(frozen=True, kw_only=True)
 class SynFlow(AtInitialization):
     """Before training, in many rounds, keep the weights through which most synaptic flow passes.

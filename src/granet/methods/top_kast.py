@@ -8,10 +8,11 @@ from math import isfinite
 from typing import ClassVar
 
 from granet import criterion, distribution, topology
-from granet.methods.base import Method, Steps, require, require_scope
+from granet.methods.base import METHODS, Method, Steps, require, require_scope
 from granet.schedule import Every
 
 
+@METHODS.add("top-kast")
 @dataclass(frozen=True, kw_only=True)
 class TopKAST(Method):
     """Compute with the largest weights (set A) and train a larger set B; both are chosen every `interval` steps.

@@ -11,27 +11,32 @@ Nothing is downloaded, nothing untrusted is unpickled: a missing dataset raises 
 """
 
 import gzip
-import importlib.util
 import io
 import math
 import os
 import pickle
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from granet.names import unknown
-from granet.train.batches import IMAGE_SIZE, Augment, FolderSplit, Split, epoch_batches, steps_per_epoch
+from granet.train.batches import Augment, FolderSplit, Split, epoch_batches, steps_per_epoch
+from granet.train.catalog import DATASETS, Source, data_root
 
-__all__ = ["DATA", "Augment", "Dataset", "FolderSplit", "Source", "Split", "epoch_batches", "load", "steps_per_epoch"]
-
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+__all__ = [
+    "DATASETS",
+    "Augment",
+    "Dataset",
+    "FolderSplit",
+    "Source",
+    "Split",
+    "epoch_batches",
+    "load",
+    "steps_per_epoch",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,45 +53,20 @@ class Dataset:
     std: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Source:
-    """What is known of a dataset before it is read, and how to find and read it."""
-
-    description: str
-    classes: int
-    shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    find: Callable[[Path], Path | None]
-    read: Callable[[Path], tuple[Split | FolderSplit, Split | FolderSplit]]  # the official training and test sets
-    advice: str  # what to download, and where to put it; {root} is the data folder
-
-    def locate(self, root: str | Path | None = None) -> Path | None:
-        """Return where the dataset is on this machine, or None."""
-        return self.find(data_root(root))
-
-
-def data_root(root: str | Path | None = None) -> Path:
-    """Return the data folder: `root`, else the environment's `GRANET_DATA`, else `./data`."""
-    return Path(root or os.environ.get("GRANET_DATA") or "data").expanduser().absolute()
-
-
 def load(name: str, *, root: str | Path | None = None, validation: int | float, seed: int = 0) -> Dataset:
-    """Return the dataset `name`, with `validation` images (or that share) held out of its training set.
+    """Returns the dataset `name`, with `validation` images (or that share) held out of its training set.
 
     The held-out images are drawn by `seed`, each class in proportion; the test set is the official one.
 
     Raises:
-        ValueError: Unknown name; `validation` does not fit; a file is damaged (it is named).
-        FileNotFoundError: The dataset is not here; the message says what to download and where to put it.
+        ValueError: there is no dataset of that name, `validation` does not fit, or a file, which is named, is damaged.
+        FileNotFoundError: the dataset is not here; the message says what to download and where to put it.
     """
-    if name not in DATA:
-        raise ValueError(unknown("dataset", name, DATA))
-    source = DATA[name]
+    source = DATASETS[name]
     place = source.locate(root)
     if place is None:
         raise FileNotFoundError(f"{name} is not on this machine. {source.advice.format(root=data_root(root))}")
-    train, test = source.read(place)
+    train, test = (_split(part, source, f"the {which} set of {name}") for part, which in _named(source.read(place)))
     count = validation if isinstance(validation, int) else round(validation * len(train))
     if (
         isinstance(validation, bool)
@@ -99,11 +79,46 @@ def load(name: str, *, root: str | Path | None = None, validation: int | float, 
     kept, held = stratified(train.labels, count, seed)
     # an image folder may hold a part of ImageNet's classes
     classes = int(train.labels.max()) + 1 if isinstance(train, FolderSplit) else source.classes
-    return Dataset(name, train[kept], train[held], test, classes, source.shape, source.mean, source.std)
+    mean, std = (source.mean, source.std) if source.mean and source.std else _statistics(train, name)
+    return Dataset(name, train[kept], train[held], test, classes, source.shape, mean, std)
+
+
+def _named(parts) -> list[tuple]:
+    """Returns the training set and the test set with the words "training" and "test"."""
+    return list(zip(parts, ("training", "test"), strict=True))
+
+
+def _split(part, source: Source, what: str) -> Split | FolderSplit:
+    """Returns a training or test set as it was read, as a split; `what` names it in errors.
+
+    Raises:
+        ValueError: images or labels are not what `Source` says.
+    """
+    if isinstance(part, FolderSplit):
+        return part
+    images, labels = (part.images, part.labels) if isinstance(part, Split) else map(torch.as_tensor, part)
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != source.shape:
+        given = f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}"
+        raise ValueError(
+            f"{what} must have uint8 images of shape (n, {', '.join(map(str, source.shape))}), not {given}"
+        )
+    if labels.is_floating_point() or labels.shape != images.shape[:1]:
+        raise ValueError(f"{what} must have one whole number as label for each of its {len(images)} images")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < source.classes:
+        raise ValueError(f"{what} must have labels from 0 to {source.classes - 1}")
+    return Split(images, labels.long())
+
+
+def _statistics(train: Split | FolderSplit, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation of each channel, of the training set's pixels in [0, 1]."""
+    if isinstance(train, FolderSplit):
+        raise ValueError(f"the dataset {name} is a folder of files: give its mean and std where it is registered")
+    std, mean = torch.std_mean(train.images.double() / 255, dim=(0, 2, 3), correction=0)
+    return tuple(mean.tolist()), tuple(std.clamp(min=1e-6).tolist())
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the rows to keep and the `count` rows to hold out, ascending; each class gives its share of them."""
+    """Returns the rows to keep and the `count` rows to hold out, ascending; each class gives its share of them."""
     labels = labels.numpy()
     sizes = np.bincount(labels)
     exact = sizes * count / max(len(labels), 1)
@@ -116,22 +131,8 @@ def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))
 
 
-def _find_sklearn(root: Path) -> Path | None:
-    spec = importlib.util.find_spec("sklearn")
-    return Path(spec.origin).parent if spec and spec.origin else None
-
-
-def _find_folder(name: str, root: Path, *, holding: str) -> Path | None:
-    """Return the data folder's folder `name`, or the data folder itself, whichever has the entry `holding`."""
-    return next((place for place in (root / name, root) if (place / holding).exists()), None)
-
-
-def _find_fashion_mnist(root: Path) -> Path | None:
-    places = (root / "fashion-mnist", root / "FashionMNIST" / "raw", root, DEBIAN_FASHION_MNIST)
-    return next((place for place in places if any(place.glob("t10k-images-idx3-ubyte*"))), None)
-
-
-def _read_digits(place: Path) -> tuple[Split, Split]:
+def read_digits(place: Path) -> tuple[Split, Split]:
+    """Returns the training and the test images of scikit-learn's handwritten digits."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -144,7 +145,7 @@ def _read_digits(place: Path) -> tuple[Split, Split]:
 
 
 def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the array uint8 of an IDX file, plain or gzipped: magic number, sizes, bytes.
+    """Returns the array uint8 of an IDX file, plain or gzipped: magic number, sizes, bytes.
 
     No more of the file is unpacked than an array of `shape` has at most: its first size may be less, the others not.
     """
@@ -169,7 +170,9 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8).reshape(found)
 
 
-def _read_fashion_mnist(folder: Path) -> tuple[Split, Split]:
+def read_fashion_mnist(folder: Path) -> tuple[Split, Split]:
+    """Returns the training and the test images of Fashion-MNIST, from the folder of its four IDX files."""
+
     def split(part):
         images = _read_idx(folder, f"{part}-images-idx3-ubyte", (60_000, 28, 28))
         labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", (60_000,))
@@ -238,7 +241,19 @@ def _read_cifar(folder: Path, *, train: tuple[str, ...], test: str, key: bytes, 
     return joined, _read_cifar_file(folder / test, key=key, classes=classes)
 
 
-def _read_imagenet(folder: Path) -> tuple[FolderSplit, FolderSplit]:
+def read_cifar10(folder: Path) -> tuple[Split, Split]:
+    """Returns the training and the test images of CIFAR-10, from the folder of its Python archive."""
+    train = tuple(f"data_batch_{i}" for i in range(1, 6))
+    return _read_cifar(folder, train=train, test="test_batch", key=b"labels", classes=10)
+
+
+def read_cifar100(folder: Path) -> tuple[Split, Split]:
+    """Returns the training and the test images of CIFAR-100, from the folder of its Python archive."""
+    return _read_cifar(folder, train=("train",), test="test", key=b"fine_labels", classes=100)
+
+
+def read_imagenet(folder: Path) -> tuple[FolderSplit, FolderSplit]:
+    """Returns the training and the validation images of an image folder as files that are decoded when needed."""
     names = sorted(place.name for place in (folder / "train").iterdir() if place.is_dir())
 
     def split(part):
@@ -256,72 +271,3 @@ def _read_imagenet(folder: Path) -> tuple[FolderSplit, FolderSplit]:
         return FolderSplit(np.array([path for path, _ in found]), torch.tensor([label for _, label in found]))
 
     return split("train"), split("val")
-
-
-def _cifar(classes: int, megabytes: int, mean: tuple[float, ...], std: tuple[float, ...], **files) -> Source:
-    folder = "cifar-10-batches-py" if classes == 10 else "cifar-100-python"
-    return Source(
-        description=f"60,000 colour photographs of {classes} kinds of things, 32x32 pixels",
-        classes=classes,
-        shape=(3, 32, 32),
-        mean=mean,
-        std=std,
-        find=partial(_find_folder, folder, holding=files["test"]),
-        read=partial(_read_cifar, classes=classes, **files),
-        advice=f"Download https://www.cs.toronto.edu/~kriz/cifar-{classes}-python.tar.gz ({megabytes} MB) and unpack "
-        f"it in {{root}}, so that {{root}}/{folder}/{files['test']} exists.",
-    )
-
-
-DATA: dict[str, Source] = {
-    "digits": Source(
-        description="1,797 handwritten digits, 8x8 grey pixels; ships inside scikit-learn",
-        classes=10,
-        shape=(1, 8, 8),
-        mean=(0.3053,),
-        std=(0.3760,),
-        find=_find_sklearn,
-        read=_read_digits,
-        advice='It ships inside scikit-learn: pip install "granet[train]".',
-    ),
-    "fashion-mnist": Source(
-        description="70,000 pictures of 10 kinds of clothes, 28x28 grey pixels",
-        classes=10,
-        shape=(1, 28, 28),
-        mean=(0.2860,),
-        std=(0.3530,),
-        find=_find_fashion_mnist,
-        read=_read_fashion_mnist,
-        advice="Install Debian's package (apt-get install dataset-fashion-mnist), or download the four "
-        "*-ubyte.gz files of https://github.com/zalandoresearch/fashion-mnist into {root}/fashion-mnist.",
-    ),
-    "cifar10": _cifar(
-        10,
-        163,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
-        test="test_batch",
-        key=b"labels",
-    ),
-    "cifar100": _cifar(
-        100,
-        161,
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-        train=("train",),
-        test="test",
-        key=b"fine_labels",
-    ),
-    "imagenet": Source(
-        description="an image folder, ImageNet's 1.28 million photographs of 1,000 classes, cut to 224x224 pixels",
-        classes=1000,
-        shape=(3, IMAGE_SIZE, IMAGE_SIZE),
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        find=partial(_find_folder, "imagenet", holding="train"),
-        read=_read_imagenet,
-        advice="Download ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (https://image-net.org, free account) and "
-        "unpack them to {root}/imagenet/train/<class>/*.JPEG and {root}/imagenet/val/<class>/*.JPEG.",
-    ),
-}

@@ -9,36 +9,26 @@ Weights are drawn from torch's global generator: seed it to repeat them.
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from granet.names import unknown
+from granet.train.catalog import MODELS as MODELS
 
 
 def build(name: str, *, classes: int, in_channels: int) -> nn.Module:
-    """Return a new network of the architecture `name`.
+    """Returns a new network of the architecture `name`, one of `granet.train.catalog.MODELS`.
+
+    Args:
+        name: of the architecture.
+        classes: number of outputs.
+        in_channels: channels of the images.
 
     Raises:
-        ValueError: There is none of that name; the message lists those there are.
+        ValueError: there is no architecture of that name; the message lists those there are.
     """
-    if name not in MODELS:
-        raise ValueError(unknown("model", name, MODELS))
     return MODELS[name](classes, in_channels)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A way to build a network, and a line about it."""
-
-    description: str
-    build: Callable[[int, int], nn.Module]
-
-    def __call__(self, classes: int, in_channels: int) -> nn.Module:
-        """Return a new network for images of `in_channels` channels."""
-        return self.build(classes, in_channels)
 
 
 class Residual(nn.Module):
@@ -49,12 +39,12 @@ class Residual(nn.Module):
         self.body, self.shortcut = body, shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ReLU(body(x) + shortcut(x))."""
+        """Returns ReLU(body(x) + shortcut(x))."""
         return F.relu(self.body(x) + self.shortcut(x))
 
 
 def _conv(n_in: int, n_out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-    """Return a convolution that keeps the image's size (over the stride), and its batch norm."""
+    """Returns a convolution that keeps the image's size (over the stride), and its batch norm."""
     return [nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(n_out)]
 
 
@@ -74,7 +64,7 @@ def _bottleneck(n_in: int, width: int, stride: int) -> Residual:
 
 
 def _initialised(network: nn.Module, *, mode: str, linear: Callable[[nn.Linear], object] | None) -> nn.Module:
-    """Return the network with Kaiming-normal convolutions; `linear` None leaves linear layers as torch makes them."""
+    """Returns the network with Kaiming-normal convolutions; `linear` None leaves linear layers as torch makes them."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
@@ -104,7 +94,7 @@ def _resnet(
     kaiming: bool = True,
     linear: Callable[[nn.Linear], object] | None = None,
 ) -> nn.Module:
-    """Return a residual network; each stage after the first doubles the width and halves the image.
+    """Returns a residual network; each stage after the first doubles the width and halves the image.
 
     Its stem is one 3x3 convolution, or, if not `small`, a 7x7 one and a pooling, which shrink images to a quarter.
     Without `kaiming` all layers are initialised as torch does by itself.
@@ -126,7 +116,7 @@ def _resnet(
 
 
 def _vgg(classes: int, in_channels: int, *, depths: tuple[int, ...], widths: tuple[int, ...]) -> nn.Module:
-    """Return stages of 3x3 convolutions with a pooling between them, an average, and one linear layer."""
+    """Returns stages of 3x3 convolutions with a pooling between them, an average, and one linear layer."""
     layers, channels = [], in_channels
     for depth, width in zip(depths, widths, strict=True):
         layers += [nn.MaxPool2d(2)] if layers else []
@@ -138,7 +128,8 @@ def _vgg(classes: int, in_channels: int, *, depths: tuple[int, ...], widths: tup
     return _initialised(network, mode="fan_out", linear=_small)
 
 
-def _digits_cnn(classes: int, in_channels: int) -> nn.Module:
+def digits_cnn(classes: int, in_channels: int) -> nn.Module:
+    """Returns three convolutions and two linear layers for images of 8x8 pixels."""
     features = nn.Sequential(
         *_conv(in_channels, 32, 3), nn.ReLU(), *_conv(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
         *_conv(64, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
@@ -147,7 +138,8 @@ def _digits_cnn(classes: int, in_channels: int) -> nn.Module:
     return nn.Sequential(OrderedDict(features=features, head=head))
 
 
-def _fashion_cnn(classes: int, in_channels: int) -> nn.Module:
+def fashion_cnn(classes: int, in_channels: int) -> nn.Module:
+    """Returns three convolutions and two linear layers for images of 28x28 pixels."""
     # strides rather than poolings: most of the time of a poorer processor goes to the early, large images
     features = nn.Sequential(
         *_conv(in_channels, 16, 3, 2), nn.ReLU(), *_conv(16, 32, 3, 2), nn.ReLU(),
@@ -157,7 +149,8 @@ def _fashion_cnn(classes: int, in_channels: int) -> nn.Module:
     return nn.Sequential(OrderedDict(features=features, head=head))
 
 
-def _mlp(classes: int, in_channels: int) -> nn.Module:
+def mlp(classes: int, in_channels: int) -> nn.Module:
+    """Returns LeNet-300-100: three linear layers for images of 28x28 pixels, to which others are resampled."""
     layers = [nn.Linear(784 * in_channels, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, classes)]
     return nn.Sequential(_Resized(28), nn.Flatten(), *layers)
 
@@ -174,29 +167,9 @@ def _resized(x: Tensor, size: int) -> Tensor:
     return x if x.shape[-2:] == (size, size) else F.adaptive_avg_pool2d(x, size)
 
 
-_resnet18 = partial(_resnet, block=_basic, depths=(2, 2, 2, 2))
-_resnet50 = partial(_resnet, block=_bottleneck, depths=(3, 4, 6, 3))
-
-MODELS: dict[str, Architecture] = {
-    "digits-cnn": Architecture(
-        "three convolutions and two linear layers for 8x8 pixels; 73 thousand weights", _digits_cnn
-    ),
-    "fashion-cnn": Architecture(
-        "three convolutions and two linear layers for 28x28 pixels; 0.25 million weights", _fashion_cnn
-    ),
-    "mlp": Architecture("LeNet-300-100 for 28x28 pixels (others are resampled); 0.27 million weights", _mlp),
-    "resnet20": Architecture(
-        "ResNet-20 for 32x32 pixels, 16 to 64 filters, 1x1 convolutions as shortcuts; 0.27 million weights",
-        partial(_resnet, block=_basic, depths=(3, 3, 3), width=16, linear=_kaiming),
-    ),
-    "vgg19": Architecture(
-        "VGG-19 for 32x32 pixels, with batch norm and one linear layer; 20 million weights",
-        partial(_vgg, depths=(2, 2, 4, 4, 4), widths=(64, 128, 256, 512, 512)),
-    ),
-    "resnet18-cifar": Architecture("ResNet-18 for 32x32 pixels; 11 million weights", _resnet18),
-    "resnet50-cifar": Architecture(
-        "ResNet-50 for 32x32 pixels; 24 million weights", partial(_resnet50, bias=False, kaiming=False)
-    ),
-    "resnet18": Architecture("ResNet-18 for 224x224 pixels; 12 million weights", partial(_resnet18, small=False)),
-    "resnet50": Architecture("ResNet-50 v1.5 for 224x224 pixels; 26 million weights", partial(_resnet50, small=False)),
-}
+resnet20 = partial(_resnet, block=_basic, depths=(3, 3, 3), width=16, linear=_kaiming)
+vgg19 = partial(_vgg, depths=(2, 2, 4, 4, 4), widths=(64, 128, 256, 512, 512))
+resnet18_cifar = partial(_resnet, block=_basic, depths=(2, 2, 2, 2))
+resnet50_cifar = partial(_resnet, block=_bottleneck, depths=(3, 4, 6, 3), bias=False, kaiming=False)
+resnet18 = partial(resnet18_cifar, small=False)
+resnet50 = partial(_resnet, block=_bottleneck, depths=(3, 4, 6, 3), small=False)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from granet.train.catalog import OPTIMIZERS
 from granet.train.recipe import Train
 
 
@@ -43,9 +44,17 @@ def build(model: nn.Module, settings: Train, *, spared: Iterable[str] = ()) -> t
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
     if spared:
         groups.append({"params": spared, "weight_decay": 0.0})
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999))
+    return OPTIMIZERS[settings.optimizer].build(groups, settings)
+
+
+def sgd(groups: list[dict], settings: Train) -> torch.optim.Optimizer:
+    """Returns SGD over the parameter groups."""
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)
+
+
+def adamw(groups: list[dict], settings: Train) -> torch.optim.Optimizer:
+    """Returns AdamW over the parameter groups; `momentum` is its first beta."""
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999))
 
 
 @torch.no_grad()

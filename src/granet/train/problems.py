@@ -148,7 +148,7 @@ def _line(problem: Problem, root: Any, variants: Mapping[str, type[BaseModel]], 
         case "union_tag_invalid":
             return f"{problem.where}: there is no method {short(given.get('name'))}; {suggest(given['name'], variants)}"
         case "union_tag_not_found":
-            return f"{problem.where}: has no name {suggest('', variants)}"
+            return f"{problem.where}.name: is missing; choose from {', '.join(variants)}"
         case "string_pattern_mismatch":
             return str(replace(problem, words="a name is not empty, has no slash, and no dot or dash first"))
         case "literal_error":

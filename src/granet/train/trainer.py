@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from granet import flops, ranks
 from granet.engine.training import TrainingPlan, accelerate
-from granet.selection import plan, unfit
 from granet.shards import checksum
 from granet.sparsifier import Sparsifier
 from granet.train import data, initial, models, optimizer
@@ -93,8 +92,7 @@ class Trainer:
         masks = initial.load(recipe, self.model, self.ranks) if begins else None
         method = recipe.resolve(self.steps_per_epoch)
         pattern = recipe.model.pattern
-        skip = (*recipe.model.keep_dense, *unfit(self.model, pattern, skip=recipe.model.keep_dense))
-        planned = plan(self.model, method, skip=skip, pattern=pattern)
+        skip, planned = recipe.skipped(self.model), recipe.plan(self.model, self.steps_per_epoch)
         self.target, self.units = planned.final_active, planned.sparse_units  # weights, blocks or channels
         probe = self.probe(self.settings.probe) if method.needs_probe else None
         self.flops = flops.count(self.model, torch.zeros(1, *dataset.shape, device=self.device))

@@ -11,7 +11,6 @@ import yaml
 from granet.lab.pool import executor as pool
 from granet.lab.sweep import grid
 from granet.lab.sweep.grid import Cell, SweepError
-from granet.selection import plan, unfit
 from granet.train import checkpoint, data, models
 from granet.train.recipe import validate
 from granet.train.run import Run, execute
@@ -77,7 +76,7 @@ def check(cells: list[Cell]) -> None:
         where = (recipe.data.name, recipe.data.root, recipe.data.validation)
         if where not in sizes:
             sizes[where] = len(data.load(where[0], root=where[1], validation=where[2]).train)
-        source = data.DATA[recipe.data.name]
+        source = data.DATASETS[recipe.data.name]
         what = (recipe.model.name, source.classes, source.shape[0])
         if what not in networks:
             networks[what] = models.build(what[0], classes=what[1], in_channels=what[2])
@@ -87,9 +86,7 @@ def check(cells: list[Cell]) -> None:
             )
             if not steps:
                 raise ValueError(f"batch_size {recipe.train.batch_size} is larger than the training set")
-            network, pattern = networks[what], recipe.model.pattern
-            skip = (*recipe.model.keep_dense, *unfit(network, pattern))
-            plan(network, recipe.resolve(steps), skip=skip, pattern=pattern)
+            recipe.plan(networks[what], steps)
         except ValueError as error:
             settings = {key: cell.at(key) for key in ("method.sparsity", "train.epochs", "train.batch_size")}
             problems.append(f"{grid.place(cell.task, cell.label, settings)}: {error}")

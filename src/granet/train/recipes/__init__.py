@@ -8,11 +8,11 @@ which ``method`` names). A file ``fashion.yaml`` whose ``methods`` has ``rigl`` 
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from granet.parsing import from_yaml, short
+from granet.registry import Registry
 from granet.train.recipe import FILE_KEYS, SECTIONS, Recipe, RecipeError, suggest, validate
 
 
@@ -50,10 +50,12 @@ class RecipeFile:
         return validate(values, source=self.name, also=FILE_KEYS)
 
 
-@cache
-def _shipped() -> dict[str, Path]:
-    """The recipe files of the package; those that only serve as a base start with an underscore."""
-    return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+RECIPES: Registry[Path] = Registry("recipe", home="granet.train.recipes")
+"""Recipe files by name, those of granet and those that plugins register; with an underscore first, they only serve as
+a base."""
+
+for _path in sorted(Path(__file__).parent.glob("*.yaml")):
+    RECIPES.add(_path.stem)(_path)
 
 
 def read(path: Path, *, seen: tuple[Path, ...] = ()) -> RecipeFile:
@@ -98,9 +100,9 @@ def _base(base: Any, path: Path) -> Path:
     if not isinstance(base, str) or not base or len(base) > 200 or "\0" in base:
         raise RecipeError(f"{path}: base is the name of a recipe; got {short(base)}")
     near = path.parent / f"{base}.yaml"
-    parent = near if near.exists() else _shipped().get(base)
+    parent = near if near.exists() else RECIPES.get(base)
     if parent is None:
-        raise RecipeError(f"{path} has no base {base!r}; {suggest(base, _shipped())}, or {near}")
+        raise RecipeError(f"{path} has no base {base!r}; {suggest(base, RECIPES)}, or {near}")
     return parent
 
 
@@ -120,7 +122,7 @@ def names() -> list[str]:
 
 def catalog() -> list[RecipeFile]:
     """Returns the recipe files of the package that can be run."""
-    return [read(path) for name, path in _shipped().items() if not name.startswith("_")]
+    return [read(path) for name, path in RECIPES.items() if not name.startswith("_")]
 
 
 def load(name: str, *, method: str | None = None, settings: Mapping[str, Any] | None = None) -> Recipe:
@@ -139,7 +141,7 @@ def load(name: str, *, method: str | None = None, settings: Mapping[str, Any] | 
     """
     if name.endswith((".yaml", ".yml")):
         return read(Path(name)).recipe(method, settings)
-    paths = {stem: path for stem, path in _shipped().items() if not stem.startswith("_")}
+    paths = {stem: path for stem, path in RECIPES.items() if not stem.startswith("_")}
     for stem in sorted(paths, key=len, reverse=True):
         if name == stem:
             return read(paths[stem]).recipe(method, settings)
