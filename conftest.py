@@ -3,6 +3,7 @@
 `make integrations` installs them; a test that needs one which is missing is skipped, naming its extra.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -43,3 +44,16 @@ def log_as_it_was():
     yield
     logger.setLevel(level)
     logger.handlers[:] = handlers
+
+
+@pytest.fixture(autouse=True)
+def _registries_restored():
+    """What a test registers is taken away after it."""
+    from granet.methods import METHODS
+    from granet.train.catalog import DATASETS, MODELS, OPTIMIZERS
+    from granet.train.recipes import RECIPES
+
+    with contextlib.ExitStack() as stack:
+        for registry in (METHODS, DATASETS, MODELS, OPTIMIZERS, RECIPES):
+            stack.enter_context(registry.restored())
+        yield

@@ -126,7 +126,9 @@ def test_no_file_is_longer_than_400_lines():
     assert {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400} == {}
 
 
-@pytest.mark.parametrize("module", ["granet", "granet.methods", "granet.train.registration", "granet.train.recipe", "granet.cli"])
+@pytest.mark.parametrize(
+    "module", ["granet", "granet.methods", "granet.train.registration", "granet.train.recipe", "granet.cli"]
+)
 def test_no_torch_before_it_is_needed(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -85,10 +85,14 @@ def test_a_method_of_a_class_gets_its_name_in_kebab_case():
     class MyOwnMethod(granet.Method):
         """Keeps everything."""
 
-    try:
-        assert granet.METHODS["my-own-method"] is MyOwnMethod
-    finally:
-        del granet.METHODS._entries["my-own-method"]
+    assert granet.METHODS["my-own-method"] is MyOwnMethod
+
+
+def test_what_was_added_can_be_taken_away(fruits):
+    fruits.add("apple")(object())
+    with fruits.restored():
+        fruits.add("pear")(object())
+    assert list(fruits) == ["apple"]
 
 
 def python(folder, *arguments, plugins="", code=0):

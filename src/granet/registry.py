@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
@@ -53,12 +54,17 @@ class Registry(Mapping[str, T], Generic[T]):
         self._home = home
         self._check = check
         self._entries: dict[str, T] = {}
+        self._places: dict[str, tuple[str, str] | None] = {}  # where each entry is defined
 
-    def add(self, name: str) -> Callable[[Added], Added]:
+    def add(self, name: str, *, defined_by: object = None) -> Callable[[Added], Added]:
         """Returns a decorator that adds what it decorates under `name`, and gives it back as it is.
 
         A class or function that is defined again in the same place, as in a notebook cell that is run twice,
         replaces the earlier one.
+
+        Args:
+            name: in lower case.
+            defined_by: the class or function that stands for the thing where it is neither itself.
 
         Raises:
             ValueError: `name` is not a usable name, or is taken already.
@@ -71,14 +77,24 @@ class Registry(Mapping[str, T], Generic[T]):
 
         def decorate(thing: Added) -> Added:
             import_module(self._home)  # built-in entries come first, so that nothing takes their names
-            if name in self._entries and not _same_definition(self._entries[name], thing):
+            place = _place(thing if defined_by is None else defined_by)
+            if name in self._entries and (place is None or place != self._places[name]):
                 raise ValueError(f"there is already a {self.kind} named {name!r}: choose another name")
             if self._check is not None:
                 self._check(name, thing)
-            self._entries[name] = thing
+            self._entries[name], self._places[name] = thing, place
             return thing
 
         return decorate
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Takes away, at the end of the `with` block, what was added in it; for tests."""
+        before = dict(self._filled()), dict(self._places)
+        try:
+            yield
+        finally:
+            self._entries, self._places = before
 
     def _filled(self) -> dict[str, T]:
         import_module(self._home)
@@ -115,10 +131,10 @@ class UnknownNameError(KeyError, ValueError):
 ALLOWED = set("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 
 
-def _same_definition(one: object, other: object) -> bool:
-    """Whether both are classes or functions defined in the same place (module and qualified name)."""
-    places = [(getattr(x, "__module__", None), getattr(x, "__qualname__", None)) for x in (one, other)]
-    return places[0] == places[1] and None not in places[0]
+def _place(thing: object) -> tuple[str, str] | None:
+    """Returns the module and the qualified name of a class or function, None for anything else."""
+    name = getattr(thing, "__qualname__", None)
+    return None if name is None else (getattr(thing, "__module__", ""), name)
 
 
 _lock = threading.RLock()

@@ -62,6 +62,12 @@ def test_lora_finetuning():
     assert before == pytest.approx(0.7, abs=1e-3) and after == before
 
 
+def test_own_method():
+    results = run("own_method", "--steps", "40")
+    accuracy, sparsity = results["weakest-link"]
+    assert sparsity == pytest.approx(0.9, abs=1e-4) and accuracy > 0.2
+
+
 def test_plasticity_of_your_network():
     table = run("plasticity_of_your_network", "--epochs", "2", "--rates", "0.2", "0.98")
     assert set(table) == {(1, 0.2), (1, 0.98), (2, 0.2), (2, 0.98)}

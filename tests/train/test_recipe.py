@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from granet import METHODS, GraNet, RigL, RigLITOP
-from granet.train import data, recipe, recipes, sections
+from granet.train import data, recipes, sections
 from granet.train.recipe import FILE_KEYS, SECTIONS, Data, Model, Recipe, RecipeError, Train, in_steps, schema, validate
 
 TINY = {"data": {"name": "digits"}, "model": {"name": "mlp"}, "method": {"name": "dense"}}

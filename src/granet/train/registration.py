@@ -61,7 +61,7 @@ class Register:
         """
 
         def decorate(build: F) -> F:
-            MODELS.add(name)(Architecture(description or _first_line(build), build))
+            MODELS.add(name, defined_by=build)(Architecture(description or _first_line(build), build))
             return build
 
         return decorate
@@ -98,7 +98,7 @@ class Register:
 
         def decorate(read: F) -> F:
             about = description or _first_line(read)
-            DATASETS.add(name)(Source(about, classes, tuple(shape), mean, std, find, read, advice))
+            DATASETS.add(name, defined_by=read)(Source(about, classes, tuple(shape), mean, std, find, read, advice))
             return read
 
         return decorate
@@ -115,7 +115,7 @@ class Register:
         """
 
         def decorate(build: F) -> F:
-            OPTIMIZERS.add(name)(OptimizerKind(description or _first_line(build), build))
+            OPTIMIZERS.add(name, defined_by=build)(OptimizerKind(description or _first_line(build), build))
             return build
 
         return decorate
