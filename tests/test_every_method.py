@@ -448,7 +448,7 @@ def test_fields_measured_in_steps_say_so(name):
     steps = {
         field for field in METHODS[name].__dataclass_fields__ if getattr(hints[field], "__metadata__", ()) == ("steps",)
     }
-    all_of_them = {"accumulate", "begin", "end", "halve", "interval", "total"}
+    all_of_them = {"accumulate", "begin", "dense_interval", "end", "halve", "interval", "total"}
     assert steps == all_of_them & set(METHODS[name].__dataclass_fields__)
 
 

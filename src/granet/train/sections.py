@@ -74,11 +74,6 @@ def _check_registered(registry: Registry, name: str) -> str:
     return name
 
 
-def _one_of(registry: Registry) -> Any:
-    """Returns the type of a text that is a name in the registry."""
-    return Annotated[str, AfterValidator(partial(_check_registered, registry))]
-
-
 def _choices(registry: Registry) -> Any:
     """Returns what adds the names in the registry to a JSON schema, at the moment when it is made."""
     return lambda schema: schema.update(enum=list(registry))
@@ -105,7 +100,7 @@ class Section(BaseModel):
 class Data(Section):
     """What to train on."""
 
-    name: _one_of(DATASETS) = Field(
+    name: Annotated[str, AfterValidator(partial(_check_registered, DATASETS))] = Field(
         description="Dataset; `granet ls data` says what each needs.", json_schema_extra=_choices(DATASETS)
     )
     root: str | None = Field(
@@ -127,7 +122,7 @@ class Data(Section):
 class Model(Section):
     """What to train."""
 
-    name: _one_of(MODELS) = Field(
+    name: Annotated[str, AfterValidator(partial(_check_registered, MODELS))] = Field(
         description="Architecture; `granet ls models` lists them.", json_schema_extra=_choices(MODELS)
     )
     keep_dense: tuple[str, ...] = Field(
@@ -151,7 +146,7 @@ class Train(Section):
     accumulate: int = Field(
         1, ge=1, description="Parts a batch is split into, one forward and backward each, to save memory."
     )
-    optimizer: _one_of(OPTIMIZERS) = Field(
+    optimizer: Annotated[str, AfterValidator(partial(_check_registered, OPTIMIZERS))] = Field(
         "sgd",
         description="Optimizer; `granet ls optimizers` lists them.",
         json_schema_extra=_choices(OPTIMIZERS),
