@@ -37,6 +37,7 @@ docs: $(DOCS)            ## the documentation site, in build/site; warnings are 
 	mkdir -p build/docs
 	cp -R *.md LICENSE CITATION.cff docs results examples src tests build/docs  # with their places, so that links between them hold
 	find build/docs -name __pycache__ -prune -exec rm -rf {} +
+	$(BIN)/python .ci/command_line_page.py > build/docs/docs/api/command-line.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
