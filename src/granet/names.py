@@ -1,4 +1,4 @@
-"""Names: what to say of one that there is not, and those that wrappers put before the names of parameters."""
+"""Messages for unknown names, and the prefixes that wrappers put before the names of parameters."""
 
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches

@@ -26,13 +26,13 @@ class Example(BaseModel):
         ({"count": 2}, ["count: must be 10 or more, got 2"]),
         ({"count": 3_000_000}, ["count: must be 2,000,000 or less, got 3000000"]),
         ({"count": 2.5}, ["count: must be a whole number, got 2.5"]),
-        ({"steps": None}, ["steps: is no number of steps: write 1000, '1000it', '80ep' or '50%' (of the training), "
+        ({"steps": None}, ["steps: is not a number of steps: write 1000, '1000it', '80ep' or '50%' (of the training), "
                            "got None"]),
         ({"number": "x"}, ["number: must be a number, got 'x'"]),
         ({"on": 7}, ["on: must be true or false, got 7"]),
         ({"names": []}, ["names: needs at least 1, got []"]),
         ({"names": [1]}, ["names.0: must be a text, got 1"]),
-        ({"names": "a"}, ["names: is a list, got 'a'"]),
+        ({"names": "a"}, ["names: must be a list, got 'a'"]),
         ({"share": 0, "on": []}, ["share: must be greater than 0, got 0", "on: must be true or false, got []"]),
     ],
 )  # fmt: skip

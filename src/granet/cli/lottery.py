@@ -22,14 +22,14 @@ examples:
 
 @dataclass(frozen=True)
 class Procedure:
-    """What is done at every level."""
+    """What happens at every level."""
 
     sparsity: float = 0.9
     """Share of inactive weights after the last level."""
     levels: int = 10
-    """How often is pruned, each time the same share of what is left."""
+    """Number of pruning rounds; each prunes the same share of the remaining weights."""
     rewind: str = "0"
-    """Where a level goes back to: epochs, 500it, or 75% of the training."""
+    """The step that a level goes back to: epochs, 500it, or 75% of the training."""
     mode: Literal["weights", "learning-rate"] = "weights"
     """What goes back: weights and learning rate, or the learning rate alone."""
     scope: Literal["global", "layerwise"] = "global"

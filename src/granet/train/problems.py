@@ -15,7 +15,7 @@ from granet.parsing import printable, short
 
 SHOWN = 20  # of many problems, so many are told
 
-STEPS = "is no number of steps: write 1000, '1000it', '80ep' or '50%' (of the training)"
+STEPS = "is not a number of steps: write 1000, '1000it', '80ep' or '50%' (of the training)"
 _KINDS = {"int": "must be a whole number", "float": "must be a number", "str": "must be a text"}
 _WORDS = {
     "greater_than": "must be greater than {gt}",
@@ -32,14 +32,14 @@ _WORDS = {
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
     "string_type": _KINDS["str"],
-    "string_too_long": "is too long, {max_length} characters are the most",
+    "string_too_long": "must have {max_length} characters at most",
     "too_short": "needs at least {min_length}",
-    "tuple_type": "is a list",
-    "list_type": "is a list",
-    "dict_type": "is a mapping of keys to values",
-    "model_type": "is a mapping of keys to values",
-    "model_attributes_type": "is a mapping of keys to values",
-    "mapping_type": "is a mapping of keys to values",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping of keys to values",
+    "model_type": "must be a mapping of keys to values",
+    "model_attributes_type": "must be a mapping of keys to values",
+    "mapping_type": "must be a mapping of keys to values",
     "invalid_key": "a key must be a text",
     "missing": "is missing",
 }
@@ -150,7 +150,9 @@ def _line(problem: Problem, root: Any, variants: Mapping[str, type[BaseModel]], 
         case "union_tag_not_found":
             return f"{problem.where}.name: is missing; choose from {', '.join(variants)}"
         case "string_pattern_mismatch":
-            return str(replace(problem, words="a name is not empty, has no slash, and no dot or dash first"))
+            return str(
+                replace(problem, words="a name must not be empty, contain a slash, or begin with a dot or a dash")
+            )
         case "literal_error":
             choices = [str(choice) for choice in re.findall(r"'([^']*)'", problem.context["expected"])]
             return f"{problem.where}: {short(given)} is not possible; {suggest(given, choices)}"

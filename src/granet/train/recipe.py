@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 def _check_name(name: str) -> str:
     if printable(name) != name or "\n" in name or "\t" in name:
-        raise ValueError("a name has no control characters")
+        raise ValueError("a name must not contain control characters")
     if len(name.encode()) > LONGEST:
-        raise ValueError(f"a name is at most {LONGEST} bytes long, since a directory bears it")
+        raise ValueError(f"a name must have {LONGEST} bytes at most, because the run's directory is named after it")
     return name
 
 

@@ -348,7 +348,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Returns all of the state but the model's: numbers, names and tensors, nested."""
         return {
-            # what is trained, where it is not what the network computes with, which a checkpoint has as the model
+            # raw parameters of reparameterised methods; the checkpoint's model holds the effective weights
             "model": self.model.state_dict() if self.sparsifier.method.reparameterizes else None,
             "optimizer": self.optimizer.state_dict(),
             "sparsifier": self.sparsifier.state_dict(),

@@ -1,4 +1,4 @@
-"""The figures of a study, and its page: like the paper's, a column a pretrained sparsity, a row an arm."""
+"""The figures of a study, as in the paper (one column per pretrained sparsity, one row per arm), and its page."""
 
 import json
 import statistics

@@ -155,7 +155,7 @@ class Table:
         return csv_of(Row, self.rows, path)
 
     def figure(self, measure: Measure = "plasticity"):
-        """Returns the figure of a measure, an Altair chart: a column a pretrained sparsity, a row an arm.
+        """Returns the figure of a measure as an Altair chart: one column per pretrained sparsity, one row per arm.
 
         Raises:
             ModuleNotFoundError: Altair is not installed.

@@ -214,9 +214,8 @@ def _explain(problem: Problem) -> str:
         kind = {"methods": Entry, "grid": Settings, "report": Reporting}.get(path[0] if path[1:] else "", Sweep)
         return f"{problem.where}: there is no such key; {suggest(path[-1], kind.model_fields)}"
     if problem.type == "string_pattern_mismatch":
-        return (
-            f"{problem.where}: a name is not empty, has no slash, and no dot or dash first; got {short(problem.given)}"
-        )
+        allowed = "a name must not be empty, contain a slash, or begin with a dot or a dash"
+        return f"{problem.where}: {allowed}; got {short(problem.given)}"
     if problem.type == "value_error":
         return f"{problem.where}: {problem.words}" if path else problem.words
     return str(problem)

@@ -76,13 +76,13 @@ def read(path: Path, *, seen: tuple[Path, ...] = ()) -> RecipeFile:
         raise RecipeError(f"{path} is no recipe: a mapping such as 'data: {{name: digits}}' is expected")
     base, summary, methods = values.pop("base", None), values.pop("summary", ""), values.pop("methods", {})
     if not isinstance(summary, str):
-        raise RecipeError(f"{path}: summary is a line of text; got {short(summary)}")
+        raise RecipeError(f"{path}: summary must be a line of text; got {short(summary)}")
     if not isinstance(methods, Mapping):
-        raise RecipeError(f"{path}: methods is a mapping from names to settings; got {short(methods)}")
+        raise RecipeError(f"{path}: methods must be a mapping from names to settings; got {short(methods)}")
     for name, settings in methods.items():
         if not isinstance(name, str) or not isinstance(settings, Mapping):
             allowed = f"a mapping such as '{name}: {{name: {name}, sparsity: 0.9}}'"
-            raise RecipeError(f"{path}: methods.{name} is {allowed}; got {short(settings)}")
+            raise RecipeError(f"{path}: methods.{name} must be {allowed}; got {short(settings)}")
     if base is not None:
         seen = (*seen, path.resolve())
         parent = _base(base, path)
@@ -98,7 +98,7 @@ def read(path: Path, *, seen: tuple[Path, ...] = ()) -> RecipeFile:
 def _base(base: Any, path: Path) -> Path:
     """Returns the file that the recipe file ``path`` calls its base: one beside it, or one of the package."""
     if not isinstance(base, str) or not base or len(base) > 200 or "\0" in base:
-        raise RecipeError(f"{path}: base is the name of a recipe; got {short(base)}")
+        raise RecipeError(f"{path}: base must be the name of a recipe; got {short(base)}")
     near = path.parent / f"{base}.yaml"
     parent = near if near.exists() else RECIPES.get(base)
     if parent is None:
