@@ -6,6 +6,7 @@ import pydoc
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,3 +120,16 @@ def test_every_page_is_in_the_navigation():
     listed = set(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     made = {"docs/api/command-line.md"}  # of the commands' help, by `make docs`
     assert {page.relative_to(ROOT).as_posix() for page in PAGES} == listed - made
+
+
+NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+
+
+def test_the_readme_says_what_gets_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "README.md").read_text()
+    needed = [re.match(r"[\w-]+", line)[0] for line in project["dependencies"]]
+    sentence = re.search(r"The library needs (\w+) packages: (.*?)\.", text)
+    assert sentence[1] == NUMBERS[len(needed)]
+    assert set(re.split(r", | and ", sentence[2])) == set(needed)
+    assert set(re.findall(r"`granet\[(\w+)\]`", text)) == set(project["optional-dependencies"])
