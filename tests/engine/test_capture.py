@@ -13,14 +13,7 @@ from fuzz_graphs import check_all
 from torch import nn
 
 import granet
-from granet.engine import inference, search, timing
-
-
-@pytest.fixture
-def always(monkeypatch):
-    """Takes the compiled model whether it is faster or not."""
-    monkeypatch.setattr(timing, "NOISE", -1e9)
-    monkeypatch.setattr(search, "ROUNDS", 1)
+from granet.engine import inference, search
 
 
 def sparse(model, density=0.3):

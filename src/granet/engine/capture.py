@@ -11,7 +11,7 @@ import re
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -113,7 +113,7 @@ class Part:
         self.decision = self.settings.decisions.get(key)
         if self.decision is None:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), _on_cpu():
                     self.decision = self._measure(args)
             except Exception as error:  # whatever cannot be lowered or measured runs as it is, and says why
                 log.warning("a part of the model is not compiled", exc_info=True)
@@ -160,7 +160,7 @@ class Part:
         """Packs the weights of this call as was decided; where that fails, torch's kernels go on computing."""
         self._stale = None
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _on_cpu():
                 stages, constants = self.stages(args)
                 fast = build(stages, self.decision.programs(stages))
                 error = compare(self.module, fast, args)
@@ -170,6 +170,14 @@ class Part:
         except Exception as error:  # as in _prepare
             log.warning("weights that have changed were not packed: the dense model runs", exc_info=True)
             self.decision = self._dense(args, f"changed weights could not be packed ({error})")
+
+
+def _on_cpu() -> AbstractContextManager:
+    """Returns a context in which tensors are made on the CPU, whatever device `torch.set_default_device` was given.
+
+    Where that is the CPU the context does nothing, since any other one makes each call of torch slower.
+    """
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _random_like(value: object) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from granet.engine.program import Add, AvgPool, Convolution, Input, MaxPool, Segment, Step, Value
 from granet.engine.spec import Spec
 from granet.engine.weights import Constants
+from granet.names import described
 
 aten = torch.ops.aten
 _ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "silu"}
@@ -356,3 +358,19 @@ def tensors_of(value: object) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [t for item in value for t in tensors_of(item)] if isinstance(value, list | tuple) else []
+
+
+def arguments_of(example: object) -> tuple[tuple, dict[str, object]]:
+    """Returns the positional and the keyword arguments that example inputs stand for.
+
+    Raises:
+        TypeError: they are no tensor, tuple, list or mapping.
+    """
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if not isinstance(example, Tensor | list | tuple):
+        raise TypeError(
+            f"example_inputs is {described(example)}: a tensor is needed, a tuple or list of the positional "
+            "arguments, or a mapping of the keyword arguments"
+        )
+    return ((example,) if isinstance(example, Tensor) else tuple(example)), {}

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch._dynamo
@@ -17,10 +18,11 @@ from torch.utils._pytree import tree_map
 from granet import native
 from granet.engine import search
 from granet.engine.capture import CaptureSettings, Part, capture, recording, separate
-from granet.engine.graph import tensors_of
+from granet.engine.graph import arguments_of, tensors_of
 from granet.engine.report import InferenceReport
 from granet.engine.snapshot import untouched
 from granet.engine.timing import milliseconds, time_in_turns
+from granet.names import described
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +38,8 @@ class CompiledModel(nn.Module):
     first call with inputs of a new shape measures and packs for that shape, which takes as long as `compile` did.
 
     The model itself runs, as if it were not compiled, in training mode, under autocast, for inputs that require a
-    gradient, under torch.func and forward-mode differentiation, for subclasses of tensors, and for inputs of further
-    shapes than were allowed. Otherwise outputs carry no gradient.
+    gradient, under torch.func and forward-mode differentiation, for subclasses of tensors, for inputs that overlap in
+    memory, and for inputs of further shapes than were allowed. Otherwise outputs carry no gradient.
     """
 
     def __init__(self, model: nn.Module, *, tolerance: float, shapes: int):
@@ -49,6 +51,12 @@ class CompiledModel(nn.Module):
         self._reports: dict[Signature, InferenceReport] = {}
         self._warned: set[str] = set()
         self._begin()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "model" and "_reports" in self.__dict__:  # another model in its place is measured anew
+            self._reports = {}
+            self._begin()
 
     def _begin(self) -> None:
         self._lock = threading.RLock()
@@ -93,6 +101,9 @@ class CompiledModel(nn.Module):
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             self._warn("gradient", "an input requires a gradient: the model itself runs, and gives it")
             return True
+        if len(tensors) > 1 and _overlap(tensors):  # torch.compile does not guard this where one is changed in place
+            self._warn("overlap", "inputs overlap in memory: the model itself runs; clone() of one avoids this")
+            return True
         return False
 
     def _warn(self, kind: str, text: str, *args: object) -> None:
@@ -125,7 +136,8 @@ class CompiledModel(nn.Module):
                     reason = f"torch.compile cannot follow the model ({type(error).__name__}: {said})"
             if reason is not None:
                 output = self.model(*inputs, **named)
-            self._reports[signature] = self._judge(parts, *copies, reason)
+            with untouched(self.model, *copies):
+                self._reports[signature] = self._judge(parts, *copies, reason)
             return output
 
     def _judge(self, parts: list[Part], inputs: tuple, named: dict, reason: str | None) -> InferenceReport:
@@ -153,12 +165,11 @@ class CompiledModel(nn.Module):
             whole = replace(whole, why=f"{whole.why}; captured in {len(parts)} parts, {len(wins)} of which run sparse")
         if not wins or not quiet:
             return whole
-        with untouched(self.model):
-            calls = [
-                lambda: self.model(*tree_map(_copy, inputs), **tree_map(_copy, named)),
-                lambda: self._run(*tree_map(_copy, (inputs, named))),
-            ]
-            dense, fast = time_in_turns(calls, repeats=3, enough=0.3)
+        calls = [
+            lambda: self.model(*tree_map(_copy, inputs), **tree_map(_copy, named)),
+            lambda: self._run(*tree_map(_copy, (inputs, named))),
+        ]
+        dense, fast = time_in_turns(calls, repeats=3, enough=0.3)
         if fast.is_faster_than(dense):
             return replace(whole, dense_ms=dense.least, fast_ms=fast.least)
         return replace(
@@ -251,8 +262,8 @@ def _describe(value: object) -> tuple:
 def _words(signature: Signature) -> str:
     words: list[str] = []
 
-    def walk(described: tuple, name: str = "") -> None:
-        kind, *rest = described
+    def walk(form: tuple, name: str = "") -> None:
+        kind, *rest = form
         if kind is Tensor:
             words.append(name + "x".join(map(str, rest[0])))
         elif kind is dict:
@@ -264,9 +275,20 @@ def _words(signature: Signature) -> str:
         else:
             words.append(name + (kind.__name__ if rest == [None] and kind is not type(None) else repr(rest[0])))
 
-    for described in signature:
-        walk(described)
+    for form in signature:
+        walk(form)
     return ", ".join(words) or "no inputs"
+
+
+def _overlap(tensors: Sequence[Tensor]) -> bool:
+    """Whether two different tensors may share an element: the ranges of addresses that they span have one in common."""
+    spans = []
+    for tensor in {id(t): t for t in tensors}.values():
+        if tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.numel():
+            reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+            spans.append((tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()))
+    spans.sort()
+    return any(end > begin for (_, end), (begin, _) in pairwise(spans))
 
 
 def _copy(leaf: object) -> object:
@@ -294,7 +316,8 @@ def compile(
     on the example and on random inputs of its shape and range. Inputs of another shape are measured when they first
     come.
 
-    The model's attributes, buffers and random state are left as they were; hooks on it run as in a call of the model.
+    The model's attributes, buffers and random state are left as they were, and so are the example inputs; hooks on the
+    model run as in a call of it.
 
     Args:
         model: a model in eval mode with float32 parameters on the CPU.
@@ -304,19 +327,22 @@ def compile(
         shapes: how many kinds of inputs to compile for; any further ones run the dense model.
 
     Raises:
+        TypeError: if something of another kind is given than is needed.
         ValueError: if the model is in training mode, or `shapes` is less than 1.
     """
-    if isinstance(example_inputs, Mapping):
-        inputs, named = (), dict(example_inputs)
-    else:
-        inputs, named = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs), {}
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is {described(model)}, and a torch.nn.Module is needed")
+    inputs, named = arguments_of(example_inputs)
+    for name, number, kind, words in (("tolerance", tolerance, int | float, ""), ("shapes", shapes, int, " whole")):
+        if isinstance(number, bool) or not isinstance(number, kind):
+            raise TypeError(f"{name} is {described(number)}, and a{words} number is needed")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first, so that batch-norm can be folded")
     if shapes < 1:
         raise ValueError(f"shapes is the number of input shapes to compile for, at least 1, not {shapes}")
     fast = CompiledModel(model, tolerance=tolerance, shapes=shapes)
     inputs, named = tree_map(_copy, (inputs, named))
-    with untouched(model), torch.no_grad():
+    with untouched(model, inputs, named), torch.no_grad():
         fast._first_call(signature_of(inputs, named), inputs, named)
     return fast
 

@@ -370,7 +370,7 @@ class Program:
 
     def arena(self) -> Tensor:
         """Fresh memory for the activations of one call, aligned to a cache line."""
-        memory = torch.zeros(self.arena_floats + 2 * LINE)
+        memory = torch.zeros(self.arena_floats + 2 * LINE, dtype=torch.float32, device="cpu")
         skip = -memory.data_ptr() % 64 // 4
         return memory[skip : skip + self.arena_floats + LINE]
 

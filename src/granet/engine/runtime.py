@@ -41,7 +41,7 @@ class SegmentRunner(nn.Module):
             for shape, stride in forms:
                 shaped = tensor.view(shape)
                 if stride is not None:
-                    shaped = torch.empty_strided(shape, stride).copy_(shaped)
+                    shaped = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(shaped)
                 results.append(shaped)
         return results
 
@@ -63,6 +63,10 @@ def build(stages: Stages, programs: dict[Segment, Program]) -> fx.GraphModule:
                 made[node] = graph.call_function(operator.getitem, (found, i))
                 if isinstance(node.meta["val"], list | tuple):  # of several results the first is the one asked for
                     made[node] = graph.call_function(_first, (made[node],))
+        elif item.op == "get_attr":  # a constant that the model makes, or the graph of a branch
+            name = f"constant{len(made)}"
+            setattr(root, name, operator.attrgetter(item.target)(stages.graph.owning_module))
+            made[item] = graph.get_attr(name)
         elif item.op != "placeholder":
             made[item] = graph.node_copy(item, made.__getitem__)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _random(node))

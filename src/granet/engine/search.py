@@ -155,7 +155,7 @@ def fastest_program(
 ) -> tuple[Program, dict[Convolution, tuple[float, str]], tuple[int, bool, tuple[KernelChoice, ...]]]:
     """The fastest program found for a segment, milliseconds and kernel of each of its layers, and how it is made."""
     # a layer's speed does not depend on what its inputs hold
-    inputs = [torch.randn(s.out.shape) for s in segment.steps if not s.inputs]
+    inputs = [torch.randn(s.out.shape, dtype=torch.float32) for s in segment.steps if not s.inputs]
     best: tuple[float, Program, dict, tuple] | None = None
     for batch in _batches(segment):
         options = {layer: kernel_choices(layer, batch) for layer in segment.layers}
@@ -193,10 +193,10 @@ def _dense_ms(layer: Convolution, known: dict[tuple, float]) -> float:
     key = (spec, source.images, source.size)
     if key not in known:
         if source.size == (1, 1) and spec.kernel == (1, 1) and spec.groups == 1:
-            x, weight = torch.randn(source.images, source.channels), layer.weight.flatten(1)
+            x, weight = torch.randn(source.images, source.channels, dtype=torch.float32), layer.weight.flatten(1)
             known[key] = milliseconds(lambda: F.linear(x, weight, layer.bias), repeats=3)
         else:
-            x = torch.randn(source.images, source.channels, *source.size)
+            x = torch.randn(source.images, source.channels, *source.size, dtype=torch.float32)
             arguments = (layer.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
             known[key] = milliseconds(lambda: F.conv2d(x, layer.weight, *arguments), repeats=2)
     return known[key]

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-from collections import deque
+import sys
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Gives the model's attributes, buffers, lists and dicts, and torch's random state, back as they were.
+def untouched(*holders: object) -> Iterator[None]:
+    """Gives models and other objects back as they were when the block ends, and torch's random state too.
 
-    Hooks run as in any call; what they do elsewhere is not undone.
+    Everything that can be reached from the holders is put back: attributes, buffers, lists, dicts, sets, and what
+    objects of any class keep in their attributes, a cache for example. The values of parameters are not, nor are
+    objects of torch's and of the standard library. Hooks run as in any call; what they do elsewhere is not undone.
     """
     tensors: dict[int, tuple[Tensor, Tensor, int | None]] = {}
-    containers: dict[int, tuple[list | dict | set | deque, list]] = {}
-
-    def visit(value: object) -> None:
+    containers: dict[int, tuple[Any, list]] = {}
+    ahead, seen = list(holders), {}
+    while ahead:
+        value = ahead.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value  # held, so that no other object gets its id
         if isinstance(value, Tensor):
-            if id(value) not in tensors and not isinstance(value, nn.Parameter) and value.device.type != "meta":
+            if not isinstance(value, nn.Parameter) and value.device.type != "meta":
                 tensors[id(value)] = value, value.detach().clone(), _version(value)
-        elif type(value) in (list, dict, set, deque, tuple) and id(value) not in containers:
-            if type(value) is not tuple:
-                containers[id(value)] = value, list(value.items() if type(value) is dict else value)
-            for item in value.values() if type(value) is dict else value:
-                visit(item)
-
-    for module in model.modules():
-        visit(vars(module))
+        elif type(value) in _CONTAINERS:
+            containers[id(value)] = value, list(value.items() if isinstance(value, dict) else value)
+            ahead += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, tuple):
+            ahead += value
+        elif _keeps_state(value):
+            ahead.append(vars(value))
     with torch.random.fork_rng(devices=[]):
         try:
             yield
@@ -43,11 +52,22 @@ def untouched(model: nn.Module) -> Iterator[None]:
                         tensor.copy_(before)
 
 
+def _keeps_state(value: object) -> bool:
+    """Returns whether a value is a module or an object of a class that is neither torch's nor the standard library's.
+
+    Those two have objects that the whole process shares, loggers for example.
+    """
+    if isinstance(value, nn.Module):
+        return True
+    origin = type(value).__module__.partition(".")[0]
+    return isinstance(getattr(value, "__dict__", None), dict) and origin not in sys.stdlib_module_names | {"torch"}
+
+
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _restore(value: list | dict | set | deque, before: list) -> None:
+def _restore(value: Any, before: list) -> None:
     now = list(value.items() if isinstance(value, dict) else value)
     flat = (lambda items: [part for item in items for part in item]) if isinstance(value, dict) else list
     if [id(part) for part in flat(now)] != [id(part) for part in flat(before)]:

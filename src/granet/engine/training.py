@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,14 @@ from torch.utils._pytree import tree_leaves
 
 from granet import native
 from granet.engine import eager, ops, timing
+from granet.engine.graph import arguments_of
 from granet.engine.layer import Forward, is_exchanged
 from granet.engine.report import LayerReport, layer_table
 from granet.engine.timing import Spread, Timings, wall_times
+from granet.names import described
 from granet.ranks import Ranks, current
+from granet.sparsifier.core import Sparsifier
 from granet.sparsifier.reparameterize import is_reparameterized
-
-if TYPE_CHECKING:
-    from granet.sparsifier import Sparsifier
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ class TrainingPlan:
     """The layers of a model that run sparse while it trains. See `accelerate`."""
 
     def __init__(self, sparsifier: Sparsifier, model: nn.Module, inputs: Tensor | Sequence | Mapping):
-        self.sparsifier, self.model, self.inputs = sparsifier, model, inputs
+        self.sparsifier, self.model, self.inputs = sparsifier, model, arguments_of(inputs)
         self.enabled = True  # False while the model is timed without the sparse kernels
         self.rows: list[Forward | LayerReport] = []  # of all modules that have parameters, in the model's order
         self.whole: dict[str, Spread] = {}  # forward and backward of the whole model, as last measured
@@ -201,9 +200,8 @@ class TrainingPlan:
             self.enabled = True
 
     def _call(self) -> object:
-        if isinstance(self.inputs, Mapping):
-            return self.model(**self.inputs)
-        return self.model(*([self.inputs] if isinstance(self.inputs, Tensor) else self.inputs))
+        inputs, named = self.inputs
+        return self.model(*inputs, **named)
 
     def record(self) -> None:
         """Notes the shape of each layer's input, by running the model once."""
@@ -257,7 +255,16 @@ def accelerate(
         example_inputs: what the model is trained with, batch size included: a tensor, several in a tuple or list, or a
             mapping of keyword arguments.
         model: the module to call with them; the sparsifier's model if None.
+
+    Raises:
+        TypeError: if something of another kind is given than is needed.
     """
+    for given, kind in ((sparsifier, Sparsifier), (model, nn.Module | None)):
+        if not isinstance(given, kind):
+            wanted = (
+                "the sparsifier of the model comes first" if kind is Sparsifier else "model= takes a torch.nn.Module"
+            )
+            raise TypeError(f"accelerate(...) was given {described(given)}: {wanted}")
     plan = TrainingPlan(sparsifier, sparsifier.model if model is None else model, example_inputs)
     refused = ""
     if is_reparameterized(sparsifier.model):
