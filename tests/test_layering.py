@@ -157,6 +157,7 @@ def test_every_module_has_a_test():
         "records": "core",
         "optimizer": "trainer",
         "sections": "recipe",
+        "images": "trainer",
         "catalog": "plugins",
         "registration": "plugins",
         "checks": "first_mistakes",

@@ -167,7 +167,7 @@ def test_channels_last_is_the_layout_of_weights_and_masks():
 
 def test_label_smoothing_enters_the_training_loss_alone():
     trainer = Trainer(recipe(label_smoothing=0.2, log=1))
-    x, y = next(trainer.batches())
+    x, y = next(trainer.images.epoch_from(trainer.step))
     expected = F.cross_entropy(trainer.model(x), y, label_smoothing=0.2).item()
     plain = Trainer(recipe()).evaluate("validation")
     assert trainer.evaluate("validation") == plain

@@ -218,6 +218,18 @@ class Train(Section):
             )
         return self
 
+    def counted(self, steps_per_epoch: int) -> "Train":
+        """Returns these settings with all step counts as integers.
+
+        Raises:
+            ValueError: something would happen every 0 steps.
+        """
+        steps = Train.model_construct(**self.resolved(steps_per_epoch=steps_per_epoch, epochs=self.epochs))
+        for every in ("log", "evaluate", "checkpoint"):
+            if not getattr(steps, every):
+                raise ValueError(f"train.{every}: {getattr(self, every)!r} is less than a step; 1 is the least")
+        return steps
+
     def never(self, steps_per_epoch: int) -> list[str]:
         """Returns what lies behind the end of the training and so never happens, each with what to do.
 

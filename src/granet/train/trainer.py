@@ -5,7 +5,6 @@ mappings that `granet.train.run` writes to ``metrics.jsonl``; where it wants to 
 """
 
 import copy
-import itertools
 import logging
 import math
 import time
@@ -19,16 +18,19 @@ from torch import Tensor, nn
 
 from granet import flops, ranks
 from granet.engine.training import TrainingPlan, accelerate
-from granet.shards import checksum
-from granet.sparsifier import Sparsifier
-from granet.train import data, initial, models, optimizer
-from granet.train.checkpoint import restore_layout
-from granet.train.recipe import Recipe, Train
+from granet.methods.dense import Dense
+from granet.probe import Probe
+from granet.sparsifier import Sparsifier, masking, stepping
+from granet.train import initial, models, optimizer
+from granet.train.checkpoint import Checkpoint, distrusted, restore_layout
+from granet.train.images import Images
+from granet.train.recipe import Recipe
 from granet.train.scores import Best, Evaluation, Tally
 
 logger = logging.getLogger(__name__)
 
 Record = Callable[[dict[str, Any]], None]
+Masks = Mapping[str, Tensor]
 
 
 class TrainingError(ArithmeticError):
@@ -60,44 +62,31 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
-        with self.ranks.guard():  # nodes differ in their GPUs and their disks
-            self.share = self.ranks.share(recipe.train.batch_size, recipe.train.accumulate)  # of a batch, on this rank
+        with self.ranks.guard():  # nodes differ in their GPUs
             self.device = self.ranks.device(recipe.train.device)
-            where = {"root": recipe.data.root, "validation": recipe.data.validation}
-            self.dataset = dataset = data.load(recipe.data.name, seed=recipe.seed, **where)
-            self.splits = {name: getattr(dataset, name).to(self.device) for name in ("train", "validation", "test")}
-            seen = {name: (len(split), checksum(split.labels)) for name, split in self.splits.items()}
-        self.ranks.same("the data (images and checksum of their labels)", seen)
-        self.drop_last, sizes = not recipe.train.partial_batch, (len(dataset.train), self.share)
-        self.steps_per_epoch = data.steps_per_epoch(*sizes, world=self.ranks.world, drop_last=self.drop_last)
-        if not self.steps_per_epoch:
-            raise ValueError(
-                f"batch_size {recipe.train.batch_size} is larger than the training set, {len(dataset.train)} images"
-            )
+        self.images = Images(recipe, self.ranks, self.device)
+        self.dataset, self.splits = self.images.dataset, self.images.splits
+        self.steps_per_epoch = self.images.steps_per_epoch
         self.steps = self.steps_per_epoch * recipe.train.epochs
         for warning in recipe.train.never(self.steps_per_epoch) if self.ranks.first else ():
             logger.warning(warning)
-        units = {"steps_per_epoch": self.steps_per_epoch, "epochs": recipe.train.epochs}
-        self.settings = Train.model_construct(**recipe.train.resolved(**units))
+        self.settings = recipe.train.counted(self.steps_per_epoch)
         if self.settings.engine == "sparse" and self.ranks.world > 1:
             raise ValueError(f"train.engine: 'sparse' runs in one process, not in {self.ranks.world}; write 'dense'")
-        for every in ("log", "evaluate", "checkpoint"):
-            if not getattr(self.settings, every):
-                raise ValueError(f"train.{every}: {getattr(recipe.train, every)!r} is less than a step; 1 is the least")
 
-        model = models.build(recipe.model.name, classes=dataset.classes, in_channels=dataset.shape[0])
+        shape = self.dataset.shape
+        model = models.build(recipe.model.name, classes=self.dataset.classes, in_channels=shape[0])
         self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.layout)
 
         masks = initial.load(recipe, self.model, self.ranks) if begins else None
         method = recipe.resolve(self.steps_per_epoch)
-        pattern = recipe.model.pattern
         skip, planned = recipe.skipped(self.model), recipe.plan(self.model, self.steps_per_epoch)
         self.target, self.units = planned.final_active, planned.sparse_units  # weights, blocks or channels
         probe = self.probe(self.settings.probe) if method.needs_probe else None
-        self.flops = flops.count(self.model, torch.zeros(1, *dataset.shape, device=self.device))
-        options = {"skip": skip, "seed": recipe.seed, "probe": probe, "pattern": pattern, "masks": masks}
-        self.sparsifier = Sparsifier(self.model, method, **options)
+        self.flops = flops.count(self.model, torch.zeros(1, *shape, device=self.device))
+        options = {"skip": skip, "seed": recipe.seed, "probe": probe, "masks": masks}
+        self.sparsifier = Sparsifier(self.model, method, pattern=recipe.model.pattern, **options)
         spared = self.sparsifier.masks if method.decays else ()
         self.optimizer = optimizer.build(self.model, self.settings, spared=spared)
         self.sparsifier.attach(self.optimizer)
@@ -135,70 +124,97 @@ class Trainer:
             TrainingError: the loss is not finite.
         """
         settings, saved = self.settings, -1
-        forward = torch.compile(self.replica, mode=settings.compile) if settings.compile else self.replica
-        self.model.train()
-        clock = time.perf_counter()
         if settings.engine == "sparse" and self.engine is None:
             shape = (settings.batch_size // settings.accumulate, *self.dataset.shape)
             self.engine = accelerate(self.sparsifier, torch.zeros(shape).to(memory_format=self.layout))
-        while self.step < self.steps:
-            for x, y in self.ranks.each(self.batches()):
-                self.train_step(forward, x, y)
-                last = self.step in (*settings.stages, self.steps)
-                self.seconds, clock = self.seconds + time.perf_counter() - clock, time.perf_counter()
 
-                if (update := self.sparsifier.last_update) is not None and update.step == self.step:
-                    record(self._update_record(update))
-                if self.step % settings.log == 0 or last:
-                    record(self.train_record())
-                better = (self.step % settings.evaluate == 0 or last) and self._validate(record)
-                stopped = self.ranks.any(stop())
-                kept = self.step in settings.keep
-                if self.step % settings.checkpoint == 0 or kept or better or last or stopped:
-                    self._refuse_non_finite()
-                    save()
-                    saved = self.step
-                clock = time.perf_counter()
-                if stopped and self.step < self.steps:
-                    return False
+        def after_step() -> bool:
+            nonlocal saved
+            last = self.step in (*settings.stages, self.steps)
+            if (update := self.sparsifier.last_update) is not None and update.step == self.step:
+                record(self._update_record(update))
+            if self.step % settings.log == 0 or last:
+                record(self.train_record())
+            better = (self.step % settings.evaluate == 0 or last) and self._validate(record)
+            stopped = self.ranks.any(stop())
+            kept = self.step in settings.keep
+            if self.step % settings.checkpoint == 0 or kept or better or last or stopped:
+                self.refuse_non_finite()
+                save()
+                saved = self.step
+            return stopped
+
+        if not self.train_until(self.steps, after_step=after_step):
+            return False
         self.sparsifier.verify()
         if saved != self.step:
             save()
         return True
 
-    def batches(self):
-        """Returns the rest of the epoch that the trainer stands in: of every batch this rank's share."""
-        epoch, start = divmod(self.step, self.steps_per_epoch)
-        augment = {key: getattr(self.recipe.data, key) for key in ("crop", "padding", "flip", "cutout")}
-        order = {"seed": self.recipe.seed, "epoch": epoch, "start": start, "drop_last": self.drop_last}
-        order |= {"rank": self.ranks.rank, "world": self.ranks.world}
-        return self._images("train", batch_size=self.share, train=True, augment=data.Augment(**augment), **order)
+    def train_until(self, step: int, *, lr: float | None = None, after_step: Callable[[], bool] | None = None) -> bool:
+        """Trains until `step` optimizer steps are taken; returns False if it was ended before that.
 
-    def probe(self, batches: int):
+        Args:
+            step: it may lie beyond the end of the recipe's training if `lr` is given.
+            lr: the learning rate of all these steps; by default that of the recipe.
+            after_step: called after each step; True ends the training.
+        """
+        settings = self.settings
+        forward = torch.compile(self.replica, mode=settings.compile) if settings.compile else self.replica
+        self.model.train()
+        clock = time.perf_counter()
+        while self.step < step:
+            for x, y in self.ranks.each(self.images.epoch_from(self.step)):
+                self.train_step(forward, x, y, lr)
+                self.seconds += time.perf_counter() - clock
+                ended = after_step is not None and after_step()
+                clock = time.perf_counter()
+                if self.step == step:
+                    break
+                if ended:
+                    return False
+        return True
+
+    def restart(self, found: Checkpoint, masks: Masks, *, kept: Masks | None = None) -> None:
+        """Puts the network where a checkpoint was taken, to train from there with other masks, which stay as they are.
+
+        Model, optimizer, moving average and random state are those of the checkpoint, which is not changed.
+
+        Args:
+            found: the checkpoint, of a training with this recipe's network.
+            masks: the active weights, by name of the parameter; other parameters are dense.
+            kept: those that keep their values and optimizer state, by default all; the others start from zero.
+        """
+        self.sparsifier.detach()
+        with distrusted(found.path):
+            self.model.load_state_dict(found.model)
+            # a copy: the optimizer would train on in the buffers of the checkpoint itself
+            restore_layout(copy.deepcopy(found.state["optimizer"]), self.optimizer)
+            torch.set_rng_state(found.state["rng"])
+        parameters = dict(self.model.named_parameters())
+        for name, mask in (kept or {}).items():
+            p = parameters[name]
+            masking.clear([(masking.like(mask, p), [p.detach(), *stepping.buffers([self.optimizer], p)])])
+        self.sparsifier = Sparsifier(self.model, Dense(), only=list(masks), masks=masks)
+        self.sparsifier.step = found.step
+        self.sparsifier.attach(self.optimizer)
+        if self.ema is not None:
+            self.ema.load_state_dict(found.state["ema"])
+            self.sparsifier.follow(self.ema)
+        self._costs = (-1, 0.0, 0.0)
+        self._window.clear()
+
+    def probe(self, batches: int) -> Probe:
         """Returns what shows the gradients on the first training batches, without augmentation."""
-        from granet.probe import Probe
-
-        options = {"batch_size": self.settings.batch_size, "train": True, "augment": data.Augment()}
-        images = self._images("train", seed=self.recipe.seed, epoch=0, start=0, drop_last=self.drop_last, **options)
         example = torch.zeros(1, *self.dataset.shape, device=self.device)
-        return Probe(self.model, list(itertools.islice(images, batches)), example=example)
+        return Probe(self.model, self.images.first(batches), example=example)
 
-    def _images(self, split: str, **options):
-        mean, std = self.dataset.mean, self.dataset.std
-        options |= {"mean": mean, "std": std, "device": self.device, "workers": self.ranks.workers}
-        return data.epoch_batches(self.splits[split], **options)
-
-    def _examples(self, step: int) -> int:
-        """Returns on how many examples the first ``step`` steps train, all ranks together."""
-        epochs, batches = divmod(step, self.steps_per_epoch)
-        of_an_epoch = min(self.steps_per_epoch * self.settings.batch_size, len(self.splits["train"]))
-        return epochs * of_an_epoch + batches * self.settings.batch_size
-
-    def train_step(self, forward: nn.Module, x: Tensor, y: Tensor) -> None:
-        """Takes one optimizer step on a batch, or on this rank's share of it."""
+    def train_step(self, forward: nn.Module, x: Tensor, y: Tensor, lr: float | None = None) -> None:
+        """Takes one optimizer step on this rank's share of a batch, with the recipe's learning rate or with `lr`."""
         settings, sparsifier = self.settings, self.sparsifier
-        size = self._examples(self.step + 1) - self._examples(self.step)  # of this batch, on all ranks
-        lr = optimizer.learning_rate(settings, self.step, self.steps)
+        size = self.images.trained_on(self.step + 1) - self.images.trained_on(self.step)  # of this batch, on all ranks
+        if lr is None:
+            lr = optimizer.learning_rate(settings, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -217,7 +233,7 @@ class Trainer:
         self.ranks.mean_([total, correct, *(b for b in self.model.buffers() if b.is_floating_point())])
         self._window.append((self.step + 1, total, correct))
         if sparsifier.update_due:
-            self._refuse_non_finite()  # before the topology is built on it
+            self.refuse_non_finite()  # before the topology is built on it
         if settings.clip_norm:
             sparsifier.clip_grad_norm_(settings.clip_norm)
 
@@ -235,7 +251,7 @@ class Trainer:
             self._costs = (self.sparsifier.version, *both)
         return self._costs[1 + dense_gradient]
 
-    def _refuse_non_finite(self) -> None:
+    def refuse_non_finite(self) -> None:
         """Raises TrainingError if a loss since the last look was infinite or NaN; waits for the device."""
         if not self._window:
             return
@@ -249,7 +265,7 @@ class Trainer:
 
     def train_record(self) -> dict[str, Any]:
         """Returns means over the steps since the last record; raises TrainingError if a loss was not finite."""
-        self._refuse_non_finite()
+        self.refuse_non_finite()
         loss, accuracy = torch.stack([torch.stack(entry) for _, *entry in self._window]).mean(0).tolist()
         self._window.clear()
         lr = optimizer.learning_rate(self.settings, self.step - 1, self.steps)
@@ -300,9 +316,8 @@ class Trainer:
         training = network.training
         network.eval()
         tally = Tally(self.dataset.classes, self.device)
-        mine = {"rank": self.ranks.rank, "world": self.ranks.world}  # each rank looks at some of the images
         with self.ranks.guard():  # an image may be broken
-            for x, y in self._images(split, batch_size=max(256, self.settings.batch_size), train=False, **mine):
+            for x, y in self.images.once(split):
                 with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
                     logits = network(x.to(memory_format=self.layout)).float()
                 tally.add(logits, y)
@@ -334,7 +349,7 @@ class Trainer:
                 "inference": self.flops.inference(counts),
                 "inference_dense": self.flops.inference(),
                 "training": self.training_flops,
-                "training_dense": self.flops.training_step() * self._examples(self.step),
+                "training_dense": self.flops.training_step() * self.images.trained_on(self.step),
             },
             "seconds": self.seconds,
             "steps": self.step,

@@ -139,7 +139,7 @@ def test_both_measures_are_what_their_definitions_say(on, run):
         trainer = on.trainer
         for step in range(20, until):
             if step % 20 == 0:
-                batches = list(trainer.batches())
+                batches = list(trainer.images.epoch_from(trainer.step))
             x, y = batches[step % 20]
             for group in trainer.optimizer.param_groups:
                 group["lr"] = rate(step)
@@ -153,7 +153,7 @@ def test_both_measures_are_what_their_definitions_say(on, run):
         return trainer.evaluate("test").accuracy
 
     assert result["accuracy_retrained"] == train(50, lambda step: 0.1)
-    settings = on.settings
+    settings = on.trainer.settings
     assert [learning_rate(settings, step, 80) for step in (39, 40, 60)] == pytest.approx([0.1, 0.01, 0.001])
     assert result["accuracy_final"] == train(80, lambda step: learning_rate(settings, step, 80))
     assert result["accuracy_retrained"] != result["accuracy_final"]
@@ -184,7 +184,8 @@ def test_one_path_for_both_measures_equals_two(on, run, step, retrain, monkeypat
     separate = Bench(run)
     frozen = separate.lr(step)
     monkeypatch.setattr(separate, "lr", changing)
-    monkeypatch.setattr(separate, "freeze", lambda lr, real=separate.freeze: real(frozen))
+    real_train = separate.train
+    monkeypatch.setattr(separate, "train", lambda until, lr=None: real_train(until, None if lr is None else frozen))
     apart = measure(separate, cell(run, step=step, retrain=retrain))
     assert shared["accuracy_final"] == apart["accuracy_final"]
     assert shared["accuracy_retrained"] == apart["accuracy_retrained"]

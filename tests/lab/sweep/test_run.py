@@ -92,7 +92,7 @@ def test_a_network_that_a_method_does_not_fit_is_refused_before_anything_starts(
     with pytest.raises(SweepError, match=r"digits, static, method\.sparsity 0\.99999, .*weight"):
         check(found)
     found = cells(methods=[{"name": "granet", "method.initial_sparsity": 0.85}])
-    with pytest.raises(SweepError, match=r"digits, granet, method\.sparsity 0\.8, .*initial_sparsity=0\.85 is above"):
+    with pytest.raises(SweepError, match=r"digits, granet, method\.sparsity 0\.8, .*=0\.85 must not exceed"):
         check(found)
     with pytest.raises(SweepError, match="batch_size 9999 is larger than the training set"):
         check(cells(grid={"train.batch_size": 9999}))

@@ -1,6 +1,5 @@
 """One cell of the study: prune a checkpoint once, regenerate or not, train on, and measure."""
 
-import copy
 import functools
 import json
 import time
@@ -17,9 +16,8 @@ from granet.distribution import budget
 from granet.lab.plasticity.study import Cell
 from granet.lab.pool import executor as pool
 from granet.methods import METHODS
-from granet.methods.dense import Dense
 from granet.parsing import from_json
-from granet.sparsifier import Sparsifier, masking, stepping
+from granet.sparsifier import masking
 from granet.train import checkpoint, optimizer
 from granet.train.checkpoint import Checkpoint
 from granet.train.recipe import SECTIONS, RecipeError
@@ -76,7 +74,6 @@ class Bench:
         plain = recipe.model.model_copy(update={"pattern": "unstructured"})  # single weights are pruned
         dense = recipe.model_copy(update={"method": SECTIONS["dense"](name="dense"), "model": plain})
         self.trainer = Trainer(dense, begins=False)
-        self.settings = self.trainer.settings
         self._before: dict[int, float] = {}
 
     def checkpoint(self, step: int) -> Checkpoint:
@@ -95,48 +92,27 @@ class Bench:
             masks: the active weights.
             kept: those of them that keep their values and the optimizer's memory; the others start at zero.
         """
-        trainer = self.trainer
-        trainer.settings = self.settings
-        trainer.sparsifier.detach()
-        with checkpoint.distrusted(found.path):
-            trainer.model.load_state_dict(found.model)
-            # a copy: the optimizer would train on in the buffers of the checkpoint itself
-            checkpoint.restore_layout(copy.deepcopy(found.state["optimizer"]), trainer.optimizer)
-            torch.set_rng_state(found.state["rng"])
-        parameters = dict(trainer.model.named_parameters())
-        for name, mask in (kept or {}).items():
-            p = parameters[name]
-            masking.clear([(masking.like(mask, p), [p.detach(), *stepping.buffers([trainer.optimizer], p)])])
         # what the run left dense, because it was asked to or a pattern does not fit, has no mask and stays so
-        trainer.sparsifier = Sparsifier(trainer.model, Dense(), only=list(masks), masks=masks)
-        trainer.sparsifier.step = found.step
-        trainer.sparsifier.attach(trainer.optimizer)
-        if trainer.ema is not None:
-            trainer.ema.load_state_dict(found.state["ema"])
-            trainer.sparsifier.follow(trainer.ema)
+        self.trainer.restart(found, masks, kept=kept)
 
-    def train(self, until: int) -> bool:
-        """Trains to the step ``until``; returns False if the pool wants to stop first."""
-        trainer, settings = self.trainer, self.settings
-        forward = torch.compile(trainer.model, mode=settings.compile) if settings.compile else trainer.model
-        trainer.model.train()
-        while trainer.step < until:
-            if pool.stopping():
-                return False
-            for x, y in trainer.batches():
-                trainer.train_step(forward, x, y)
-                if trainer.step == until:
-                    break
-            trainer.train_record()  # refuses losses that are not finite
-        return True
+    def train(self, until: int, lr: float | None = None) -> bool:
+        """Trains to the step ``until``, with a constant ``lr`` if given; returns False if the pool stopped it first.
 
-    def freeze(self, lr: float) -> None:
-        """Holds the learning rate at ``lr`` until the network is placed again."""
-        self.trainer.settings = self.settings.model_copy(update={"schedule": "constant", "warmup": 0, "lr": lr})
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        trainer = self.trainer
+
+        def after_step() -> bool:
+            if trainer.step % trainer.steps_per_epoch == 0 or trainer.step == until:
+                trainer.refuse_non_finite()
+            return pool.stopping()
+
+        return trainer.train_until(until, lr=lr, after_step=after_step)
 
     def lr(self, step: int) -> float:
         """Returns the learning rate of the step after ``step``; after the last one, that of the last."""
-        return optimizer.learning_rate(self.settings, min(step, self.trainer.steps - 1), self.trainer.steps)
+        return optimizer.learning_rate(self.trainer.settings, min(step, self.trainer.steps - 1), self.trainer.steps)
 
     def accuracy(self) -> float:
         """Returns the test accuracy of the network as it is."""
@@ -206,9 +182,7 @@ def measure(on: Bench, cell: Cell) -> dict[str, Any] | None:
     def train(until: int, *, anew: bool, freeze: bool) -> float | None:
         if anew:
             on.place(found, masks, kept)
-        if freeze:
-            on.freeze(lr)
-        return on.accuracy() if on.train(until) else None
+        return on.accuracy() if on.train(until, lr if freeze else None) else None
 
     if any(on.lr(step) != lr for step in range(cell.step, min(frozen, end))):
         final = train(end, anew=True, freeze=False)
