@@ -8,8 +8,8 @@ from granet.cli import COMMANDS
 
 
 def shown(*arguments: str) -> str:
-    """Returns what granet prints for these arguments on a terminal of 100 columns, without colours."""
-    plain = os.environ | {"NO_COLOR": "1", "COLUMNS": "100"}
+    """Returns what granet prints for these arguments on a terminal of 88 columns, without colours."""
+    plain = os.environ | {"NO_COLOR": "1", "COLUMNS": "88"}
     done = subprocess.run([sys.executable, "-m", "granet.cli", *arguments], env=plain, capture_output=True, check=True)
     return "\n".join(line.rstrip() for line in done.stdout.decode().splitlines())
 

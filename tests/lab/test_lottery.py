@@ -132,7 +132,7 @@ def test_impossible_procedures_are_refused(given, says):
         replace(LOTTERY, **given)
 
 
-@pytest.mark.parametrize(("rewind", "says"), [("2", "nothing is left"), ("soon", "no number of steps")])
+@pytest.mark.parametrize(("rewind", "says"), [("2", "nothing is left"), ("soon", "not a number of steps")])
 def test_impossible_moments_are_refused(rewind, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         list(run(recipe(epochs=1), replace(LOTTERY, rewind=rewind), tmp_path))

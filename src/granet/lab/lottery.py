@@ -110,14 +110,15 @@ def run(
     watch: Callable[[Trainer, dict[str, Any]], None] = lambda trainer, record: None,
     begin: Callable[[Level], None] = lambda level: None,
 ) -> Iterator[Level]:
-    """Yields the levels as they end, those that are finished already at once; ends early when ``stop`` says so.
+    """Yields each level when it ends, finished ones at once; ends early when `stop` returns True.
 
     Args:
         recipe: what is trained.
         lottery: the procedure.
         runs: folder of the run directories.
-        stop, watch: as `granet.train.run.execute`.
-        begin: told of each level that is going to be trained.
+        stop: as in `granet.train.run.execute`.
+        watch: as in `granet.train.run.execute`.
+        begin: called with each level before it is trained.
 
     Raises:
         LotteryError: the moment to go back to is not before the end of the training.
