@@ -235,7 +235,7 @@ def test_plan_needs_no_data(say, monkeypatch, tmp_path):
         (["train", "--train.lr", "-1"], "greater than 0"),
         (["train", "--model.pattern", "2;4"], "did you mean '2:4'"),
         (["train", "--model.pattern", "2:4", "--method.sparsity", "0.4", "--method.initial-sparsity", "0.1"], "0.5 or"),
-        (["train", "--method.interval", "5 epochs"], "no number of steps"),
+        (["train", "--method.interval", "5 epochs"], "not a number of steps"),
         (["train", "--train.optimizer", "adamw"], "nesterov belongs to sgd"),
         (["train", "--method.sparsity", "1.5"], "sparsity=1.5 is outside [0, 1)"),
         (["train", "--method.end", "200%"], "end"),
