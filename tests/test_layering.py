@@ -43,7 +43,6 @@ LAYERS = [  # a folder or module may import what stands before it; docs/architec
 CIRCLES = [
     {"report.charts", "report.comparison", "report.page"},
     {"lab.plasticity.findings", "lab.plasticity.page", "lab.plasticity.table"},
-    {"lab.pool.cluster", "lab.pool.executor"},
 ]
 
 

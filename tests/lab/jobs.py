@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from granet.lab.pool import executor as pool
+from granet.lab import pool
 
 
 def square(x):

@@ -84,8 +84,8 @@ def main(args: list[str]) -> int:
 
     from granet.cli.progress import stoppable
     from granet.cli.terminal import Console
+    from granet.lab import pool
     from granet.lab.plasticity import run as lab
-    from granet.lab.pool import executor as pool
     from granet.report import page as report
 
     report.require()

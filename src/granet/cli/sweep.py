@@ -65,7 +65,7 @@ def main(args: list[str]) -> int:
     arguments = words.read(Arguments, rest, prog="granet sweep", description=DESCRIPTION, also=override.FLAGS)
 
     from granet.cli.terminal import Console
-    from granet.lab.pool import executor as pool
+    from granet.lab import pool
     from granet.report import page as report
 
     report.require()

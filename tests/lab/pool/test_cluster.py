@@ -100,7 +100,7 @@ def test_a_run_that_is_called_off_has_not_failed(tmp_path, executor):
 
 @needs_submitit
 def test_options_that_submitit_does_not_know_are_named(tmp_path):
-    from granet.lab.pool import executor as pool
+    from granet.lab import pool
 
     with pytest.raises(ValueError, match=r"submitit cannot use cluster 'local' with \{'timout': 3\}"):
         next(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from granet.lab.pool import executor as pool
+from granet.lab import pool
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # processes of the pool inherit it, and so find the jobs
 import jobs

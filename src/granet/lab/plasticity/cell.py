@@ -13,8 +13,8 @@ from torch import Tensor
 from granet import files, topology
 from granet.criterion import Layer, magnitude
 from granet.distribution import budget
+from granet.lab import pool
 from granet.lab.plasticity.study import Cell
-from granet.lab.pool import executor as pool
 from granet.methods import METHODS
 from granet.parsing import from_json
 from granet.sparsifier import masking

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from granet import files
+from granet.lab import pool
 from granet.lab.plasticity import study as studies
 from granet.lab.plasticity.cell import read, run_cell
 from granet.lab.plasticity.study import Cell, Study, StudyError
 from granet.lab.plasticity.table import Table, table
-from granet.lab.pool import executor as pool
 from granet.lab.sweep import grid
 from granet.lab.sweep import run as sweep
 from granet.train import checkpoint, data
@@ -164,7 +164,7 @@ def make(
 
     Args:
         plan: of `plan`.
-        jobs: how many processes; see `granet.lab.pool.executor.map`, also for ``executor`` and ``options``.
+        jobs: how many processes; see `granet.lab.pool.map`, also for ``executor`` and ``options``.
         executor: where they run.
         options: of the executor.
         stop: once True, nothing more starts, and what runs ends without its cell.
@@ -210,7 +210,7 @@ def plasticity(
         what: a recipe or its name, a study of the package such as ``"resnet20-paper"``, or a run directory.
         out: where everything is written; ``plasticity/NAME`` if not given.
         jobs: how many processes; one a processor if not given.
-        executor: where they run; see `granet.lab.pool.executor.map`.
+        executor: where they run; see `granet.lab.pool.map`.
         **changes: fields of `Study` that differ from those of the study.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from granet.lab.pool import executor as pool
+from granet.lab import pool
 from granet.lab.sweep import grid
 from granet.lab.sweep.grid import Cell, SweepError
 from granet.train import checkpoint, data, models
