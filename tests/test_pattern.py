@@ -17,7 +17,7 @@ from torch.sparse._semi_structured_conversions import (
 
 import granet
 from granet import Sparsifier, topology
-from granet.criterion import Layer, NonFiniteScores, given, gradient, magnitude
+from granet.criterion import Layer, NonFiniteScores, gradient, magnitude, own_values
 from granet.distribution import Limited, capacity
 from granet.pattern import NM, Block, Channel, Pattern, parse
 from granet.selection import plan, select, unfit
@@ -544,5 +544,7 @@ def test_a_recipe_with_no_pattern_says_where():
 
 def test_given_scores_are_ranked_as_they_are():
     with topology.obeying(NM(1, 2)):
-        kept = top([Layer(torch.tensor([[-3.0, -1.0, 2.0, 5.0]]))], given, 2, [torch.ones(1, 4, dtype=torch.bool)])[0]
+        kept = top(
+            [Layer(torch.tensor([[-3.0, -1.0, 2.0, 5.0]]))], own_values, 2, [torch.ones(1, 4, dtype=torch.bool)]
+        )[0]
     assert kept.tolist() == [[False, True, False, True]]

@@ -54,7 +54,7 @@ def train_together(rank, world, folder):
 
     norms = recipe("digits-cnn")
     first = Trainer(norms)
-    first.train_step(first.replica, *next(iter(first.batches())))
+    first.train_until(1)
     if rank == 0:
         torch.save(first.model.state_dict(), folder / "first_step.pt")
     execute(Run.of(norms, folder / "whole"))
@@ -91,7 +91,7 @@ def test_two_ranks_train_as_one_process_does_on_the_same_batches(trained, tmp_pa
 def test_batch_norms_record_what_all_ranks_have_seen(trained):
     theirs = torch.load(trained / "first_step.pt", weights_only=True)
     alone = Trainer(recipe("digits-cnn"))
-    alone.train_step(alone.model, *next(iter(alone.batches())))
+    alone.train_until(1)
     means = [name for name in theirs if name.endswith("running_mean")]
     mine = alone.model.state_dict()
     torch.testing.assert_close(theirs[means[0]], mine[means[0]])  # the first one sees the same inputs
