@@ -16,13 +16,13 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: with threads besides, steps take ten times longer
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 
+sys.path.insert(0, str(Path(__file__).parent / "tests" / "shim"))
+import torchvision_shim  # noqa: F401  imported for its effect
+
 # what runs in the background may begin with these ignored; processes that tests start and stop would inherit that
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
-
-sys.path.insert(0, str(Path(__file__).parent / "tests" / "shim"))
-import torchvision_shim  # noqa: F401  imported for its effect
 
 _NEEDS = {
     "src/granet/integrations/lightning.py": ["lightning"],
