@@ -6,7 +6,7 @@ import torch
 
 from granet import native
 
-sys.path.append(str(Path(__file__).parent))  # fuzz_layers and fuzz_models, which are programs as well
+sys.path.append(str(Path(__file__).parent))  # small_models, and the fuzz programs, which are run by themselves as well
 
 
 @pytest.fixture(scope="session", autouse=True)

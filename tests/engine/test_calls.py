@@ -3,26 +3,10 @@
 import numpy
 import pytest
 import torch
+from small_models import close, mlp, sparse
 from torch import nn
 
 import granet
-
-
-def sparse(model, density=0.3):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.mul_(torch.rand_like(p) < density)
-    return model.eval()
-
-
-def mlp():
-    return sparse(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)))
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 class ChangesTheFirst(nn.Module):

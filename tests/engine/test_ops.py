@@ -9,8 +9,6 @@ import torch
 from fuzz_layers import check_layer, check_panels, check_random_layers
 
 from granet.engine import ops, reference
-from granet.engine.geometry import geometry
-from granet.engine.index import forward_structure, index_structures
 from granet.engine.spec import Spec
 
 HERE = Path(__file__).parent
@@ -32,7 +30,7 @@ def test_every_instruction_set_of_this_machine(isa, width):
     if needed not in flags:
         pytest.skip(f"this processor has no {isa}")
     environment = {**os.environ, "GRANET_ISA": isa}
-    command = [sys.executable, str(HERE / "fuzz_layers.py"), "24", "11"]
+    command = [sys.executable, str(HERE / "fuzz_layers.py"), "12", "11"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-1] == str(width)
@@ -206,21 +204,3 @@ def test_the_dense_gradient_is_that_of_every_weight(spec, shape):
     for a, b in zip(found, torch.autograd.grad(everywhere, [x, weight, bias], dy), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert found[1][~mask].any()
-
-
-@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1)])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_the_compiled_pattern_is_the_plain_one(stride, groups):
-    spec = Spec(in_channels=32, out_channels=48, kernel=(3, 3), padding=(1, 1), stride=stride, groups=groups)
-    mask = torch.rand(spec.weight_shape) < 0.2
-    place = geometry(spec, 16, (16, 16), vector=16, batch=16, chunks=2)
-    found, expected = index_structures(mask, place)[0], forward_structure(mask, spec, place)
-    assert found.blocks == expected.blocks > 1
-    for part in ("ptr", "id", "offset", "index"):
-        assert torch.equal(getattr(found, part), getattr(expected, part)), part
-
-
-def test_a_mask_that_does_not_fit_is_an_error():
-    place = geometry(Spec(in_channels=8, out_channels=8), 1, (4, 4), vector=16)
-    with pytest.raises(RuntimeError, match="mask does not fit"):
-        index_structures(torch.ones(8, 3, 1, 1, dtype=torch.bool), place)

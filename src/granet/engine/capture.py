@@ -1,7 +1,7 @@
-"""Capture by torch.compile: graphs of aten operators become parts that run on the kernels where that is faster.
+"""Capture by `torch.compile`: graphs of aten operators become parts that run on the kernels where that is faster.
 
-Dynamo follows the model's Python and guards what it relied on; AOTAutograd makes mutations and aliases explicit. What
-comes here is a pure function of its arguments, parameters and buffers among them.
+Dynamo follows the model's Python code and guards everything it relied on. AOTAutograd makes mutations and aliases
+explicit. The graphs that arrive here are pure functions of their arguments, which include parameters and buffers.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ _calls = threading.local()
 
 @dataclass
 class CaptureSettings:
-    """What the parts of one compiled model have in common.
+    """Settings and results that the parts of one compiled model share.
 
     Attributes:
         tolerance: the largest difference of outputs allowed, relative to the largest value.
-        decisions: how a graph is computed, by the graph's text: a graph seen before is packed without measuring.
+        decisions: how each graph is computed, by the graph's text. A graph that was seen before is packed without
+            measuring it again.
     """
 
     tolerance: float = TOLERANCE
@@ -47,15 +48,15 @@ class CaptureSettings:
 
 
 class Part:
-    """One captured graph, measured and packed at its first call.
+    """One captured graph, which is measured and packed at its first call.
 
     Args:
         module: the graph of aten operators.
-        weights: for each argument the name of the parameter or buffer it is, or None.
-        settings: those of the whole model.
+        weights: for each argument, the name of its parameter or buffer, or None if it is neither.
+        settings: the settings that all parts of the model share.
     """
 
-    _boxed_call = True  # the convention by which AOTAutograd hands over a list that the callee empties
+    _boxed_call = True  # AOTAutograd passes the arguments in a list, which is to be emptied here
 
     def __init__(self, module: fx.GraphModule, weights: Sequence[str | None], settings: CaptureSettings):
         self.module, self.settings = module, settings
@@ -63,18 +64,18 @@ class Part:
         self._weights = {n: i for i, (n, w) in enumerate(zip(holders, weights, strict=True)) if w is not None}
         self._names = {n: weights[i] for n, i in self._weights.items()}
         self._packed: tuple[WeightCheck, fx.GraphModule] | None = None
-        self._places: set[int] = set()  # of the arguments that are packed
-        self._stale: WeightCheck | None = None  # of weights that were new at the last call
+        self._places: set[int] = set()  # positions of the arguments that are packed
+        self._stale: WeightCheck | None = None  # the weights that were new at the last call
         self.decision: Decision | None = None
         self._lock = threading.Lock()
 
     @property
     def report(self) -> InferenceReport:
-        """What was measured."""
+        """The report of what was measured."""
         return self.decision.report
 
     def __call__(self, args: list[object]) -> object:
-        """The graph's outputs."""
+        """Returns the graph's outputs."""
         arguments = tuple(args)
         args.clear()
         if self.decision is None:
@@ -89,10 +90,10 @@ class Part:
             return run(*arguments)
 
     def _current(self, args: tuple[object, ...]) -> Callable[..., object]:
-        """The packed plan if its weights are those of this call, else the graph on torch's kernels.
+        """Returns the packed graph if its weights are those of this call, else the graph on torch's kernels.
 
-        Weights are packed anew when a second call comes with them, so that weights that change at every call cost no
-        packing.
+        New weights are packed when a second call comes with them, so that weights that change at every call are never
+        packed.
         """
         packed = self._packed
         if packed is not None and packed[0].same(args):
@@ -115,7 +116,7 @@ class Part:
             try:
                 with torch.no_grad(), _on_cpu():
                     self.decision = self._measure(args)
-            except Exception as error:  # whatever cannot be lowered or measured runs as it is, and says why
+            except Exception as error:  # the graph then runs unchanged, and the report gives the reason
                 log.warning("a part of the model is not compiled", exc_info=True)
                 said = str(error).partition("\n")[0][:120]
                 self.decision = self._dense(args, f"it could not be compiled ({type(error).__name__}: {said})")
@@ -146,7 +147,7 @@ class Part:
         self._packed = WeightCheck(args, self._places), fast
 
     def stages(self, args: tuple[object, ...]) -> tuple[Stages, Constants]:
-        """The graph lowered for the weights among these arguments, and which of those it looked at."""
+        """Returns the graph lowered for the weights among these arguments, and the constants it was lowered with."""
         constants = Constants(self._weights, args)
         with torch.no_grad():
             return lower(self.module.graph, constants, self._names), constants
@@ -157,7 +158,7 @@ class Part:
         return Decision((), InferenceReport((), spent, spent, "dense", why, 0.0))
 
     def _pack(self, args: tuple[object, ...]) -> None:
-        """Packs the weights of this call as was decided; where that fails, torch's kernels go on computing."""
+        """Packs the weights of this call as decided before; if that fails, torch's kernels compute from now on."""
         self._stale = None
         try:
             with torch.no_grad(), _on_cpu():
@@ -181,7 +182,7 @@ def _on_cpu() -> AbstractContextManager:
 
 
 def _random_like(value: object) -> object:
-    """Random numbers in a tensor's shape and range (normal ones where it is constant); anything else as it is."""
+    """Returns random numbers in a tensor's shape and range (normal ones if it is constant), anything else unchanged."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
         return value
     low, high = value.min().item(), value.max().item()
@@ -192,7 +193,7 @@ def _random_like(value: object) -> object:
 
 @contextmanager
 def recording() -> Iterator[list[Part]]:
-    """The parts that run in this thread inside of the block, in order."""
+    """Records the parts that run in this thread inside the block, in order."""
     before = getattr(_calls, "parts", None)
     _calls.parts = []
     try:
@@ -207,7 +208,7 @@ def capture(
     settings: CaptureSettings,
     part: Callable[[fx.GraphModule, list[str | None], CaptureSettings], Callable[..., object]] = Part,
 ) -> Callable[..., object]:
-    """What Dynamo shall call instead of a graph it has captured; `part` makes it from the graph of aten operators."""
+    """Returns what Dynamo is to call instead of a captured graph; `part` makes it from the graph of aten operators."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
         log.info("gradients are enabled: the graph runs on torch's kernels; use torch.no_grad() for inference")
         return module.forward
@@ -224,13 +225,13 @@ def capture(
         return aot_module_simplified(
             module, example_inputs, fw_compiler=plain, bw_compiler=plain, inference_compiler=compiler
         )
-    except Exception:  # a graph that AOTAutograd does not take runs as Dynamo has it
+    except Exception:  # a graph that AOTAutograd cannot handle runs as Dynamo captured it
         log.warning("a part of the model is not compiled", exc_info=True)
         return module.forward
 
 
 def _name(node: fx.Node) -> str | None:
-    """The name of the parameter or buffer that a placeholder of Dynamo's graph stands for."""
+    """Returns the name of the parameter or buffer that a placeholder of Dynamo's graph stands for, else None."""
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     name = name() if callable(name) else name
@@ -241,15 +242,16 @@ def _name(node: fx.Node) -> str | None:
 
 @register_backend(name="granet")
 def backend(module: fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
-    """`torch.compile(model, backend="granet")`: inference on sparse kernels where measured to be faster.
+    """Returns the compiled form of a graph: the backend of `torch.compile(model, backend="granet")`.
 
-    Under torch.no_grad(); where gradients are needed the model runs on torch's kernels.
+    Under `torch.no_grad()` the graph runs on sparse kernels where they were measured to be faster. Where gradients are
+    needed, it runs on torch's kernels.
     """
     return capture(module, example_inputs, CaptureSettings())
 
 
 def trace(model: nn.Module, *inputs: object) -> list[tuple[Part, tuple[object, ...]]]:
-    """The parts of a model and the arguments they are called with, without measuring: for tools and tests."""
+    """Returns the parts of a model and the arguments of their calls, without measuring. For tools and tests."""
     found: list[tuple[Part, tuple[object, ...]]] = []
 
     def part(graph: fx.GraphModule, weights: list[str | None], settings: CaptureSettings) -> Callable[..., object]:
@@ -272,7 +274,7 @@ def trace(model: nn.Module, *inputs: object) -> list[tuple[Part, tuple[object, .
 
 
 def separate(function: types.FunctionType) -> types.FunctionType:
-    """A twin of a function for which Dynamo keeps what it compiles apart: it does so by code object."""
+    """Returns a copy of a function with a code object of its own, so that Dynamo compiles it separately."""
     return types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )

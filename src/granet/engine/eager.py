@@ -1,7 +1,7 @@
-"""Whether a call is a plain one: torch computes numbers, and nobody transforms, records or exports what it does.
+"""Detection of plain calls: torch just computes numbers, and nothing transforms, records or exports the computation.
 
-The kernels are an operator that torch's transforms do not know. Where one is in force, the layers run torch's own
-operators instead, which are right under all of them.
+The transforms of torch do not know the operator behind the kernels. While one of them is active, the layers run
+torch's own operators, which work under all of them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch.autograd import forward_ad, graph
 
 
 def transformed() -> bool:
-    """Whether a functorch transform (grad, vmap, jvp, functionalize) or a level of forward-mode derivatives is open."""
+    """Returns whether a functorch transform (grad, vmap, jvp, functionalize) or forward-mode derivatives are active."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def recorded() -> bool:
-    """Whether operators are exported, traced, or handed to a dispatch mode (fake tensors, make_fx, a FLOP counter)."""
+    """Returns whether operators are exported, traced, or passed to a dispatch mode (fake tensors, make_fx, ...)."""
     return (
         torch.compiler.is_exporting()
         or torch.jit.is_tracing()
@@ -29,19 +29,19 @@ def recorded() -> bool:
 
 
 def plain() -> bool:
-    """Whether neither is so."""
+    """Returns whether the call is a plain one, neither transformed nor recorded."""
     return not transformed() and not recorded()
 
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """Gradients are recorded as in a training step, whatever modes the caller has set; random state is put back.
+    """Runs the block as in a training step, whatever modes the caller has set, and restores the random state.
 
-    A measurement may fall into the forward of an evaluation, or into a checkpointed block that counts saved tensors.
+    A measurement may fall into an evaluation's forward pass, or into a checkpointed block that counts saved tensors.
     """
     hooks = contextlib.nullcontext()
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        hooks = graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # the last ones set are called
+        hooks = graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # these replace the caller's
     recording = contextlib.ExitStack()
     for mode in (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), hooks):
         recording.enter_context(mode)

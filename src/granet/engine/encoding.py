@@ -1,18 +1,18 @@
-"""How programs are written down for the native `run` (program.h): rows of whole numbers, each with its named fields.
+"""The encoding of programs for the native operator `run` (program.h): rows of integers with named fields.
 
-A program is a number of slots, a number of steps, and a row of `ROW` numbers for each of them. Slots (of planes in the
-arena) and constants are given by their numbers, -1 where there is none.
+A program consists of the number of slots, the number of steps, and one row of `ROW_LENGTH` integers for each of them.
+A slot is a set of planes in the arena. Slots and constants are given by their numbers; -1 means that there is none.
 """
 
 from typing import NamedTuple
 
-ROW = 24  # numbers in a row; the last one of a step says how many steps after it are computed with it
+ROW_LENGTH = 24  # integers in a row; the last one of a step counts the following steps that are computed with it
 KINDS = {"sparse": 0, "block": 1, "vector": 2}
 ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2, "silu": 3}
 
 
 class SlotRow(NamedTuple):
-    """Planes in the arena: `blocks` times `planes` planes of `stride` floats, from the float at `place` on."""
+    """A set of planes in the arena: `blocks` times `planes` planes of `stride` floats, starting at float `place`."""
 
     place: int
     planes: int
@@ -27,7 +27,7 @@ class SlotRow(NamedTuple):
 
 
 class PackStep(NamedTuple):
-    """Brings input number `input` into planes, one for each channel and phase."""
+    """A step that copies input number `input` into planes, one for each channel and phase."""
 
     input: int
     out: int
@@ -40,7 +40,7 @@ class PackStep(NamedTuple):
 
 
 class UnpackStep(NamedTuple):
-    """Makes an output tensor with so many dimensions of a slot."""
+    """A step that makes an output tensor with the given number of dimensions from a slot."""
 
     source: int
     channels: int
@@ -50,7 +50,7 @@ class UnpackStep(NamedTuple):
 
 
 class ConvStep(NamedTuple):
-    """A convolution with its bias, residual and activation; `ptr` to `keep` are constants."""
+    """A convolution with its bias, residual and activation. The fields from `ptr` to `keep` are constants."""
 
     source: int
     out: int
@@ -69,7 +69,7 @@ class ConvStep(NamedTuple):
 
 
 class SplitStep(NamedTuple):
-    """Splits every plane into its phases, for a strided layer that follows."""
+    """A step that splits every plane into its phases, for a strided layer that follows."""
 
     source: int
     out: int
@@ -79,7 +79,7 @@ class SplitStep(NamedTuple):
 
 
 class MaxPoolStep(NamedTuple):
-    """The maximum over windows."""
+    """A maximum over windows."""
 
     source: int
     out: int
@@ -92,14 +92,14 @@ class MaxPoolStep(NamedTuple):
 
 
 class AvgPoolStep(NamedTuple):
-    """The mean over all positions."""
+    """A mean over all positions."""
 
     source: int
     out: int
 
 
 class AddStep(NamedTuple):
-    """The sum of one or two slots, then an activation."""
+    """A sum of one or two slots, followed by an activation."""
 
     source: int
     out: int
@@ -112,25 +112,25 @@ AnyStep = PackStep | UnpackStep | ConvStep | SplitStep | MaxPoolStep | AvgPoolSt
 
 
 def encode(slots: list[SlotRow], steps: list[AnyStep], links: list[int]) -> list[int]:
-    """The program as the native `run` takes it; `links` says for each step how many after it are joined to it."""
-    rows = [[*slot, *[0] * (ROW - len(slot))] for slot in slots]
+    """Returns the program as the native `run` takes it. `links` counts, for each step, the later ones joined to it."""
+    rows = [[*slot, *[0] * (ROW_LENGTH - len(slot))] for slot in slots]
     for step, joined in zip(steps, links, strict=True):
         numbers = [STEPS.index(type(step)), *step]
-        rows.append([*numbers, *[0] * (ROW - 1 - len(numbers)), joined])
+        rows.append([*numbers, *[0] * (ROW_LENGTH - 1 - len(numbers)), joined])
     return [len(slots), len(steps), *(number for row in rows for number in row)]
 
 
 def check(found: list[int]) -> None:
-    """Compares this encoding with that of the kernels that were loaded, `torch.ops.granet.encoding()`.
+    """Compares this encoding with that of the loaded kernels, `torch.ops.granet.encoding()`.
 
     Raises:
-        RuntimeError: they differ, so the compiled kernels belong to another version of granet.
+        RuntimeError: if they differ, so that the compiled kernels belong to another version of granet.
     """
     # a step's row begins with its operation number
     sizes = [1 + len(step._fields) for step in STEPS]
-    mine = [ROW, len(SlotRow._fields), *sizes, len(ACTIVATIONS), len(KINDS)]
+    mine = [ROW_LENGTH, len(SlotRow._fields), *sizes, len(ACTIVATIONS), len(KINDS)]
     if list(found) != mine:
         raise RuntimeError(
-            f"the compiled kernels encode programs as {list(found)}, this version of granet as {mine}: they are of "
-            "another version; compile them anew with `python -m granet.native`"
+            f"the compiled kernels belong to another version of granet (they encode programs as {list(found)}, this "
+            f"version as {mine}); compile them anew with `python -m granet.native`"
         )

@@ -1,4 +1,4 @@
-"""The geometry of one layer on one input shape: how its activations lie in planes (see csrc/planes.h)."""
+"""The geometry of one layer for one input shape: how its activations lie in planes (see csrc/planes.h)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ FIRST_LEVEL = 24 * 1024  # bytes of activations a block of channels may occupy, 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Shapes and strides of a layer's planes; lengths in floats unless said otherwise.
+    """Shapes and strides of a layer's planes. Lengths are in floats unless stated otherwise.
 
     Attributes:
-        images, channels, height, width: the input, NCHW (a linear layer's has height = width = 1).
+        images, channels, height, width: the input, NCHW (height = width = 1 for a linear layer).
         out_channels, out_height, out_width: the output.
         stride: rows and columns between two outputs.
-        pitch: positions from one row of a plane to the next, gap included.
-        batch: images that lie innermost in a plane.
+        pitch: positions from the start of one row of a plane to the next, including the gap between them.
+        batch: number of images that lie innermost in a plane.
         front: zeros before a plane's first position.
         plane: floats from one plane to the next.
         tile: floats of the output computed at a time.
-        chunks: groups of rows that threads may take separately.
-        phases: (row, column) phases of the input that some tap reads.
+        chunks: number of groups of rows that threads may compute separately.
+        phases: the (row, column) phases of the input that are read.
         taps: (phase index, shift in floats) for each position of the kernel, row by row.
     """
 
@@ -58,9 +58,9 @@ class Geometry:
         return max(shifts) - min(shifts)
 
     def blocks(self, columns: int, rows: int, nonzeros: int) -> int:
-        """The number of blocks to cut `columns` planes into, so that a block's tile stays in the first-level cache.
+        """Returns how many blocks to cut `columns` planes into, so that a block's tile stays in the first-level cache.
 
-        A block must leave a row enough non-zeros to pay for loading and storing its sums.
+        Each row keeps enough non-zeros in a block to pay for loading and storing its sums.
         """
         per_plane = 4 * (min(self.tile, self.positions) + self.spread)
         wanted = -(-columns * per_plane // FIRST_LEVEL)
@@ -73,14 +73,14 @@ class Geometry:
         return ((self.out_height - 1) * self.pitch + self.out_width) * self.batch
 
     def as_list(self, forward_blocks: int, backward_blocks: int) -> list[int]:
-        """The integers that the native operators take."""
+        """Returns the geometry as the list of integers that the native operators take."""
         head = [self.images, self.channels, self.height, self.width, self.out_channels]
         head += [self.out_height, self.out_width, *self.stride, self.pitch, self.batch, self.front, self.plane]
         return [*head, self.tile, self.chunks, forward_blocks, backward_blocks, *(n for p in self.phases for n in p)]
 
 
-def taps_of(spec: Spec) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """For each kernel position: the (row, column) phase it reads and its (row, column) shift within the phase."""
+def kernel_taps(spec: Spec) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Returns, for each kernel position, the (row, column) phase it reads and its (row, column) shift in that phase."""
     result = []
     for y in range(spec.kernel[0]):
         for x in range(spec.kernel[1]):
@@ -91,28 +91,28 @@ def taps_of(spec: Spec) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def least_pitch(spec: Spec, size: tuple[int, int]) -> int:
-    """The smallest distance between rows, in positions, for which no tap reads across a row's end into data."""
-    columns = [shift[1] for _, shift in taps_of(spec)]
+    """Returns the smallest pitch, in positions, for which no tap reads the data of another row."""
+    columns = [shift[1] for _, shift in kernel_taps(spec)]
     phase_width = -(-size[1] // spec.stride[1])
     out_width = spec.output_size(size)[1]
     return max(phase_width + max(0, -min(columns)), out_width + max(0, max(columns)))
 
 
 def least_front(spec: Spec, pitch: int, batch: int) -> int:
-    """The zeros needed before a plane's first position (and after its last), in floats, a whole number of lines."""
-    reach = max(abs(row * pitch + column) for _, (row, column) in taps_of(spec))
+    """Returns the zeros needed before a plane's first position (and after its last): a multiple of `LINE` floats."""
+    reach = max(abs(row * pitch + column) for _, (row, column) in kernel_taps(spec))
     return -(-reach * batch // LINE) * LINE
 
 
 def plane_stride(front: int, positions: int) -> int:
-    """Floats from one plane to the next: an odd number of lines, so that planes spread over the cache's sets."""
+    """Returns the floats from one plane to the next: an odd number of lines, which spreads planes over cache sets."""
     lines = -(-positions // LINE) + 2 * front // LINE + 1
     return (lines | 1) * LINE
 
 
 @dataclass(frozen=True)
 class Lanes:
-    """How the rows of planes lie in memory: what layers that share activations must agree on."""
+    """The layout of rows in planes, on which layers that share activations must agree."""
 
     pitch: int
     front: int
@@ -122,7 +122,7 @@ class Lanes:
 def least_lanes(
     layers: list[tuple[Spec, tuple[int, int]]], batch: int, sizes: tuple[tuple[int, int], ...] = ()
 ) -> Lanes:
-    """The tightest lanes that serve all `layers` (spec and input size) and hold planes of all `sizes`."""
+    """Returns the tightest lanes that suit all `layers` (spec and input size) and hold planes of all `sizes`."""
     sizes = list(sizes)
     for spec, size in layers:
         sizes.append(tuple(-(-n // s) for n, s in zip(size, spec.stride, strict=True)))
@@ -134,7 +134,7 @@ def least_lanes(
 
 
 def _panel_lanes(spec: Spec, size: tuple[int, int], batch: int, vector: int) -> Lanes | None:
-    """The lanes of a layer whose outputs read one position each: planes of a panel of positions, not an image."""
+    """Returns lanes that hold a panel of positions instead of an image, for a 1x1 layer; None for any other layer."""
     pointwise = spec.kernel == (1, 1) == spec.stride and spec.padding == (0, 0)
     positions = size[0] * size[1]
     if batch > 1 or not pointwise or positions <= PANEL or positions % vector:
@@ -153,19 +153,19 @@ def geometry(
     tile: int = 0,
     lanes: Lanes | None = None,
 ) -> Geometry:
-    """The geometry of `spec` on `images` inputs of `size` (height, width).
+    """Returns the geometry of a layer for a number of images of one size.
 
     Args:
         spec: the layer.
         images: the number of images (rows of a linear layer's input).
         size: height and width of the input.
         vector: floats in a vector of the kernels.
-        batch: images that lie innermost in a plane: 1, or a multiple of `vector`.
-        chunks: groups of output channels for threads to share; must divide the number of channels.
+        batch: number of images that lie innermost in a plane: 1, or a multiple of `vector`.
+        chunks: number of groups of rows that threads share; lowered until it divides the rows of both directions.
         tile: floats computed at a time; 0 for the default.
-        lanes: pitch, front and plane stride shared with other layers; None for the least this layer needs.
+        lanes: the lanes shared with other layers; None for the tightest ones of this layer alone.
     """
-    found = taps_of(spec)
+    found = kernel_taps(spec)
     phases = tuple(sorted({phase for phase, _ in found}))
     out_height, out_width = spec.output_size(size)
     lanes = lanes or _panel_lanes(spec, size, batch, vector) or least_lanes([(spec, size)], batch)

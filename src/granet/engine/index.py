@@ -13,17 +13,17 @@ from granet.engine.spec import Spec
 
 @dataclass(frozen=True)
 class IndexStructure:
-    """A sparse matrix in compressed rows, cut into chunks of rows and blocks of columns, all int32.
+    """The index structure of a sparse matrix in compressed rows, cut into chunks of rows and blocks of columns.
 
-    Stored row (chunk * blocks + block) * (rows / chunks) + i is the i-th shortest of the chunk's rows in that block of
-    columns; chunk c deals with rows c, c + chunks, ...
+    Chunk c holds the rows c, c + chunks, c + 2 * chunks, ... Stored row (chunk * blocks + block) * (rows / chunks) + i
+    is the i-th shortest of the chunk's rows in that block of columns. All tensors are int32.
 
     Attributes:
-        ptr: where each stored row's non-zeros begin, and the end of the last.
+        ptr: the position of each stored row's first non-zero, and the end of the last row.
         id: the output plane of each stored row.
-        offset: floats from a tile's first input position to each non-zero's.
-        index: each non-zero's place in the flattened dense weight.
-        blocks: into how many blocks the columns are cut.
+        offset: for each non-zero, the floats from a tile's first input position to the one it reads.
+        index: the position of each non-zero in the flattened dense weight.
+        blocks: the number of blocks of columns.
     """
 
     ptr: Tensor
@@ -39,7 +39,7 @@ class IndexStructure:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the structure occupies."""
+        """The bytes that the structure occupies."""
         return sum(4 * t.numel() for t in (self.ptr, self.id, self.offset, self.index))
 
 
@@ -48,7 +48,7 @@ def index_structures(mask: Tensor, geometry: Geometry) -> tuple[IndexStructure, 
 
     Args:
         mask: True where the weight is active, of the weight's own shape.
-        geometry: where its activations lie.
+        geometry: the geometry of the layer's activations.
     """
     _check_reach(geometry)
     planes, outputs, nonzeros = geometry.planes, geometry.out_channels, int(mask.count_nonzero())
@@ -79,11 +79,10 @@ def forward_structure(
     chunks: int | None = None,
     blocks: int | None = None,
 ) -> IndexStructure:
-    """The structure whose rows are output channels, or groups of `group` channels that share their non-zeros' places.
+    """Returns the structure whose rows are output channels, or groups of channels that share their positions.
 
-    With group > 1 a place counts if any channel of the group is active there, `id` names the group's first channel, and
-    `index` holds `group` numbers per non-zero. `chunks` and `blocks` override the
-    geometry's.
+    With `group` > 1, a position counts as active if it is so for any channel of the group, `id` names the group's first
+    channel, and `index` holds `group` numbers per non-zero. `chunks` and `blocks` override those of the geometry.
     """
     _check_reach(geometry)
     taps, per_group = spec.kernel[0] * spec.kernel[1], spec.in_channels // spec.groups
@@ -100,7 +99,7 @@ def forward_structure(
     blocks = 1 if group > 1 else blocks or geometry.blocks(geometry.planes, rows, index.numel())
     per_block = -(-spec.in_channels // blocks)  # channels: their phases stay together
     blocks, per_chunk = -(-spec.in_channels // per_block), rows // chunks
-    # The weights of a row in a block come together in `index`: one run, in which nothing has to be sorted.
+    # The weights that a row has in a block follow each other in `index`, so a run of them need not be sorted.
     length = torch.bincount(row * blocks + channel // per_block, minlength=rows * blocks)
     begin = length.cumsum(0) - length
     run = torch.arange(rows * blocks).view(per_chunk, chunks, blocks).permute(1, 2, 0)

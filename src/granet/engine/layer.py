@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from granet.engine import eager, ops
 from granet.engine.report import LayerReport
-from granet.engine.spec import spec_of
+from granet.engine.spec import layer_spec
 from granet.engine.timing import Spread, Timings
 from granet.sparsifier import masking
 
@@ -51,7 +51,7 @@ class Forward:
         self, module: nn.Module, name: str, sparsifier: Sparsifier, timings: Timings, follow: Callable[[], bool]
     ):
         self.kind = _kind_of(module)
-        self.module, self.name, self.spec = module, name, spec_of(module)
+        self.module, self.name, self.spec = module, name, layer_spec(module)
         self._sparsifier, self._timings, self._follow = sparsifier, timings, follow
         self.weight = module.weight  # the parameter that the sparsifier has
         self.batch: int | None = None  # images innermost, where the layer runs sparse

@@ -104,7 +104,7 @@ def _output_shape(x: Tensor, numbers: list[int]) -> list[int]:
 def _setup(ctx, inputs, output):
     x, weight, bias, *structure, ctx.numbers, spec, ctx.whole = inputs
     ctx.save_for_backward(x, weight, *structure)
-    ctx.spec, ctx.has_bias = Spec.of_numbers(spec), bias is not None
+    ctx.spec, ctx.has_bias = Spec.from_numbers(spec), bias is not None
 
 
 def _backward(ctx, dy):

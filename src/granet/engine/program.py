@@ -10,7 +10,7 @@ from torch import Tensor
 
 from granet.engine import encoding, ops
 from granet.engine.encoding import ACTIVATIONS, KINDS
-from granet.engine.geometry import LINE, Lanes, geometry, least_lanes, taps_of
+from granet.engine.geometry import LINE, Lanes, geometry, kernel_taps, least_lanes
 from granet.engine.index import IndexStructure, forward_structure
 from granet.engine.spec import Spec
 
@@ -160,7 +160,7 @@ class Program:
             if isinstance(step, Convolution):
                 source = step.inputs[0]
                 if step.spec.stride != (1, 1):
-                    phases = len({phase for phase, _ in taps_of(step.spec)})
+                    phases = len({phase for phase, _ in kernel_taps(step.spec)})
                     size = tuple(-(-n // s) for n, s in zip(source.size, step.spec.stride, strict=True))
                     source = self._split[step] = Value(source.images, source.channels * phases, size, ())
                 needs.append((step.out, step.spec, step.inputs[0].size))

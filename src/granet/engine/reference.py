@@ -1,4 +1,4 @@
-"""The plain torch meaning of the engine's operators: what the kernels must equal, and what runs where they cannot."""
+"""The engine's operators in plain torch: what the kernels must compute, and what runs where they cannot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from granet.engine.spec import Spec
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, spec: Spec) -> Tensor:
-    """The layer's output with the inactive weights taken as zero; x is NCHW, or (rows, features) for a linear layer."""
+    """Returns the layer's output with inactive weights taken as zero.
+
+    The input is NCHW, or (rows, features) for a linear layer.
+    """
     weight = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype)).view(spec.weight_shape)
     image = x if x.dim() == 4 else x[:, :, None, None]
     y = F.conv2d(image, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
@@ -18,13 +21,13 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, spec: Spe
 
 
 def conv_gradients(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-    """The gradients of the input and of the weight at active positions (zero elsewhere)."""
+    """Returns the gradients of the input and of the weight, which is zero at inactive positions."""
     active = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype))
     return input_gradient(dy, x, active, spec), weight_gradient(dy, x, weight, spec) * mask
 
 
 def input_gradient(dy: Tensor, x: Tensor, weight: Tensor, spec: Spec) -> Tensor:
-    """The gradient of the input, by operators of torch that can be differentiated again."""
+    """Returns the gradient of the input, computed by operators that can be differentiated again."""
     if x.dim() == 2:
         return dy @ weight.view(spec.out_channels, spec.in_channels)
     kernel = weight.view(spec.weight_shape)
@@ -32,7 +35,7 @@ def input_gradient(dy: Tensor, x: Tensor, weight: Tensor, spec: Spec) -> Tensor:
 
 
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, spec: Spec) -> Tensor:
-    """The gradient of every weight, active or not, by operators of torch that can be differentiated again."""
+    """Returns the gradient of all weights, active or not, computed by operators that can be differentiated again."""
     if x.dim() == 2:
         return (dy.t() @ x).view(weight.shape)
     shape = spec.weight_shape

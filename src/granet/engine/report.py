@@ -1,4 +1,4 @@
-"""What was measured and chosen, as records that print as tables."""
+"""Reports of what was measured and chosen; they print as tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was measured for one layer, in milliseconds, and what was chosen."""
+    """The measured milliseconds of one layer, and what was chosen for which reason."""
 
     name: str
     shape: tuple[int, ...]
@@ -20,7 +20,7 @@ class LayerReport:
 
 
 def layer_table(rows: Sequence[LayerReport]) -> list[str]:
-    """The lines of a table with one row per layer."""
+    """Returns the lines of a table with one row per layer."""
     lines = [f"{'layer':<32} {'weight':<18} {'density':>7} {'dense ms':>9} {'sparse ms':>9}  chosen"]
     for row in rows:
         times = [f"{t:>9.3f}" if t is not None else f"{'-':>9}" for t in (row.dense_ms, row.sparse_ms)]
@@ -31,15 +31,15 @@ def layer_table(rows: Sequence[LayerReport]) -> list[str]:
 
 @dataclass(frozen=True)
 class InferenceReport:
-    """What `compile` measured and chose; str() is a table.
+    """The measurements and choices of `compile`. `str()` gives a table.
 
     Attributes:
         layers: one row per convolution or linear layer.
-        dense_ms: the whole model on torch's kernels.
-        fast_ms: the whole model as compiled.
-        chosen: "sparse" or "dense": what the compiled model runs.
+        dense_ms: milliseconds of the whole model on torch's kernels.
+        fast_ms: milliseconds of the whole model as compiled.
+        chosen: what the compiled model runs: "sparse" or "dense".
         why: the reason in words.
-        error: largest difference to the dense output, relative to that output's largest value.
+        error: the largest difference to the dense output, relative to that output's largest value.
         nbytes: bytes of packed weights and their index structures.
         arena_nbytes: bytes of working memory for one call.
     """

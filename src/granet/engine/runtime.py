@@ -1,4 +1,4 @@
-"""Stages as a program: a graph of torch operators in which each segment is one call of the kernels."""
+"""Stages as a module that runs: a graph of torch operators in which each segment is one call of the kernels."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from granet.engine.program import Program, Segment
 
 
 class SegmentRunner(nn.Module):
-    """Runs one segment; what comes back has the shapes and strides that torch's operators would have given.
+    """A module that runs one segment. Its results have the shapes and strides that torch's operators would give.
 
     Args:
         program: the segment, packed.
-        results: for each output, the nodes whose results it is.
+        results: for each output, the nodes of the graph whose results it holds.
     """
 
     def __init__(self, program: Program, results: list[list[fx.Node]]):
         super().__init__()
         self.program = program
-        self._arenas: list[Tensor] = []  # working memory between calls; two threads never hold the same
+        self._arenas: list[Tensor] = []  # working memory, kept between calls; two threads never use the same
         self._forms = []
         for nodes in results:
             vals = [val_of(node) for node in nodes]
             self._forms.append([(tuple(v.shape), None if v.is_contiguous() else v.stride()) for v in vals])
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        """The segment's results, one for each node."""
+        """Returns the segment's results, one for each node."""
         try:
             arena = self._arenas.pop()
         except IndexError:
@@ -47,7 +47,7 @@ class SegmentRunner(nn.Module):
 
 
 def build(stages: Stages, programs: dict[Segment, Program]) -> fx.GraphModule:
-    """A module that takes the arguments of the stages' graph and gives its results."""
+    """Returns a module that takes the arguments of the stages' graph and returns its results."""
     graph, made = fx.Graph(), {}
     root = nn.Module()
     for node in stages.graph.nodes:
@@ -61,7 +61,7 @@ def build(stages: Stages, programs: dict[Segment, Program]) -> fx.GraphModule:
             found = graph.call_module(name, tuple(made[s.key] for s in program.inputs))
             for i, node in enumerate(n for nodes in results for n in nodes):
                 made[node] = graph.call_function(operator.getitem, (found, i))
-                if isinstance(node.meta["val"], list | tuple):  # of several results the first is the one asked for
+                if isinstance(node.meta["val"], list | tuple):  # of several results the first is the one that is used
                     made[node] = graph.call_function(_first, (made[node],))
         elif item.op == "get_attr":  # a constant that the model makes, or the graph of a branch
             name = f"constant{len(made)}"

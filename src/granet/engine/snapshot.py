@@ -1,4 +1,4 @@
-"""Calling a model without leaving a trace in it."""
+"""Calls of a model that leave no trace in it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 
 @contextmanager
 def untouched(*holders: object) -> Iterator[None]:
-    """Gives models and other objects back as they were when the block ends, and torch's random state too.
+    """Restores models and other objects, and torch's random state, when the block ends.
 
-    Everything that can be reached from the holders is put back: attributes, buffers, lists, dicts, sets, and what
-    objects of any class keep in their attributes, a cache for example. The values of parameters are not, nor are
-    objects of torch's and of the standard library. Hooks run as in any call; what they do elsewhere is not undone.
+    Everything that can be reached from the holders is restored: attributes, buffers, lists, dicts, sets, and the
+    attributes of objects of any class, a cache for example. The values of parameters are not restored, nor are objects
+    of torch's and of the standard library. Hooks run as in any call; their effects elsewhere are not undone.
     """
     tensors: dict[int, tuple[Tensor, Tensor, int | None]] = {}
     containers: dict[int, tuple[Any, list]] = {}

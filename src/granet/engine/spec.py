@@ -1,4 +1,4 @@
-"""What a linear or convolution layer computes, apart from its numbers."""
+"""The hyper-parameters of linear and convolution layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """The hyper-parameters of one layer, a linear or one-dimensional layer being a special case of Conv2d."""
+    """The hyper-parameters of one layer. Linear and one-dimensional layers are special cases of Conv2d."""
 
     in_channels: int
     out_channels: int
@@ -20,7 +20,7 @@ class Spec:
     groups: int = 1
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the output for an input of `size`. Raises ValueError if the kernel does not fit."""
+        """Returns height and width of the output. Raises ValueError if the kernel does not fit an input of `size`."""
         out = []
         for i in range(2):
             reach = self.dilation[i] * (self.kernel[i] - 1) + 1
@@ -31,13 +31,13 @@ class Spec:
 
     @property
     def numbers(self) -> list[int]:
-        """The spec as an operator takes it; `of_numbers` reads it back."""
+        """The spec as the list of integers that an operator takes; `from_numbers` reads it back."""
         sizes = (*self.kernel, *self.stride, *self.padding, *self.dilation)
         return [self.in_channels, self.out_channels, *sizes, self.groups]
 
     @classmethod
-    def of_numbers(cls, numbers: list[int]) -> Spec:
-        """The spec whose `numbers` these are."""
+    def from_numbers(cls, numbers: list[int]) -> Spec:
+        """Returns the spec whose `numbers` are given."""
         pairs = {
             key: (numbers[i], numbers[i + 1])
             for i, key in ((2, "kernel"), (4, "stride"), (6, "padding"), (8, "dilation"))
@@ -46,12 +46,12 @@ class Spec:
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
-        """The shape of the weight, as Conv2d has it."""
+        """The shape of the weight as a Conv2d stores it."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel)
 
 
-def spec_of(module: nn.Module) -> Spec:
-    """The spec of a Linear, Conv1d or Conv2d. Raises ValueError, saying why, for what the kernels do not compute."""
+def layer_spec(module: nn.Module) -> Spec:
+    """Returns the spec of a Linear, Conv1d or Conv2d. Raises ValueError with the reason for any other module."""
     if isinstance(module, nn.Linear):
         return Spec(in_channels=module.in_features, out_channels=module.out_features)
     if not isinstance(module, nn.Conv1d | nn.Conv2d):

@@ -1,4 +1,4 @@
-"""The weights of a captured graph: their values when a plan is packed, and whether they are still the same."""
+"""The weights of a captured graph: their values when it is packed, and the check whether they have changed since."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, fx
 
-SAMPLES = 4  # numbers of each tensor that are compared at every call
+SAMPLES = 4  # values of each tensor that are compared at every call
 
 
 class Constants:
-    """The tensors that a graph computes from parameters and buffers alone.
+    """The tensors that a graph computes from parameters and buffers alone. Each is computed when it is first needed.
 
-    Nothing is computed before somebody asks for it. `used` gives the places of the arguments that were looked at.
+    Attributes:
+        used: the positions of the arguments that were needed so far.
 
     Args:
-        weights: the placeholders that stand for parameters and buffers, with their places among the arguments.
+        weights: the placeholders that stand for parameters and buffers, with their positions among the arguments.
         args: the arguments of a call.
     """
 
@@ -27,7 +28,7 @@ class Constants:
         self.used: set[int] = set()
 
     def __contains__(self, node: object) -> bool:
-        """Whether the node's result depends on parameters and buffers only, and on no randomness."""
+        """Returns whether the node's result depends on parameters and buffers only, and on no randomness."""
         if not isinstance(node, fx.Node):
             return False
         if node.op == "placeholder":
@@ -39,7 +40,7 @@ class Constants:
         return all(n in self for n in node.all_input_nodes)
 
     def __getitem__(self, node: fx.Node) -> Tensor:
-        """The node's result."""
+        """Returns the node's result."""
         if node not in self._known:
             if node.op == "placeholder":
                 place = self._weights[node]
@@ -52,7 +53,7 @@ class Constants:
 
 
 class WeightCheck:
-    """Tells whether the tensors that a plan was packed from are still the same.
+    """A check whether the tensors that a graph was packed from are still the same.
 
     It compares their identity, place in memory, version and a sample of their values. The only change that it cannot
     see is a write that does not count as a new version, through `.data` or by code outside of torch, and that keeps the

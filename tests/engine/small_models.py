@@ -1,0 +1,53 @@
+"""Small models for the tests of compiled inference, and what is asked of all of them."""
+
+import copy
+
+import torch
+from torch import nn
+
+from granet.engine.capture import recording
+
+
+def sparse(model, density=0.3):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(torch.rand_like(p) < density)
+    return model.eval()
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def mlp():
+    return sparse(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)))
+
+
+def wide(density=0.02):
+    """A model whose zeros pay on any machine."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(192, 192, 3, padding=1, bias=False), nn.BatchNorm2d(192), nn.ReLU()] * 2
+    model = nn.Sequential(*(copy.deepcopy(layer) for layer in layers)).eval()
+    with torch.no_grad():
+        for module in model:
+            if isinstance(module, nn.Conv2d):
+                module.weight.mul_(torch.rand_like(module.weight) < density)
+    return model
+
+
+def counting(fast):
+    """How often a compiled model's kernels run: the parts that a call ran, and which of them are packed."""
+
+    def packed(*inputs):
+        with recording() as parts, torch.no_grad():
+            fast(*inputs)
+        return [part._packed is not None for part in parts]
+
+    return packed
+
+
+def change_in_place(model):
+    with torch.no_grad():
+        model[0].weight.mul_(2)
