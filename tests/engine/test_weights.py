@@ -77,6 +77,20 @@ def test_the_memory_that_is_read_outlives_the_tensor_s_own_hold_on_it():
     assert torch.ops.granet.words_are(check._addresses, check._words)
 
 
+def test_changes_are_followed_whatever_device_tensors_are_made_on(always):
+    model, x = mlp(), torch.randn(4, 16)
+    fast = inference.compile(model, x)
+    change_in_place(model)
+    expected = model(x).detach()
+    torch.set_default_device("meta")
+    try:
+        found = [fast(x) for _ in range(3)]
+    finally:
+        torch.set_default_device(None)
+    for y in found:
+        close(y, expected)
+
+
 def test_words_that_do_not_belong_to_addresses_are_refused():
     with pytest.raises(RuntimeError, match="as many int32 words as int64 addresses"):
         torch.ops.granet.words_are(torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int32))

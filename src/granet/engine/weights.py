@@ -73,8 +73,9 @@ class WeightCheck:
         # The views keep the memory alive that is read below.
         self._views = [view for tensor in self._tensors if (view := _sample(tensor.detach())).numel()]
         addresses = [view.data_ptr() + 4 * i * view.stride(0) for view in self._views for i in range(len(view))]
-        self._addresses = torch.tensor(addresses, dtype=torch.int64)
-        self._words = torch.cat([view.view(torch.int32) for view in self._views] or [torch.zeros(0, dtype=torch.int32)])
+        self._addresses = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        none = torch.zeros(0, dtype=torch.int32, device="cpu")
+        self._words = torch.cat([none, *(view.view(torch.int32) for view in self._views)])
 
     def same(self, args: Sequence[object]) -> bool:
         """Returns whether the tensors among the arguments are those that were kept, with the values they had."""
