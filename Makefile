@@ -27,10 +27,12 @@ check: $(STAMP)          ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
+	$(BIN)/clang-format --dry-run --Werror src/granet/native/csrc/*
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i src/granet/native/csrc/*
 
 docs: $(DOCS)            ## the documentation site, in build/site; warnings are errors, and nothing is fetched
 	rm -rf build/docs build/site
