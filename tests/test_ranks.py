@@ -50,17 +50,19 @@ def last_checkpoint(folder, name=""):
 def train_together(rank, world, folder):
     begin(rank, world, folder)
     parts = recipe(accumulate=2, clip_norm=1.0, ema=0.9, partial_batch=True)
-    assert execute(Run.of(parts, folder / "mlp"))["last"] == execute(Run.of(parts, folder / "mlp"))["last"]
+    assert (
+        execute(Run.for_recipe(parts, folder / "mlp"))["last"] == execute(Run.for_recipe(parts, folder / "mlp"))["last"]
+    )
 
     norms = recipe("digits-cnn")
     first = Trainer(norms)
     first.train_until(1)
     if rank == 0:
         torch.save(first.model.state_dict(), folder / "first_step.pt")
-    execute(Run.of(norms, folder / "whole"))
+    execute(Run.for_recipe(norms, folder / "whole"))
     asked = iter(range(1000))
-    assert execute(Run.of(norms, folder / "resumed"), stop=lambda: rank == 1 and next(asked) == 16) is None
-    assert execute(Run.of(norms, folder / "resumed")) is not None
+    assert execute(Run.for_recipe(norms, folder / "resumed"), stop=lambda: rank == 1 and next(asked) == 16) is None
+    assert execute(Run.for_recipe(norms, folder / "resumed")) is not None
     leave()
 
 
@@ -72,7 +74,7 @@ def trained(tmp_path_factory):
 
 
 def test_two_ranks_train_as_one_process_does_on_the_same_batches(trained, tmp_path):
-    summary = execute(Run.of(recipe(accumulate=2, clip_norm=1.0, ema=0.9, partial_batch=True), tmp_path))
+    summary = execute(Run.for_recipe(recipe(accumulate=2, clip_norm=1.0, ema=0.9, partial_batch=True), tmp_path))
     (mine, my_state), (theirs, their_state) = last_checkpoint(tmp_path), last_checkpoint(trained / "mlp")
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
@@ -117,7 +119,7 @@ from granet.train.run import Run, execute
 folder, values = Path(sys.argv[1]), recipes.load("digits").model_dump()
 values["train"] |= {"epochs": 3, "warmup": 0, "checkpoint": 10, "log": 1}
 values["method"] |= {"interval": 5, "end": 50}
-run = {name: Run.of(validate(values | {"name": name}, source="test"), folder) for name in ("whole", "killed")}
+run = {name: Run.for_recipe(validate(values | {"name": name}, source="test"), folder) for name in ("whole", "killed")}
 with ranks.joined() as here:
     execute(run["whole"])
     steps = iter(range(1000))

@@ -40,7 +40,7 @@ DEEP = "[" * 50_000 + "]" * 50_000
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    run = Run.of(validate(RECIPE, source="test"), tmp_path_factory.mktemp("runs"))
+    run = Run.for_recipe(validate(RECIPE, source="test"), tmp_path_factory.mktemp("runs"))
     execute(run)
     return run.path
 

@@ -36,7 +36,7 @@ def test_without_a_best_checkpoint_the_last_is_taken(say):
     from granet.train import recipes
     from granet.train.run import execute
 
-    run = Run.of(recipes.load("digits"), Path("runs"))  # dense beyond its target at the first step
+    run = Run.for_recipe(recipes.load("digits"), Path("runs"))  # dense beyond its target at the first step
     assert execute(run, stop=lambda: True) is None
     found = json.loads(say("eval", run.path, "--json")[1])
     assert (found["checkpoint"], found["step"]) == ("last", 1)

@@ -63,7 +63,7 @@ def test_the_folder_of_runs_and_a_missing_run_are_told_from_a_model(say, tmp_pat
     for source in ("runs", "runs/none"):
         code, _, err = say("bench", source)
         assert code == 2
-        assert f"{source} is no run directory" in err and "runs in runs: digits-granet-000000" in err
+        assert f"{source} is not a run directory" in err and "runs in runs: digits-granet-000000" in err
     assert "unknown model 'resnet5'" in say("bench", "resnet5")[2]
 
 

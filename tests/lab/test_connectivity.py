@@ -20,7 +20,7 @@ def recipe(seed=0, model="mlp", **method):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    found = [Run.of(recipe(seed), folder) for seed in (0, 1)]
+    found = [Run.for_recipe(recipe(seed), folder) for seed in (0, 1)]
     for run in found:
         execute(run)
     return found
@@ -85,11 +85,11 @@ def test_the_command(runs, capsys, tmp_path):
 def test_what_cannot_be_compared_says_why(runs, tmp_path, capsys):
     with pytest.raises(ValueError, match="give one or several"):
         connectivity_of([])
-    other = Run.of(recipe(model="digits-cnn"), tmp_path)
+    other = Run.for_recipe(recipe(model="digits-cnn"), tmp_path)
     execute(other)
     with pytest.raises(ValueError, match="different models"):
         connectivity_of([runs[0], other])
-    with pytest.raises(FileNotFoundError, match="is no run directory"):
+    with pytest.raises(FileNotFoundError, match="is not a run directory"):
         connectivity_of(tmp_path / "nothing")
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -20,7 +20,7 @@ def recipe(model="mlp", **train):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = Run.of(recipe(), tmp_path_factory.mktemp("runs"))
+    run = Run.for_recipe(recipe(), tmp_path_factory.mktemp("runs"))
     execute(run)
     return run
 
@@ -44,7 +44,7 @@ def test_accuracies_are_those_of_the_network_with_one_layer_pruned(run):
 
 
 def test_it_depends_on_batch_norm_statistics(tmp_path):
-    run = Run.of(recipe("digits-cnn"), tmp_path)
+    run = Run.for_recipe(recipe("digits-cnn"), tmp_path)
     execute(run)
     as_trained = layer_sensitivity(run, sparsities=(0.95,))
     recomputed = layer_sensitivity(run, sparsities=(0.95,), batch_norm=4)
@@ -85,7 +85,7 @@ def test_a_network_under_a_pattern_is_pruned_weight_by_weight(model, tmp_path):
     values = recipe(model).model_dump()
     values["model"] |= {"pattern": "2:4"}
     values["method"] = {"name": "static", "sparsity": 0.5}
-    finished = Run.of(validate(values, source="test"), tmp_path)
+    finished = Run.for_recipe(validate(values, source="test"), tmp_path)
     execute(finished)
     masks = checkpoint.load_latest(finished.checkpoints).state["sparsifier"]["masks"]
     assert {point.layer for point in layer_sensitivity(finished.path, sparsities=(0.9,)).points} == set(masks)

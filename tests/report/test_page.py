@@ -23,7 +23,7 @@ def finished(tmp_path_factory) -> list[Path]:
     for method in ("granet", "dense"):
         values = recipes.load("digits", method=method).model_dump()
         values["train"]["epochs"], values["train"]["warmup"] = 3, "1ep"
-        run = Run.of(validate(values, source="test"), folder)
+        run = Run.for_recipe(validate(values, source="test"), folder)
         execute(run)
         paths.append(run.path)
     return paths

@@ -139,7 +139,7 @@ def test_nothing_is_unpickled(tmp_path):
     head = json.loads((path / "state.json").read_text())
     head["crc32"]["state.safetensors"] = zlib.crc32((path / "state.safetensors").read_bytes())
     (path / "state.json").write_text(json.dumps(head))
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         checkpoint.load(path)
 
 

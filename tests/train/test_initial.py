@@ -29,7 +29,7 @@ def records(run):
 
 @pytest.fixture(scope="module")
 def source_run(tmp_path_factory):
-    run = Run.of(recipe(), tmp_path_factory.mktemp("source"))
+    run = Run.for_recipe(recipe(), tmp_path_factory.mktemp("source"))
     execute(run)
     return run
 
@@ -40,7 +40,7 @@ def source_run(tmp_path_factory):
     ids=lambda train: train["schedule"],
 )
 def test_an_extended_run_is_the_one_that_its_recipe_makes_from_scratch(tmp_path, train):
-    first = Run.of(recipe(**train), tmp_path)
+    first = Run.for_recipe(recipe(**train), tmp_path)
     execute(first)
     before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
     second = Run.open(extend(first, 2))
@@ -48,7 +48,7 @@ def test_an_extended_run_is_the_one_that_its_recipe_makes_from_scratch(tmp_path,
     summary = execute(second)
     assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
     assert summary["steps"] == 40 and summary["epochs"] == 2
-    scratch = Run.of(second.recipe, tmp_path / "scratch")
+    scratch = Run.for_recipe(second.recipe, tmp_path / "scratch")
     execute(scratch)
     assert records(second) == records(scratch)
     one, other = (checkpoint.load_latest(run.checkpoints) for run in (second, scratch))
@@ -86,12 +86,12 @@ def test_the_learning_rate_of_each_stage():
 
 
 def test_a_run_that_was_stopped_can_be_extended_too(tmp_path):
-    first = Run.of(recipe(), tmp_path)
+    first = Run.for_recipe(recipe(), tmp_path)
     calls = []
     assert execute(first, stop=lambda: calls.append(1) or len(calls) == 9) is None
     second = Run.open(extend(first, 2))
     execute(second)
-    scratch = Run.of(second.recipe, tmp_path / "scratch")
+    scratch = Run.for_recipe(second.recipe, tmp_path / "scratch")
     execute(scratch)
     assert records(second) == records(scratch)
 
@@ -149,7 +149,7 @@ def test_the_command_names_the_checkpoint_in_the_recipe_and_goes_on_without_it(s
     [({"init": "nowhere"}, "nowhere is neither a run directory nor a checkpoint"), ({}, "holds another network")],
 )
 def test_weights_that_cannot_be_had_are_said(source_run, tmp_path, changes, says):
-    run = Run.of(recipe(model="digits-cnn", **({"init": str(source_run.path)} | changes)), tmp_path)
+    run = Run.for_recipe(recipe(model="digits-cnn", **({"init": str(source_run.path)} | changes)), tmp_path)
     with pytest.raises((RecipeError, FileNotFoundError), match=says):
         execute(run)
     assert not list(Path(tmp_path).iterdir())

@@ -125,7 +125,7 @@ def test_a_file_of_your_own_can_start_from_a_shipped_one(tmp_path):
         ({"train": {"milestones": ["150%"]}}, r"train\.milestones\.0: '150%' is too much: 100%, the whole training"),
         ({"train": {"warmup": "200%"}}, r"train\.warmup: '200%' is too much: 100%"),
         ({"train": {"warmup": f"{'9' * 400}ep"}}, r"train\.warmup: '9+\.\.\.9+ep' is too much: 1,000,000,000,000 are"),
-        ({"train": {"warmup": 10**30}}, r"train\.warmup: a number of steps is not negative and at most 1,000"),
+        ({"train": {"warmup": 10**30}}, r"train\.warmup: a number of steps must be from 0 to 1,000"),
         ({"train": {"warmup": None}}, r"train\.warmup: is not a number of steps: write 1000, .*, got None$"),
         ({"data": {"name": "digits", "validation": "x"}}, r"data\.validation: must be a number, got 'x'$"),
         ({"method": {"name": "set", "sparsity": 0.9, "interval": "150%"}}, r"method\.interval: '150%' is too much"),
@@ -180,7 +180,7 @@ def test_an_unknown_method_of_a_recipe():
     [
         ("train: {lr: 1, lr: 2}", "'lr' is given twice"),
         ("train: [", "cannot be read"),
-        ("- a list", "is no recipe"),
+        ("- a list", "is not a recipe: it must be a mapping"),
         ("base: digit", "did you mean 'digits'"),
         ("base: own", "in a circle"),
         ("base: digits\nmethods: 3", "methods must be a mapping from names to settings; got 3"),

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import granet
 from granet.train import checkpoint, recipes
 from granet.train.recipe import RecipeError, validate
-from granet.train.run import Metrics, Run, execute, load_weights
+from granet.train.run import Metrics, Run, environment, execute, load_weights
 from granet.train.trainer import Trainer, TrainingError
 
 METHOD = {"name": "granet", "sparsity": 0.9, "end": "60%", "interval": "7it"}
@@ -67,7 +69,7 @@ while True:
             if death is not None and death.startswith("step") and steps == int(death[4:]):
                 os.kill(os.getpid(), signal.SIGKILL)
             return False
-        execute(Run.of(recipe, runs), stop=stop)
+        execute(Run.for_recipe(recipe, runs), stop=stop)
         os._exit(0)
     if death is not None and death.startswith("time"):
         time.sleep(float(death[4:]))
@@ -87,7 +89,7 @@ ADAMW |= {"partial_batch": True}
 @pytest.mark.parametrize("train", [SGD, ADAMW], ids=["sgd", "adamw"])
 def test_a_run_killed_again_and_again_is_the_same_to_the_bit(tmp_path, train):
     settings = recipe("digits-cnn", batch_size=32, checkpoint="6it", evaluate="16it", **train)
-    whole = Run.of(settings, tmp_path / "whole")
+    whole = Run.for_recipe(settings, tmp_path / "whole")
     execute(whole)
 
     rng = random.Random(os.environ.get("PYTEST_SEED", "granet"))
@@ -101,7 +103,7 @@ def test_a_run_killed_again_and_again_is_the_same_to_the_bit(tmp_path, train):
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 3, "the run was over before it was killed"
 
-    killed = Run.of(settings, tmp_path / "killed")
+    killed = Run.for_recipe(settings, tmp_path / "killed")
     assert killed.path.name == whole.path.name
     assert records(killed) == records(whole)
     one, other = (checkpoint.load_latest(run.checkpoints) for run in (whole, killed))
@@ -113,7 +115,7 @@ def test_a_run_killed_again_and_again_is_the_same_to_the_bit(tmp_path, train):
 
 
 def test_a_run_directory_holds_what_went_in_and_came_out(tmp_path):
-    run = Run.of(recipe(), tmp_path)
+    run = Run.for_recipe(recipe(), tmp_path)
     summary = execute(run)
     assert Run.open(run.path).recipe == run.recipe
     assert yaml.safe_load((run.path / "recipe.yaml").read_text())["train"]["weight_decay"] == 5e-4
@@ -133,7 +135,7 @@ def test_a_run_directory_holds_what_went_in_and_came_out(tmp_path):
 
 def test_the_best_network_is_the_one_of_its_checkpoint(tmp_path):
     # at a rate this high it learns at first, and falls apart
-    run = Run.of(
+    run = Run.for_recipe(
         recipe(method={"name": "static", "sparsity": 0.8}, lr=1.0, schedule="constant", evaluate=1, checkpoint="100%"),
         tmp_path,
     )
@@ -152,7 +154,7 @@ def test_the_best_network_is_the_one_of_its_checkpoint(tmp_path):
 def test_events_are_those_of_the_records(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = Run.of(recipe(), tmp_path)
+    run = Run.for_recipe(recipe(), tmp_path)
     execute(run)
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
@@ -162,16 +164,18 @@ def test_events_are_those_of_the_records(tmp_path):
 
 
 def test_directories_are_named_by_what_is_not_default(tmp_path):
-    names = [Run.of(r, tmp_path).path.name for r in (recipe(), recipe(lr=0.06), recipe(seed=1), recipe(epochs=1))]
+    names = [
+        Run.for_recipe(r, tmp_path).path.name for r in (recipe(), recipe(lr=0.06), recipe(seed=1), recipe(epochs=1))
+    ]
     assert len(set(names)) == 3
     assert names[0] == names[3]
     assert names[0].startswith("custom-")
-    assert Run.of(recipes.load("digits-rigl"), tmp_path).path.name.startswith("digits-rigl-")
+    assert Run.for_recipe(recipes.load("digits-rigl"), tmp_path).path.name.startswith("digits-rigl-")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
-    run = Run.of(recipe(), tmp_path)
+    run = Run.for_recipe(recipe(), tmp_path)
     first = execute(run)
     seen = []
     assert execute(run, watch=lambda trainer, record: seen.append(record)) == json.loads(json.dumps(first))
@@ -179,7 +183,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def test_a_stopped_run_goes_on(tmp_path):
-    run, whole = Run.of(recipe(), tmp_path / "a"), Run.of(recipe(), tmp_path / "b")
+    run, whole = Run.for_recipe(recipe(), tmp_path / "a"), Run.for_recipe(recipe(), tmp_path / "b")
     execute(whole)
     calls = []
     assert execute(run, stop=lambda: calls.append(1) or len(calls) == 13) is None
@@ -190,7 +194,7 @@ def test_a_stopped_run_goes_on(tmp_path):
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, caplog):
-    run, whole = (Run.of(recipe(checkpoint="5it"), tmp_path / name) for name in "ab")
+    run, whole = (Run.for_recipe(recipe(checkpoint="5it"), tmp_path / name) for name in "ab")
     execute(whole)
     calls = []
     execute(run, stop=lambda: calls.append(1) or len(calls) == 12)
@@ -204,7 +208,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, cap
 
 
 def test_a_run_without_an_intact_checkpoint_is_refused(tmp_path):
-    run = Run.of(recipe(), tmp_path)
+    run = Run.for_recipe(recipe(), tmp_path)
     execute(run, stop=lambda: True)
     (run.checkpoints / "00000001" / "state.json").write_text("{}")
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint is intact"):
@@ -223,7 +227,7 @@ def watch(trainer, record):
     if record["step"] == 10:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
 try:
-    execute(Run.of(recipe, Path(sys.argv[2])), watch=watch)
+    execute(Run.for_recipe(recipe, Path(sys.argv[2])), watch=watch)
 except CheckpointError as error:
     print(error)
     sys.exit(3)
@@ -238,14 +242,14 @@ def test_a_disk_that_fills_up_costs_the_steps_since_the_last_checkpoint(tmp_path
     assert done.returncode == 3, done.stderr
     assert "00000012" in done.stdout
     assert "The checkpoint before it, 00000008, is untouched" in done.stdout
-    full, whole = Run.of(settings, tmp_path / "full"), Run.of(settings, tmp_path / "whole")
+    full, whole = Run.for_recipe(settings, tmp_path / "full"), Run.for_recipe(settings, tmp_path / "whole")
     assert checkpoint.load_latest(full.checkpoints).step == 8
     assert equal(execute(full), execute(whole))
     assert records(full) == records(whole)
 
 
 def test_diverged_training_keeps_its_last_checkpoint(tmp_path):
-    run = Run.of(recipe(lr=1e12, schedule="constant", checkpoint=1), tmp_path)
+    run = Run.for_recipe(recipe(lr=1e12, schedule="constant", checkpoint=1), tmp_path)
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step"):
         execute(run)
     model = checkpoint.load_latest(run.checkpoints).model
@@ -254,29 +258,29 @@ def test_diverged_training_keeps_its_last_checkpoint(tmp_path):
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
-    run = Run.of(recipe(), tmp_path)
+    run = Run.for_recipe(recipe(), tmp_path)
     execute(run, stop=lambda: True)
     with run.locked(), pytest.raises(RecipeError, match="being trained by another process"):
         execute(run)
 
 
 def test_what_cannot_be_built_leaves_no_directory(tmp_path):
-    run = Run.of(recipe(method={"name": "static", "sparsity": 1.5}), tmp_path)
+    run = Run.for_recipe(recipe(method={"name": "static", "sparsity": 1.5}), tmp_path)
     with pytest.raises(ValueError, match=r"sparsity=1\.5"):
         execute(run)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_of_another_recipe_is_refused(tmp_path):
-    run = Run.of(recipe(), tmp_path)
+    run = Run.for_recipe(recipe(), tmp_path)
     run.path.mkdir()
     (run.path / "recipe.yaml").write_text(recipe(seed=5).to_yaml())
     with pytest.raises(RecipeError, match="holds a run of another recipe"):
-        Run.of(recipe(), tmp_path)
+        Run.for_recipe(recipe(), tmp_path)
 
 
 def test_a_damaged_summary_is_named(tmp_path):
-    run = Run.of(recipe(), tmp_path)
+    run = Run.for_recipe(recipe(), tmp_path)
     run.path.mkdir(parents=True)
     (run.path / "summary.json").write_text("")
     with pytest.raises(RecipeError, match=r"summary\.json is damaged: .*remove the file"):
@@ -284,7 +288,7 @@ def test_a_damaged_summary_is_named(tmp_path):
 
 
 def test_the_directory_one_stands_in_has_a_name(tmp_path, monkeypatch):
-    run = Run.of(recipe(), tmp_path)
+    run = Run.for_recipe(recipe(), tmp_path)
     run.path.mkdir(parents=True)
     (run.path / "recipe.yaml").write_text(run.recipe.to_yaml())
     monkeypatch.chdir(run.path)
@@ -292,8 +296,8 @@ def test_the_directory_one_stands_in_has_a_name(tmp_path, monkeypatch):
 
 
 def test_what_is_no_run_directory(tmp_path):
-    execute(Run.of(recipe(), tmp_path), stop=lambda: True)
-    with pytest.raises(FileNotFoundError, match=r"nowhere is no run directory.*runs in .*: custom-"):
+    execute(Run.for_recipe(recipe(), tmp_path), stop=lambda: True)
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a run directory.*runs in .*: custom-"):
         Run.open(tmp_path / "nowhere")
     (tmp_path / "recipe.yaml").write_text("data: [")
     with pytest.raises(RecipeError, match="is damaged"):
@@ -301,7 +305,7 @@ def test_what_is_no_run_directory(tmp_path):
 
 
 def test_a_run_without_checkpoints_or_best_has_nothing_to_evaluate(tmp_path):
-    run = Run.of(recipe(), tmp_path)
+    run = Run.for_recipe(recipe(), tmp_path)
     trainer = Trainer(run.recipe)
     with pytest.raises(checkpoint.CheckpointError, match="has no checkpoint yet"):
         load_weights(run, trainer, "last")
@@ -344,7 +348,7 @@ def test_metrics_that_cannot_be_written_are_named(tmp_path):
 def test_weights_of_a_checkpoint_load_into_the_plain_model(tmp_path):
     from granet.train import models
 
-    run = Run.of(recipe("digits-cnn"), tmp_path)
+    run = Run.for_recipe(recipe("digits-cnn"), tmp_path)
     execute(run)
     model = models.build("digits-cnn", classes=10, in_channels=1)
     model.load_state_dict(load_file(checkpoint.paths(run.checkpoints)[0] / "model.safetensors"))
@@ -359,7 +363,7 @@ def test_a_reparameterized_run_goes_on_to_the_bit_and_leaves_a_plain_network(tmp
     from granet.train import models
 
     settings = recipe("digits-cnn", method, batch_size=128, epochs=2, log=3, ema=ema, lr=0.02)
-    whole, broken = (Run.of(settings, tmp_path / name) for name in ("whole", "broken"))
+    whole, broken = (Run.for_recipe(settings, tmp_path / name) for name in ("whole", "broken"))
     execute(whole)
     stops = iter([False] * 6 + [True])
     assert execute(broken, stop=lambda: next(stops)) is None
@@ -384,5 +388,12 @@ def test_a_reparameterized_run_goes_on_to_the_bit_and_leaves_a_plain_network(tmp
 
 def test_signals_are_left_alone(tmp_path):
     before = signal.getsignal(signal.SIGINT)
-    execute(Run.of(recipe(), tmp_path), stop=lambda: True)
+    execute(Run.for_recipe(recipe(), tmp_path), stop=lambda: True)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_version_is_that_of_the_package():
+    """It stands in `granet.__version__` and in pyproject.toml, which must agree."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["version"] == granet.__version__
+    assert environment(Trainer(recipe()))["granet"] == granet.__version__

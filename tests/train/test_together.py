@@ -60,9 +60,9 @@ def train_with_one_delayed(rank, world, folder, slow):
         delay(runs, 0.05)
     said = []
     asked = iter(range(1000))
-    run = Run.of(recipe(), runs)
+    run = Run.for_recipe(recipe(), runs)
     said.append(execute(run, stop=lambda: rank == 1 and next(asked) == 9))
-    said += [execute(Run.of(recipe(), runs)) for _ in range(2)]
+    said += [execute(Run.for_recipe(recipe(), runs)) for _ in range(2)]
     trainer = Trainer(recipe())
     said += [load_weights(run, trainer, which) for which in ("best", "last")]
     (folder / f"{rank}.json").write_text(json.dumps(said))
@@ -99,18 +99,18 @@ def different_data(rank, folder):
 
 
 def different_recipes(rank, folder):
-    execute(Run.of(recipe(seed=rank), folder / "different"))
+    execute(Run.for_recipe(recipe(seed=rank), folder / "different"))
 
 
 def a_file_in_the_way(rank, folder):
-    run = Run.of(recipe("blocked"), folder)
+    run = Run.for_recipe(recipe("blocked"), folder)
     if rank == 0:
         (run.path / "metrics.jsonl").mkdir(parents=True)
     execute(run)
 
 
 def no_checkpoint_written(rank, folder):
-    run = Run.of(recipe("full"), folder)
+    run = Run.for_recipe(recipe("full"), folder)
     if rank == 0:
         run.path.mkdir(parents=True)
         run.checkpoints.touch()
@@ -118,7 +118,7 @@ def no_checkpoint_written(rank, folder):
 
 
 def damaged_checkpoints(rank, folder):
-    run = Run.of(recipe("damaged"), folder)
+    run = Run.for_recipe(recipe("damaged"), folder)
     if rank == 0:
         (run.checkpoints / "00000004").mkdir(parents=True)
         (run.checkpoints / "00000004" / "state.json").touch()
@@ -126,7 +126,7 @@ def damaged_checkpoints(rank, folder):
 
 
 def trained_already(rank, folder):
-    run = Run.of(recipe("held"), folder)
+    run = Run.for_recipe(recipe("held"), folder)
     run.path.mkdir(parents=True, exist_ok=True)
     with run.locked() if rank else nullcontext():
         dist.barrier()
@@ -137,11 +137,11 @@ def a_failing_watcher(rank, folder):
     def watch(trainer, record):
         raise ValueError("the watcher has seen enough")
 
-    execute(Run.of(recipe("watched"), folder), watch=watch)
+    execute(Run.for_recipe(recipe("watched"), folder), watch=watch)
 
 
 def no_weights(rank, folder):
-    load_weights(Run.of(recipe("nothing"), folder), Trainer(recipe()), "last")
+    load_weights(Run.for_recipe(recipe("nothing"), folder), Trainer(recipe()), "last")
 
 
 def no_shards(rank, folder):
@@ -259,7 +259,7 @@ def fail_within_a_step(rank, world, folder, way):
         return False
 
     try:
-        execute(Run.of(recipe(), folder), stop=stop)
+        execute(Run.for_recipe(recipe(), folder), stop=stop)
     except (ValueError, ConnectionError) as error:
         (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
     os._exit(0)  # a group that lost a member cannot be left in order

@@ -42,7 +42,7 @@ def main(args: list[str]) -> int:
     from granet.cli.session import train_all
     from granet.train.run import Run
 
-    return train_all([Run.of(recipe, request.options.runs) for recipe in wanted])
+    return train_all([Run.for_recipe(recipe, request.options.runs) for recipe in wanted])
 
 
 def pinned(recipe: Recipe) -> Recipe:

@@ -90,14 +90,14 @@ def levels(recipe: Recipe, lottery: Lottery, runs: Path) -> list[Level]:
     values: dict[str, Any] = recipe.model_dump()
     dense = values | {"method": {"name": "dense"}, "name": f"{title(recipe)}-ticket"}
     dense["train"] = values["train"] | {"keep": (epochs(lottery.rewind),)}
-    found = [Run.of(validate(dense, source=recipe.name), runs)]
+    found = [Run.for_recipe(validate(dense, source=recipe.name), runs)]
     kind = {"weights": "ticket", "learning-rate": "rewound"}[lottery.mode]
     for level in range(1, lottery.levels + 1):
         share = f"{100 * lottery.sparsity_after(level):.4g}"
         # all that a level depends on is in its name, which leads to its directory
         name = f"{found[0].path.name}-{kind}-{epochs(lottery.rewind)}-{lottery.scope}-{level}of{lottery.levels}-{share}"
         changed = values | {"method": {"name": "fixed"}, "name": name.replace("%", "pc")}
-        found.append(Run.of(validate(changed, source=recipe.name), runs))
+        found.append(Run.for_recipe(validate(changed, source=recipe.name), runs))
     return [Level(number, run, run.summary) for number, run in enumerate(found)]
 
 

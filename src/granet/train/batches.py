@@ -32,7 +32,7 @@ class Split:
         return Split(self.images[rows], self.labels[rows])
 
     def to(self, device: torch.device | str) -> "Split":
-        """Return the split on `device` (itself if it is there)."""
+        """Returns the split on `device` (itself if it is there)."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
@@ -50,7 +50,7 @@ class FolderSplit:
         return FolderSplit(self.files[rows.numpy()], self.labels[rows])
 
     def to(self, device: torch.device | str) -> "FolderSplit":
-        """Return itself: files stay where they are, batches are decoded on the processor and moved."""
+        """Returns itself: files stay where they are, batches are decoded on the processor and moved."""
         return self
 
 
@@ -75,7 +75,7 @@ class Augment:
 
 
 def steps_per_epoch(samples: int, batch_size: int, *, world: int = 1, drop_last: bool = False) -> int:
-    """Return how many batches :func:`epoch_batches` gives each rank when it trains."""
+    """Returns how many batches `epoch_batches` gives each rank when it trains."""
     full, rest = divmod(samples, batch_size * world)
     return full + (not drop_last and rest >= world)
 
@@ -97,7 +97,7 @@ def epoch_batches(
     drop_last: bool = False,
     workers: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return the batches of an epoch: x float32 `(n, C, H, W)` normalised, y int64 `(n,)`, both on `device`.
+    """Returns the batches of an epoch: x float32 `(n, C, H, W)` normalised, y int64 `(n,)`, both on `device`.
 
     Batch `i` is the same whatever `start` is, so a run can go on from any batch without stored random state.
     With `train` the order is shuffled and `augment` applied. Hand over `split.to(device)`, kept for the whole
@@ -108,7 +108,7 @@ def epoch_batches(
         start: The first batch to give.
         rank: Every `world` images go one to each rank; a last batch of fewer than `world` is left out in training.
         drop_last: Leave out a last batch that is not full.
-        workers: Processes that decode a :class:`FolderSplit`; by default one a core, at most 16.
+        workers: Processes that decode a `FolderSplit`; by default one a core, at most 16.
 
     Raises:
         ValueError: A number is out of range, or `augment` asks for what the split cannot do.
@@ -159,7 +159,7 @@ def _batches(split, fetch, order, places, draws, augment, mean, std, device):
 
 
 def _shifted(x: Tensor, draws: Tensor, augment: Augment) -> Tensor:
-    """Return images cropped and mirrored: one gather, whose indices hold both."""
+    """Returns images cropped and mirrored: one gather, whose indices hold both."""
     if not augment.crop and not augment.flip:
         return x
     n, channels, height, width = x.shape
@@ -181,7 +181,7 @@ def _shifted(x: Tensor, draws: Tensor, augment: Augment) -> Tensor:
 
 
 def _cut_out(x: Tensor, draws: Tensor, side: int) -> Tensor:
-    """Return normalised images with a square of zeros each, the mean colour; at the border it is cut off."""
+    """Returns normalised images with a square of zeros each, the mean colour; at the border it is cut off."""
     top, left = draws[:, 3:, None].unbind(1)
     rows, columns = (torch.arange(size, device=x.device) for size in x.shape[2:])
     inside_rows = (rows >= top - side // 2) & (rows < top - side // 2 + side)
@@ -224,7 +224,7 @@ class _Decoder:
 
 
 def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Return a random part of an image: 8 to 100 % of its area, sides 3:4 to 4:3 (Szegedy et al. 2015)."""
+    """Returns a random part of an image: 8 to 100 % of its area, sides 3:4 to 4:3 (Szegedy et al. 2015)."""
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1)
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))

@@ -1,7 +1,7 @@
 """Checkpoints: one directory each, visible only when complete, readable without unpickling anything.
 
-``model.safetensors`` has the dense model's own keys and loads into the plain model anywhere. ``state.safetensors`` and
-``state.json`` hold the rest: the tensors, and the tree that they hang in with all numbers and names.
+`model.safetensors` has the dense model's own keys and loads into the plain model anywhere. `state.safetensors` and
+`state.json` hold the rest: the tensors, and the tree that they hang in with all numbers and names.
 """
 
 import json
@@ -31,7 +31,7 @@ NAMES = ("model.safetensors", "state.safetensors", "state.json")  # the files of
 
 
 class CheckpointError(OSError):
-    """A checkpoint that cannot be written or read: names the file and the cause."""
+    """A checkpoint that cannot be written or read; the message names the file and the cause."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Checkpoint:
 
     @property
     def best(self) -> int | None:
-        """The step of the best checkpoint of the run by then, None if there was none.
+        """The step of the run's best checkpoint at that time, or None.
 
         Raises:
             CheckpointError: the checkpoint is damaged, here as below.
@@ -56,7 +56,7 @@ class Checkpoint:
 
     @property
     def metrics(self) -> int:
-        """The length of the file of records by then, in bytes."""
+        """The length of the file of records at that time, in bytes."""
         with distrusted(self.path):
             return _whole(self.state["metrics"])
 
@@ -80,7 +80,7 @@ class Checkpoint:
 
 
 def save(folder: Path, *, step: int, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Returns the directory of the new checkpoint, ``folder/<step>``, which appears at once and complete.
+    """Returns the directory of the new checkpoint, `folder/<step>`, which appears at once and complete.
 
     Raises:
         CheckpointError: it could not be written, on a full disk for instance; older checkpoints are untouched.
@@ -118,7 +118,7 @@ def save(folder: Path, *, step: int, model: Mapping[str, Tensor], state: Mapping
 
 
 def prune(folder: Path, *, keep: int, also: set[int]) -> None:
-    """Removes all checkpoints but the last ``keep`` and those of the steps in ``also``.
+    """Removes all checkpoints but the last `keep` and those of the steps in `also`.
 
     What is not a checkpoint as `save` writes it, by its name and by what it holds, is neither counted nor removed.
     """
@@ -133,13 +133,13 @@ def prune(folder: Path, *, keep: int, also: set[int]) -> None:
 
 
 def paths(folder: Path) -> list[Path]:
-    """Returns the checkpoint directories in ``folder``, the latest first."""
+    """Returns the checkpoint directories in `folder`, the latest first."""
     found = [p for p in folder.glob("*") if re.fullmatch(r"\d{8,}", p.name, re.ASCII) and p.is_dir()]
     return sorted((p for p in found if not p.is_symlink()), key=lambda p: int(p.name), reverse=True)
 
 
 def load(path: Path) -> Checkpoint:
-    """Returns the checkpoint in the directory ``path``, on the CPU.
+    """Returns the checkpoint in the directory `path`, on the CPU.
 
     Raises:
         CheckpointError: a file is missing, truncated, altered, or not granet's.
@@ -160,7 +160,7 @@ def load(path: Path) -> Checkpoint:
         with distrusted(head_file):
             return Checkpoint(path, head["step"], model, _unpack(head["state"], tensors))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is no checkpoint: {Path(error.filename).name} is missing") from None
+        raise CheckpointError(f"{path} is not a checkpoint: {Path(error.filename).name} is missing") from None
     except CheckpointError:
         raise
     except OSError as error:
@@ -169,10 +169,12 @@ def load(path: Path) -> Checkpoint:
 
 @contextmanager
 def distrusted(path: Path) -> Iterator[None]:
-    """Inside, whatever a file's content sets off is said of the file: it may be crafted, or of another version.
+    """Turns errors that a file's content causes in the `with` block into a CheckpointError that names the file.
+
+    The file may be damaged, made up by someone else, or of another version.
 
     Raises:
-        CheckpointError: names ``path``; messages that are granet's own pass unchanged.
+        CheckpointError: names `path`; messages that are granet's own pass unchanged.
     """
     try:
         yield
@@ -186,11 +188,11 @@ def distrusted(path: Path) -> Iterator[None]:
 
 
 def pick(folder: Path, which: str | None = None) -> Checkpoint:
-    """Returns the ``"best"`` of a run's checkpoints, or the ``"last"``; by default the best, else the last.
+    """Returns the `"best"` of a run's checkpoints, or the `"last"`; by default the best, else the last.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
-        ValueError: ``which`` is neither.
+        ValueError: `which` is neither.
     """
     if which not in (None, "best", "last"):
         raise ValueError(f"there is no checkpoint {which!r}: write 'best' or 'last'")
@@ -207,7 +209,7 @@ def pick(folder: Path, which: str | None = None) -> Checkpoint:
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """Returns the latest intact checkpoint in ``folder``, None if there is none; warns of each damaged one passed over.
+    """Returns the latest intact checkpoint in `folder`, None if there is none; warns of each damaged one passed over.
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
@@ -235,7 +237,7 @@ def _read(path: Path, crc32: int) -> dict[str, Tensor]:
         # from memory: a mapped file would tie the tensors to a file that may go
         return safetensors.torch.load(content)
     except (safetensors.SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: {' '.join(str(error).split()):.300}") from None
+        raise CheckpointError(f"{path} is not a safetensors file: {' '.join(str(error).split()):.300}") from None
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -260,7 +262,7 @@ def _sum_of(step: int, tree: Any) -> int:
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Returns ``value`` as JSON; its tensors are replaced by their paths and put into ``tensors``."""
+    """Returns `value` as JSON; its tensors are replaced by their paths and put into `tensors`."""
     match value:
         case Tensor():
             tensors[path] = value

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def source(path: Path) -> Path:
-    """Returns the checkpoint that ``path`` means: itself, or of a run directory the best one, else the last.
+    """Returns the checkpoint that `path` means: itself, or of a run directory the best one, else the last.
 
     Raises:
         FileNotFoundError: it is neither a checkpoint nor a run directory.
@@ -28,9 +28,9 @@ def source(path: Path) -> Path:
 
 
 def load(recipe: Recipe, model: nn.Module, here: ranks.Ranks) -> dict[str, Tensor] | None:
-    """Puts the weights into ``model`` that ``train.init`` names, and returns their masks if the method keeps to them.
+    """Puts the weights into `model` that `train.init` names, and returns their masks if the method keeps to them.
 
-    Without ``train.init`` nothing is done. Only the method ``fixed`` trains within the masks of the other run; any
+    Without `train.init` nothing is done. Only the method `fixed` trains within the masks of the other run; any
     other one starts from the weights alone, the inactive ones among them zero, and chooses its own masks.
 
     Args:
@@ -60,7 +60,7 @@ def load(recipe: Recipe, model: nn.Module, here: ranks.Ranks) -> dict[str, Tenso
 
 
 def longer(recipe: Recipe, epochs: int, steps_per_epoch: int) -> Recipe:
-    """Returns the recipe whose training is extended to ``epochs``, of which the first part is as it was.
+    """Returns the recipe whose training is extended to `epochs`, of which the first part is as it was.
 
     Every share of the training becomes the number of steps that it was, so that the method does in the first part what
     it did, and goes on with the topology that it had at its end. The learning rate of a multistep or constant schedule

@@ -12,7 +12,7 @@ from granet.train.recipe import Train
 
 
 def learning_rate(settings: Train, step: int, steps: int) -> float:
-    """Returns the learning rate of the optimizer step after ``step`` steps of ``steps``; step counts are resolved.
+    """Returns the learning rate of the optimizer step after `step` steps of `steps`; step counts are resolved.
 
     >>> settings = Train(lr=1.0, warmup=2, milestones=(5, 8), gamma=0.5)
     >>> [learning_rate(settings, step, 10) for step in range(10)]
@@ -31,11 +31,11 @@ def learning_rate(settings: Train, step: int, steps: int) -> float:
 
 
 def build(model: nn.Module, settings: Train, *, spared: Iterable[str] = ()) -> torch.optim.Optimizer:
-    """Returns the optimizer of the settings; with ``decay: weights`` vectors (biases, norms) are not decayed.
+    """Returns the optimizer of the settings; with `decay: weights` vectors (biases, norms) are not decayed.
 
     Args:
         model: its parameters are optimized.
-        settings: the section ``train`` of a recipe.
+        settings: the section `train` of a recipe.
         spared: names of more parameters that are not decayed.
     """
     free = {name for name, p in model.named_parameters() if settings.decay == "weights" and p.ndim < 2} | set(spared)
@@ -59,9 +59,9 @@ def adamw(groups: list[dict], settings: Train) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def average_(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Takes the weights of ``model`` after ``step`` steps into their exponential moving average; buffers are copied.
+    """Takes the weights of `model` after `step` steps into their exponential moving average; buffers are copied.
 
-    The first steps weigh more than ``decay`` says, or the random initial weights would stay in the average for long.
+    The first steps weigh more than `decay` says, or the random initial weights would stay in the average for long.
     """
     update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
     update(list(average.parameters()), list(model.parameters()), None)

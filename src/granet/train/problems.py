@@ -1,6 +1,6 @@
-"""What is wrong with a value of a recipe or a sweep, in words of our own; pydantic finds it.
+"""Messages for values of a recipe or a sweep that are not valid; pydantic finds them, the words are granet's.
 
-A problem is a line such as ``train.lr: must be greater than 0, got -1``.
+A problem is a line such as `train.lr: must be greater than 0, got -1`.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from granet.parsing import printable, short
 
-SHOWN = 20  # of many problems, so many are told
+SHOWN = 20  # problems that a message lists at most
 
 STEPS = "is not a number of steps: write 1000, '1000it', '80ep' or '50%' (of the training)"
 _KINDS = {"int": "must be a whole number", "float": "must be a number", "str": "must be a text"}
@@ -46,7 +46,7 @@ _WORDS = {
 
 
 def suggest(given: object, choices: Iterable[str]) -> str:
-    """Returns the end of an error message: the choice nearest to ``given``, and all choices.
+    """Returns the end of an error message: the choice nearest to `given`, and all choices.
 
     >>> suggest("regl", ["granet", "rigl"])
     "did you mean 'rigl'? (choices: granet, rigl)"
@@ -68,7 +68,7 @@ class Problem:
 
     @property
     def where(self) -> str:
-        """The place, such as ``train.lr``."""
+        """The place, such as `train.lr`."""
         return printable(".".join(self.path)) or "the whole"
 
     def __str__(self) -> str:
@@ -112,13 +112,13 @@ def refusal(
     above: tuple[str, ...] = (),
     also: Iterable[str] = (),
 ) -> str:
-    """Returns the message that refuses ``what``, a line a problem.
+    """Returns the message that refuses `what`, a line a problem.
 
     Args:
         what: what is not valid.
         error: what pydantic says of it.
         root: the model of the whole, which knows what keys there are.
-        variants: the alternatives for its ``method``, by name.
+        variants: the alternatives for its `method`, by name.
         above: where in the whole the part is that was looked at.
         also: keys that are possible beside those of the root.
     """

@@ -104,7 +104,7 @@ FILE_KEYS = {
 
 
 def validate(values: Mapping[str, Any], *, source: str, also: Iterable[str] = ()) -> Recipe:
-    """Returns the recipe in ``values``.
+    """Returns the recipe in `values`.
 
     Args:
         values: the sections, as YAML gives them.

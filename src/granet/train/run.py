@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from granet import files, ranks
+from granet import __version__, files, ranks
 from granet.parsing import from_yaml, short
 from granet.train import checkpoint, data, initial
 from granet.train.recipe import Recipe, RecipeError, validate
@@ -40,16 +40,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory; `of` and `open` give one."""
+    """A run directory: that of a recipe (`for_recipe`), or one that is there already (`open`)."""
 
     path: Path
     recipe: Recipe
 
     @staticmethod
-    def of(recipe: Recipe, runs: Path) -> "Run":
-        """Returns the run of ``recipe`` in the folder ``runs``, begun or not; its directory is made by `execute`.
+    def for_recipe(recipe: Recipe, runs: Path) -> "Run":
+        """Returns the run of `recipe` in the folder `runs`, begun or not; its directory is made by `execute`.
 
-        It is named by the recipe's name and a hash of what is not default, so the same command finds the same run.
+        It is named after the recipe and a hash of all settings that are not default, so the same command finds the
+        same run.
 
         Raises:
             RecipeError: the directory holds a run of another recipe.
@@ -63,10 +64,10 @@ class Run:
 
     @staticmethod
     def open(path: Path) -> "Run":
-        """Returns the run in the directory ``path``.
+        """Returns the run in the directory `path`.
 
         Raises:
-            FileNotFoundError: it is no run directory.
+            FileNotFoundError: it is not a run directory.
         """
         path = path.resolve() if not path.name else path  # the directory one stands in has a name too
         file = path / "recipe.yaml"
@@ -76,7 +77,7 @@ class Run:
             folder = path if path.is_dir() and any(path.glob("*/recipe.yaml")) else path.parent
             there = sorted(p.parent.name for p in folder.glob("*/recipe.yaml"))
             hint = f"; runs in {folder}: {', '.join(there)}" if there else ""
-            raise FileNotFoundError(f"{path} is no run directory: it has no recipe.yaml{hint}") from None
+            raise FileNotFoundError(f"{path} is not a run directory: it has no recipe.yaml{hint}") from None
         except ValueError as error:
             raise RecipeError(f"{file} is damaged: {error}") from None
         return Run(path, validate(values, source=str(file)))
@@ -109,7 +110,7 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run for this process; the lock goes with the process, however it ends.
+        """Locks the run for this process; the lock is released when the process ends, however it ends.
 
         Raises:
             RecipeError: another process trains it.
@@ -157,16 +158,16 @@ def execute(
     watch: Callable[[Trainer, dict[str, Any]], None] = lambda trainer, record: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Trains ``run`` to the end from where it stands; returns its summary, or None if ``stop`` ended it early.
+    """Trains `run` to the end from where it stands; returns its summary, or None if `stop` ended it early.
 
     A finished run is not trained again: its summary comes back at once. Of several ranks (`granet.ranks`) all call
-    this. The first alone reads and writes the run's files, and watches; the others are told what it has found. Where
+    this. Only the first reads and writes the run's files and calls `watch`; it tells the others what it found. Where
     one of them fails, the others fail with its message.
 
     Args:
         run: the run.
-        watch: sees the trainer and every record, for progress.
-        stop: asked after every step; True saves a checkpoint and returns.
+        watch: called with the trainer and every record, to show progress.
+        stop: called after every step; True saves a checkpoint and ends the training.
 
     Raises:
         CheckpointError: no checkpoint could be written, or none read.
@@ -182,7 +183,7 @@ def execute(
 
 def _train(run: Run, here: ranks.Ranks, watch, stop: Callable[[], bool]) -> dict[str, Any] | None:
     begins = here.decide(lambda: not checkpoint.paths(run.checkpoints))
-    trainer = Trainer(run.recipe, begins=begins)  # first of all: what cannot be built leaves no directory behind
+    trainer = Trainer(run.recipe, begins=begins)  # first: what cannot be built leaves no directory
     with contextlib.ExitStack() as held:  # by the first rank: the lock and the open files
         metrics = events = None
 
@@ -244,10 +245,10 @@ def _restore(trainer: Trainer, found: checkpoint.Checkpoint) -> None:
     with checkpoint.distrusted(found.path):
         trainer.load_state_dict(found.model, found.state)
         if trainer.step != found.step or not 0 <= found.step <= trainer.steps:
-            raise ValueError(f"it says step {trainer.step} of {trainer.steps}, and its name step {found.step}")
+            raise ValueError(f"its content is of step {trainer.step} of {trainer.steps}, its name of step {found.step}")
         numbers = [trainer.training_flops, trainer.seconds, *(asdict(trainer.best).values() if trainer.best else ())]
         if not all(isinstance(number, int | float) for number in numbers) or not 0 <= sum(numbers[:2]) < math.inf:
-            raise ValueError(f"its costs and its best score are no numbers: {short(numbers)}")
+            raise ValueError(f"its costs and its best score must be numbers, not {short(numbers)}")
 
 
 def _summarise(run: Run, trainer: Trainer) -> dict[str, Any]:
@@ -275,9 +276,9 @@ def _score(trainer: Trainer, validation_accuracy: float) -> dict[str, Any]:
 
 
 def load_weights(run: Run, trainer: Trainer, which: str | None = None) -> int:
-    """Returns the step of a checkpoint, which is put into ``trainer``; ``which`` is that of `checkpoint.pick`.
+    """Returns the step of a checkpoint, which is put into `trainer`; `which` is that of `checkpoint.pick`.
 
-    All ranks of ``trainer`` call this together: the first one reads, and tells the others.
+    All ranks of `trainer` call this together: the first one reads, and tells the others.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -288,9 +289,9 @@ def load_weights(run: Run, trainer: Trainer, which: str | None = None) -> int:
 
 
 def extend(run: Run, epochs: int) -> Path:
-    """Returns the directory of the run that goes on from ``run`` up to ``epochs``, made if it is not there yet.
+    """Returns the directory of the run that goes on from `run` up to `epochs`, made if it is not there yet.
 
-    It lies beside ``run``, which stays as it is, and holds its records and its last and best checkpoint.
+    It lies beside `run`, which stays as it is, and holds its records and its last and best checkpoint.
 
     Raises:
         RecipeError: the training is so long already.
@@ -303,7 +304,7 @@ def extend(run: Run, epochs: int) -> Path:
     share = here.share(recipe.train.batch_size, recipe.train.accumulate)
     drop_last = not recipe.train.partial_batch
     steps_per_epoch = data.steps_per_epoch(len(images), share, world=here.world, drop_last=drop_last)
-    made = Run.of(initial.longer(recipe, epochs, steps_per_epoch), run.path.parent)
+    made = Run.for_recipe(initial.longer(recipe, epochs, steps_per_epoch), run.path.parent)
     if checkpoint.paths(made.checkpoints):
         return made.path
     last, best = checkpoint.pick(run.checkpoints, "last"), checkpoint.pick(run.checkpoints)
@@ -318,10 +319,8 @@ def extend(run: Run, epochs: int) -> Path:
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:
-    """Returns what the results may depend on beside the recipe."""
+    """Returns what the results may depend on besides the recipe: versions, device, threads, ranks, the command."""
     import numpy
-
-    from granet import __version__
 
     device = trainer.device
     return {
@@ -340,7 +339,7 @@ def environment(trainer: Trainer) -> dict[str, Any]:
 
 
 def _git_hash() -> str | None:
-    """Returns the commit of granet's own sources, with ``+`` if they were changed since; None if not in git."""
+    """Returns the commit of granet's own sources, with `+` if they were changed since; None if not in git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -25,7 +25,7 @@ from granet.train.problems import STEPS, suggest
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used: says where, what was given, what is allowed."""
+    """A recipe that cannot be used; the message says where, what was given, and what is allowed."""
 
 
 _STEPS = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>ep|it|%)")
@@ -41,7 +41,7 @@ def _check_steps(value: int | str) -> int | str:
             raise ValueError(f"{short(value)} is too much: {most}")
         return int(value) if value.isdecimal() else value
     if not 0 <= value <= MOST:
-        raise ValueError(f"a number of steps is not negative and at most {MOST:,}")
+        raise ValueError(f"a number of steps must be from 0 to {MOST:,}")
     return value
 
 
@@ -50,10 +50,10 @@ Steps = Annotated[int | str, AfterValidator(_check_steps)]
 
 
 def in_steps(value: int | str, *, steps_per_epoch: int, epochs: int) -> int:
-    """Returns ``value`` as a number of optimizer steps, rounded to the nearest.
+    """Returns `value` as a number of optimizer steps, rounded to the nearest.
 
     Args:
-        value: an integer (steps already), ``"1000it"``, ``"80ep"`` or ``"50%"`` of the whole training.
+        value: an integer (steps already), `"1000it"`, `"80ep"` or `"50%"` of the whole training.
         steps_per_epoch: optimizer steps in an epoch.
         epochs: epochs of the whole training.
 
@@ -82,7 +82,7 @@ def _choices(registry: Registry) -> Any:
 class Section(BaseModel):
     """The base of all sections: frozen, without unknown keys."""
 
-    # descriptions are given by Field(description=): to read docstrings, pydantic would wake all lazy modules
+    # descriptions are given by Field(description=): reading docstrings, pydantic would import all lazy modules
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def resolved(self, *, steps_per_epoch: int, epochs: int) -> dict[str, Any]:
@@ -111,9 +111,9 @@ class Data(Section):
         gt=0,
         description="Share, or number, of the training images held out for validation.",
     )
-    crop: int = Field(0, ge=0, le=10_000, description="Augmentation: shift by up to so many pixels, at random.")
+    crop: int = Field(0, ge=0, le=10_000, description="Augmentation: largest random shift, in pixels.")
     padding: Literal["reflect", "zeros"] = Field(
-        "reflect", description="Augmentation: what a shift brings in at the border."
+        "reflect", description="Augmentation: what fills the border after a shift."
     )
     flip: bool = Field(False, description="Augmentation: mirror half of the images.")
     cutout: int = Field(0, ge=0, le=10_000, description="Augmentation: side of the square blanked out at random.")
@@ -231,7 +231,7 @@ class Train(Section):
         return steps
 
     def never(self, steps_per_epoch: int) -> list[str]:
-        """Returns what lies behind the end of the training and so never happens, each with what to do.
+        """Returns a warning for each setting that has no effect because it lies after the end of the training.
 
         >>> Train(epochs=50, milestones=("30ep", "90ep")).never(steps_per_epoch=100)
         ['train.milestones: 90ep is after the end of the training (50 epochs, 5,000 steps) and has no effect']
@@ -272,7 +272,7 @@ class MethodSection(Section):
 
 
 def _descriptions(cls: type[Method]) -> dict[str, str]:
-    """What the ``Args:`` of a method's docstring say of its hyper-parameters."""
+    """Returns what the `Args:` section of a method's docstring says about each hyper-parameter."""
     found = {}
     for parameter in docstring_parser.parse(cls.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE).params:
         text = " ".join((parameter.description or "").split())
@@ -282,7 +282,7 @@ def _descriptions(cls: type[Method]) -> dict[str, str]:
 
 @cache
 def _method_section(name: str, cls: type[Method]) -> type[MethodSection]:
-    """Returns the section of one method: the fields of its class, steps in any unit, ``total`` the whole training."""
+    """Returns the section of one method: the fields of its class, steps in any unit, `total` the whole training."""
     hints, fields = get_type_hints(cls, include_extras=True), {}
     descriptions = _descriptions(cls)
     for field in dataclasses.fields(cls):

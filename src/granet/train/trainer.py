@@ -1,7 +1,7 @@
 """The reference loop: how granet trains, in plain torch, to be read and copied.
 
-`Trainer` builds everything from a recipe and runs the steps. What it has to say it says through ``record``, as
-mappings that `granet.train.run` writes to ``metrics.jsonl``; where it wants to be saved it calls ``save``.
+`Trainer` builds everything from a recipe and runs the steps. It reports through `record`, as mappings that
+`granet.train.run` writes to `metrics.jsonl`, and calls `save` whenever its state is to be saved.
 """
 
 import copy
@@ -34,7 +34,7 @@ Masks = Mapping[str, Tensor]
 
 
 class TrainingError(ArithmeticError):
-    """Training that cannot go on: names the step, and what to try."""
+    """Training that cannot go on; the message names the step and what to try."""
 
 
 class Trainer:
@@ -113,12 +113,12 @@ class Trainer:
         return self.target is None or self.sparsifier.active_units <= self.target
 
     def fit(self, *, record: Record, save: Callable[[], None], stop: Callable[[], bool] = lambda: False) -> bool:
-        """Trains to the end, from wherever the trainer stands; returns False if ``stop`` ended it early.
+        """Trains to the end, from wherever the trainer stands; returns False if `stop` ended it early.
 
         Args:
-            record: called with each thing there is to say, on all ranks.
-            save: called whenever the state is worth keeping, on all ranks.
-            stop: asked after every step; True saves and ends training.
+            record: called with each record, on all ranks.
+            save: called whenever the state is to be saved, on all ranks.
+            stop: called after every step; True saves and ends the training.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -205,7 +205,7 @@ class Trainer:
         self._window.clear()
 
     def probe(self, batches: int) -> Probe:
-        """Returns what shows the gradients on the first training batches, without augmentation."""
+        """Returns a probe of the gradients on the first training batches, without augmentation."""
         example = torch.zeros(1, *self.dataset.shape, device=self.device)
         return Probe(self.model, self.images.first(batches), example=example)
 
@@ -286,7 +286,7 @@ class Trainer:
         return {"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch} | values
 
     def _validate(self, record: Record) -> bool:
-        """Returns whether this evaluation is the best so far at target sparsity."""
+        """Evaluates, records the result, and returns whether it is the best so far at target sparsity."""
         began = time.perf_counter()
         self.sparsifier.refresh()
         score = self.evaluate("validation")
@@ -331,7 +331,7 @@ class Trainer:
         return 1 - sum(layer.nonzero for layer in self.sparsifier.report().layers) / self.sparsifier.total
 
     def summary(self) -> dict[str, Any]:
-        """Returns what the run is and cost, without its accuracies."""
+        """Returns what was trained and what it cost, without accuracies."""
         counts = self.sparsifier.counts
         total, sparse = sum(map(math.prod, self.flops.shapes.values())), self.sparsifier.total
         return {
@@ -377,7 +377,7 @@ class Trainer:
         }
 
     def load_state_dict(self, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Continues where ``model`` and ``state`` were taken.
+        """Puts the trainer where `model` and `state` were taken, to train on from there.
 
         Raises:
             ValueError: they belong to another model or method.

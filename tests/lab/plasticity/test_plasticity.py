@@ -39,7 +39,7 @@ def recipe(method=None, **train):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A trained run of 4 epochs of 20 steps, learning rate dropped after 2 and 3; checkpoints after every epoch."""
-    run = Run.of(recipe(), tmp_path_factory.mktemp("runs"))
+    run = Run.for_recipe(recipe(), tmp_path_factory.mktemp("runs"))
     execute(run)
     return run
 
@@ -192,7 +192,7 @@ def test_one_path_for_both_measures_equals_two(on, run, step, retrain, monkeypat
 
 
 def test_a_moving_average_is_pruned_along(tmp_path):
-    run = Run.of(recipe(ema=0.9, epochs=2), tmp_path)
+    run = Run.for_recipe(recipe(ema=0.9, epochs=2), tmp_path)
     execute(run)
     bench = Bench(run)
     result = measure(bench, cell(run, arm="equal", rate=0.9))

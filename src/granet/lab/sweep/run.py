@@ -21,7 +21,7 @@ def run_cell(recipe: str, runs: str) -> dict[str, Any] | None:
 
     The whole job of an executor: plain data in, plain data out, the rest in the run directory.
     """
-    run = Run.of(validate(yaml.safe_load(recipe), source="of the sweep"), Path(runs))
+    run = Run.for_recipe(validate(yaml.safe_load(recipe), source="of the sweep"), Path(runs))
     threads = torch.get_num_threads()
     try:
         return execute(run, stop=pool.stopping)
@@ -48,7 +48,7 @@ def planned(cells: list[Cell], runs: Path) -> list[Done]:
     """
     found: dict[Path, Done] = {}
     for cell in cells:
-        run = Run.of(cell.recipe, runs)
+        run = Run.for_recipe(cell.recipe, runs)
         if run.path in found:
             raise SweepError(
                 f"{found[run.path].cell.label!r} and {cell.label!r} are the same run, {run.path.name}: "

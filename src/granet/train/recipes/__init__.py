@@ -1,8 +1,8 @@
 """Recipe files: those the package ships, and your own.
 
-A recipe file holds the sections of `Recipe`, and three keys of its own: ``base`` (the recipe it starts
-from), ``summary`` (one line for ``granet ls recipes``) and ``methods`` (settings of each method for this task, one of
-which ``method`` names). A file ``fashion.yaml`` whose ``methods`` has ``rigl`` is also the recipe ``fashion-rigl``.
+A recipe file holds the sections of `Recipe`, and three keys of its own: `base` (the recipe it starts
+from), `summary` (one line for `granet ls recipes`) and `methods` (settings of each method for this task, one of
+which `method` names). A file `fashion.yaml` whose `methods` has `rigl` is also the recipe `fashion-rigl`.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ class RecipeFile:
     methods: Mapping[str, Mapping[str, Any]]
 
     def recipe(self, variant: str | None = None, settings: Mapping[str, Any] | None = None) -> Recipe:
-        """Returns the recipe, with the method that the file chooses or with ``variant``, which need not be in the file.
+        """Returns the recipe, with the method that the file chooses or with `variant`, which need not be in the file.
 
         A method without settings in the file takes its own defaults, and the sparsity of the file's choice; over all
-        of these are laid ``settings``.
+        of these are laid `settings`.
         """
         chosen = variant or self.sections.get("method")
         if isinstance(chosen, str):
@@ -73,7 +73,7 @@ def read(path: Path, *, seen: tuple[Path, ...] = ()) -> RecipeFile:
     except ValueError as error:
         raise RecipeError(f"{path} cannot be read as a recipe: {error}") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} is no recipe: a mapping such as 'data: {{name: digits}}' is expected")
+        raise RecipeError(f"{path} is not a recipe: it must be a mapping such as 'data: {{name: digits}}'")
     base, summary, methods = values.pop("base", None), values.pop("summary", ""), values.pop("methods", {})
     if not isinstance(summary, str):
         raise RecipeError(f"{path}: summary must be a line of text; got {short(summary)}")
@@ -96,7 +96,7 @@ def read(path: Path, *, seen: tuple[Path, ...] = ()) -> RecipeFile:
 
 
 def _base(base: Any, path: Path) -> Path:
-    """Returns the file that the recipe file ``path`` calls its base: one beside it, or one of the package."""
+    """Returns the file that the recipe file `path` calls its base: one beside it, or one of the package."""
     if not isinstance(base, str) or not base or len(base) > 200 or "\0" in base:
         raise RecipeError(f"{path}: base must be the name of a recipe; got {short(base)}")
     near = path.parent / f"{base}.yaml"
@@ -107,7 +107,7 @@ def _base(base: Any, path: Path) -> Path:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ``base`` with ``over`` laid on it; a method is one thing and replaced as a whole."""
+    """Returns `base` with `over` laid on it; a method is one thing and replaced as a whole."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping) and key != "method"
@@ -126,10 +126,10 @@ def catalog() -> list[RecipeFile]:
 
 
 def load(name: str, *, method: str | None = None, settings: Mapping[str, Any] | None = None) -> Recipe:
-    """Returns a recipe by its name, such as ``digits`` or ``cifar10-vgg19-rigl``, or from a YAML file.
+    """Returns a recipe by its name, such as `digits` or `cifar10-vgg19-rigl`, or from a YAML file.
 
     Args:
-        name: a shipped recipe, or a path that ends in ``.yaml`` or ``.yml``.
+        name: a shipped recipe, or a path that ends in `.yaml` or `.yml`.
         method: train with this method instead of the one that the recipe chooses.
         settings: hyper-parameters of the method that are not as the recipe has them.
 
