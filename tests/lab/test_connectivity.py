@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -79,7 +81,9 @@ def test_the_command(runs, capsys, tmp_path):
     assert "by chance" in out
     assert (tmp_path / "connectivity.csv").read_text().startswith("kind,first,second,layer,jaccard,chance\n")
     assert (tmp_path / "connectivity.svg").read_text().startswith("<svg")
-    assert "exploration" in (tmp_path / "connectivity.html").read_text()
+    page = (tmp_path / "connectivity.html").read_text()
+    densities = re.findall(r"\d+\.\d\d%", out.partition("through a run")[0])
+    assert densities and all(f">{density}</td>" in page for density in densities)  # formatted as in the terminal
 
 
 def test_what_cannot_be_compared_says_why(runs, tmp_path, capsys):

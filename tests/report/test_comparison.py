@@ -1,6 +1,7 @@
 """Only runs of one task are set side by side; what differs is named, and whose numbers a headline shows."""
 
 import json
+import re
 import shutil
 from io import StringIO
 from pathlib import Path
@@ -9,12 +10,13 @@ import pytest
 from rich.console import Console
 
 from granet.report import comparison
-from granet.report.page import RunData, read_run, summary_tables, write_report
+from granet.report.page import summary_tables, write_report
+from granet.report.rundata import RunData, read_run
 from granet.train import recipes
 from granet.train.recipe import validate
 
 SUMMARY = {
-    "sparsity": 0.9, "parameters": {"total": 10, "sparse": 10, "active": 1}, "seconds": 1.0, "layers": [],
+    "sparsity": 0.9, "parameters": {"total": 10, "sparse": 10, "active": 1}, "seconds": 1.0, "layers": [], "steps": 20,
     "flops": {"inference": 1.0, "inference_dense": 2.0, "training": 1.0, "training_dense": 2.0}, "best": None,
 }  # fmt: skip
 
@@ -61,13 +63,31 @@ def test_a_headline_compares_twins_and_no_others():
     assert comparison.pair(of(run("a", finished=False))) == (None, None)
 
 
+def test_a_headline_is_about_the_run_that_is_asked_for(tmp_path):
+    levels = [run("dense", "dense"), run("level1", accuracy=0.6), run("level2", accuracy=0.7)]
+    assert comparison.pair(of(*levels)) == ("level1", "dense")
+    assert comparison.pair(of(*levels), "level2") == ("level2", "dense")
+    assert comparison.pair(of(*levels), "dense") == ("dense", None)
+    assert comparison.pair(of(*levels), "of another group") == ("level1", "dense")
+    text = write_report(levels, tmp_path / "page.html", subject="level2").read_text()
+    assert "<b>level2</b>" in text and "+20.00 points to dense" in text and "<b>level1</b>" not in text
+
+
+def test_runs_of_other_budgets_are_marked():
+    longer = run("longer", seed=1)
+    longer.summary["steps"] = 1200
+    differs = comparison.differences(of(run("a"), longer, run("unfinished", finished=False)))
+    assert differs == {"a": "seed 0, 20 steps", "longer": "seed 1, 1,200 steps", "unfinished": "seed 0"}
+
+
 def test_dense_of_another_data_set_is_no_twin(tmp_path):
     page = write_report(
         [run("fashion", accuracy=0.88, data_name="fashion-mnist"), run("digits", "dense", accuracy=0.98)],
         tmp_path / "page.html",
     ).read_text()
     assert "points to" not in page
-    assert "fashion: fashion-mnist (0.1 held out)" in page and "digits: digits (0.1 held out)" in page
+    heads = [re.sub("<.*?>", "", line) for line in page.splitlines() if 'class="headline"' in line]
+    assert [head.partition(" held out")[0] for head in heads] == ["fashion: fashion-mnist (0.1", "digits: digits (0.1"]
     page = write_report([run("mine", accuracy=0.88), run("twin", "dense", accuracy=0.98)], tmp_path / "page.html")
     assert "-10.00 points to twin" in page.read_text()
 
@@ -156,7 +176,7 @@ def test_no_file_of_others_is_written_over(folder, capsys):
 
 
 def test_a_damaged_recipe_is_said(folder):
-    with pytest.raises(ValueError, match=r"recipe\.yaml is damaged: it is no recipe"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml is damaged: it does not hold a recipe"):
         read_run(folder / "damaged")
     (folder / "whole/summary.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match=r"summary\.json is damaged"):

@@ -7,31 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from granet.report.page import read_run, summary_tables, write_report
-from granet.train import recipes
-from granet.train.recipe import validate
-from granet.train.run import Run, execute
+from granet.report.page import summary_tables, write_page, write_report
+from granet.report.rundata import read_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> list[Path]:
-    """Two real runs, GraNet and its dense twin, of three epochs."""
-    folder = tmp_path_factory.mktemp("runs")
-    paths = []
-    for method in ("granet", "dense"):
-        values = recipes.load("digits", method=method).model_dump()
-        values["train"]["epochs"], values["train"]["warmup"] = 3, "1ep"
-        run = Run.for_recipe(validate(values, source="test"), folder)
-        execute(run)
-        paths.append(run.path)
-    return paths
-
-
-@pytest.fixture
-def copied(finished, tmp_path) -> Path:
-    return shutil.copytree(finished[0], tmp_path / "copy")
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +24,6 @@ def printed(paths) -> str:
         for title, table in summary_tables([read_run(path) for path in paths]):
             console.print(title, table)
     return capture.get()
-
-
-def test_a_run_is_read_whole(finished):
-    run = read_run(finished[0])
-    assert run.summary["method"] == "granet"
-    assert [record["epoch"] for record in run.evals] == [1, 2, 3]
-    assert run.updates and run.train
-    assert len(run.records) == len((finished[0] / "metrics.jsonl").read_text().splitlines())
-    assert "granet" in run.recipe and run.environment["torch"]
 
 
 def test_the_table_has_the_numbers_of_the_summary(finished):
@@ -83,33 +53,7 @@ def test_no_best_yet_is_shown_as_a_dash(copied):
     assert re.search(r" - +\d+\.\d\d %", printed([copied]))
 
 
-def test_a_half_written_last_line_is_left_out(copied):
-    whole = read_run(copied).records
-    with (copied / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"kind": "train", "step": 9')
-    assert read_run(copied).records == whole
-
-
-@pytest.mark.parametrize(
-    "line", [b"{", b"[1]", b'{"kind": "train"}', b'{"kind": "eval", "step": "x", "epoch": 1}', b"\xff"]
-)
-def test_a_damaged_line_is_named(copied, line):
-    content = (copied / "metrics.jsonl").read_bytes()
-    (copied / "metrics.jsonl").write_bytes(line + b"\n" + content)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is damaged"):
-        read_run(copied)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"name": "x"}'])
-def test_a_damaged_summary_is_named(copied, content):
-    (copied / "summary.json").write_text(content)
-    with pytest.raises(ValueError, match=r"summary\.json is damaged"):
-        read_run(copied)
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"not the directory of a run: it has no recipe\.yaml"):
-        read_run(tmp_path)
+def test_a_report_of_no_runs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least one run"):
         write_report([], tmp_path / "page.html")
 
@@ -124,6 +68,38 @@ def test_what_a_run_says_cannot_become_script(copied, tmp_path):
 def test_the_page_names_no_address_to_load(page):
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", page.read_text().split('<script type="module">')[0])
     assert "default-src 'none'" in page.read_text()
+
+
+def test_the_notes_are_about_columns_that_the_page_has(page, tmp_path):
+    assert "“best” is the checkpoint" in page.read_text()
+    contents = {"title": "x", "headings": ["finding", "figures"], "rows": [(["a", "b"], "#123456")], "colours": {}}
+    text = write_page(tmp_path / "other.html", drawn=(), prose=["figures"], **contents).read_text()
+    assert "“best”" not in text and "FLOPs" not in text.split("<script")[0]
+    assert '<td data-heading="figures" class="prose">b</td>' in text
+
+
+def test_headings_are_explained(page):
+    head = page.read_text().split("<thead>")[1].split("</thead>")[0]
+    assert head.count("<th ") == head.count(" title=") == 10
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("width", [1200, 700])
+def test_nothing_is_wider_than_the_window(finished, tmp_path, width):
+    runs = [read_run(path) for path in finished]
+    for run in runs:
+        run.summary["name"] = f"{run.name}-{'with-a-long-name' * 6}"
+    page = write_report(runs, tmp_path / "page.html")
+    probe = "addEventListener('load', () => setTimeout(() => { const root = document.documentElement;"
+    probe += "const wide = [...document.querySelectorAll('body *')].filter(one => one.scrollWidth > one.clientWidth + 1"
+    probe += " && one.clientWidth && !['PRE', 'SELECT'].includes(one.tagName) && !one.closest('svg'));"
+    probe += "document.body.dataset.wide = wide.map(one => one.tagName) + (root.scrollWidth > innerWidth) }, 3000));"
+    text = page.read_text().replace("<details", "<details open")
+    (tmp_path / "open.html").write_text(text.replace("<style>", f"<script>{probe}</script><style>", 1))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={tmp_path}"]
+    command += ["--virtual-time-budget=15000", f"--window-size={width},2000", (tmp_path / "open.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search('data-wide="(.*?)"', dom)[1] == "false"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
@@ -142,10 +118,11 @@ def test_a_browser_draws_every_chart_and_loads_nothing(page, tmp_path, scheme):
     dom = re.sub(r"<script.*?</script>", "", result.stdout, flags=re.S)
     charts = re.findall(r"<figure.*?</figure>", dom, flags=re.S)
     titles = [re.search(r"<h2>(.*?)</h2>", chart)[1] for chart in charts]
-    assert len(titles) == 8 and {"Accuracy", "Loss", "Sparsity", "Churn"} < set(titles)
-    for title, chart in zip(titles, charts, strict=True):
-        marks = re.findall(r'<g class="mark-(?:line|rect)[^"]*".*?</g>', chart, flags=re.S)
+    assert len(titles) == 11 and {"Accuracy", "Loss", "Learning rate", "Sparsity", "Churn"} < set(titles)
+    assert charts[-1].count("<canvas") == 1 and charts[-1].count("<option") == 5  # masks: one run, its layers
+    for title, chart in zip(titles[:-1], charts[:-1], strict=True):
+        marks = re.findall(r'<g class="mark-(?:line|rect|symbol)[^"]*".*?</g>', chart, flags=re.S)
         assert any(' d="M' in mark for mark in marks), f"{title} is empty"
     assert not re.findall(r"CONSOLE.*(?:Uncaught|ERROR|Refused)", result.stderr)
-    assert 'data-drawn="8"' in result.stdout
+    assert 'data-drawn="10"' in result.stdout
     assert 'data-requests="[]"' in result.stdout

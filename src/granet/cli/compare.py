@@ -35,6 +35,7 @@ def main(args: list[str]) -> int:
     from granet.cli.session import show_runs
     from granet.cli.terminal import Console, warn
     from granet.report import page as report
+    from granet.report.rundata import read_run
 
     report.require()
     if arguments.out.exists() and not (arguments.out.is_file() and report.is_page(arguments.out)):
@@ -42,7 +43,7 @@ def main(args: list[str]) -> int:
     runs, problems = [], []
     for path in dict.fromkeys(arguments.runs):
         try:
-            runs.append(report.read_run(path))
+            runs.append(read_run(path))
         except (ValueError, OSError) as error:
             problems.append(error)
     if not runs:

@@ -81,5 +81,5 @@ def train(request: Request) -> int:
     if len(done) <= procedure.levels:
         console.print("stopped; the same command goes on", highlight=False)
         return 130
-    show(done, done[-1] / "levels.html", console)
+    show(done, done[-1] / "levels.html", console, subject=done[-1])
     return 0

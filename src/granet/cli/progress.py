@@ -17,6 +17,18 @@ from granet.cli.terminal import Console
 from granet.train.trainer import Trainer
 
 
+def shorten(name: str, width: int) -> str:
+    """Returns a name in at most `width` characters, without its middle: runs differ in the ends of their names.
+
+    >>> shorten("digits-ticket-9bf84d-ticket-0ep-global-1of3-53.58-724aaf", 24)
+    'digits-ti…3-53.58-724aaf'
+    """
+    if len(name) <= width:
+        return name
+    tail = (width - 1) // 2 + (width - 1) // 6
+    return f"{name[: width - 1 - tail]}…{name[-tail:]}"
+
+
 class Watcher:
     """Shows the records of one run; use it as a context."""
 
@@ -39,7 +51,7 @@ class Watcher:
 
     def __enter__(self) -> "Watcher":
         self._bar.start()
-        self._task = self._bar.add_task(self.title, total=None, numbers="")
+        self._task = self._bar.add_task(self._description(), total=None, numbers="")
         return self
 
     def __exit__(self, *_) -> None:
@@ -49,9 +61,8 @@ class Watcher:
         """Takes a record, and shows what has changed."""
         self._last[record["kind"]] = record
         if self.console.is_terminal:
-            self._bar.update(
-                self._task, description=self.title, total=trainer.steps, completed=trainer.step, numbers=self._numbers()
-            )
+            progress = {"total": trainer.steps, "completed": trainer.step}
+            self._bar.update(self._task, description=self._description(), numbers=self._numbers(), **progress)
         elif record["kind"] == "eval" and (time.monotonic() - self._shown > 2 or trainer.step == trainer.steps):
             self._shown = time.monotonic()
             self.console.print(
@@ -59,6 +70,10 @@ class Watcher:
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def _description(self) -> str:
+        """Returns the title, cut so that there is room for the numbers."""
+        return shorten(self.title, max(20, 2 * self.console.width // 5))
 
     def _numbers(self) -> str:
         train, evaluation = self._last.get("train"), self._last.get("eval")

@@ -8,6 +8,7 @@ from granet import ranks
 from granet.cli.progress import Watcher, show_log, stoppable
 from granet.cli.terminal import Console
 from granet.report import page as report
+from granet.report.rundata import RunData, read_run
 from granet.train.run import Run, execute
 
 
@@ -50,12 +51,14 @@ def elsewhere(run: Run) -> str | None:
     return f"its data were in {old}, not in {new}; if they are other data, give another folder with --runs"
 
 
-def show(paths: list[Path], page: Path, console: Console) -> None:
-    """Prints the table of the runs and writes their report."""
-    show_runs([report.read_run(path) for path in paths], page, console)
+def show(paths: list[Path], page: Path, console: Console, *, subject: Path | None = None) -> None:
+    """Prints the table of the runs and writes their report, whose first numbers are about the run `subject`."""
+    show_runs([read_run(path) for path in paths], page, console, subject=subject)
 
 
-def show_runs(runs: list[report.RunData], page: Path, console: Console, note: str = "") -> None:
+def show_runs(
+    runs: list[RunData], page: Path, console: Console, note: str = "", *, subject: Path | None = None
+) -> None:
     """Prints the tables of runs and writes their report; what is not a terminal gets whole lines, however long."""
     terminal = console.is_terminal
     for title, table in report.summary_tables(runs, console.width if terminal else None):
@@ -65,5 +68,5 @@ def show_runs(runs: list[report.RunData], page: Path, console: Console, note: st
             console.print(table)
         else:
             Console(file=console.file, width=10_000).print(table)
-    report.write_report(runs, page)
+    report.write_report(runs, page, subject=subject)
     console.print(f"report: {page}{note}", markup=False, highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ with a and b of n weights active, a * b / n are in both on average, which gives 
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     import altair
 
 ALL = "all layers"
+UNITS = {  # headings of the table of units, with what they mean
+    "run": "directory of the run",
+    "layer": "name of the parameter",
+    "density": "share of the weights that are active",
+    "units": "output units (neurons, filters)",
+    "no input": "output units without an active weight: their output is constant",
+    "inputs": "input units",
+    "no output": "input units that no active weight reads",
+    "R_s": "share of the weights that were ever active",
+}
 Masks = Mapping[str, Tensor]
 
 
@@ -72,20 +82,22 @@ class Connectivity:
     layers: tuple[LayerUnits, ...]
 
     def __str__(self) -> str:
-        head = ["run", "layer", "density", "units", "no input", "inputs", "no output", "R_s"]
-        body = [
+        text = columns([list(UNITS), *self.unit_rows()], right=tuple(range(2, len(UNITS))))
+        for kind in dict.fromkeys(one.kind for one in self.overlaps):
+            rows = [one for one in self.overlaps if one.kind == kind]
+            lines = [[one.first, one.second, one.layer, f"{one.jaccard:.3f}", f"{one.chance:.3f}"] for one in rows]
+            text += f"\n\n{columns([[kind, 'and', 'layer', 'Jaccard', 'by chance'], *lines], right=(3, 4))}"
+        return text
+
+    def unit_rows(self) -> list[list[str]]:
+        """Returns the layers as rows of text under the headings of `UNITS`, as terminal and page show them."""
+        return [
             [
                 one.run, one.layer, f"{one.density:.2%}", f"{one.units:,}", f"{one.without_inputs:,}",
                 f"{one.inputs:,}", f"{one.without_outputs:,}", f"{one.exploration:.2%}",
             ]
             for one in self.layers
         ]  # fmt: skip
-        text = columns([head, *body], right=tuple(range(2, len(head))))
-        for kind in dict.fromkeys(one.kind for one in self.overlaps):
-            rows = [one for one in self.overlaps if one.kind == kind]
-            lines = [[one.first, one.second, one.layer, f"{one.jaccard:.3f}", f"{one.chance:.3f}"] for one in rows]
-            text += f"\n\n{columns([[kind, 'and', 'layer', 'Jaccard', 'by chance'], *lines], right=(3, 4))}"
-        return text
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Returns the overlaps as CSV, and writes them to ``path`` if one is given."""
@@ -128,13 +140,13 @@ class Connectivity:
         chart = self.figure()
         written["figure"] = out / "connectivity.svg"
         checkpoint.replace(written["figure"], svg(chart))
-        names = [field.name.replace("_", " ") for field in fields(LayerUnits)]
         written["page"] = report.write_page(
             out / "connectivity.html",
             title="Connectivity",
-            headings=names,
-            rows=[([f"{x:.4g}" if isinstance(x, float) else x for x in asdict(one).values()], "transparent")
-                  for one in self.layers],
+            headings=list(UNITS),
+            explanations=UNITS,
+            prose=["layer"],
+            rows=[(row, "transparent") for row in self.unit_rows()],
             colours={},
             drawn=[("Overlap of masks", "Jaccard index; tick: expected of random masks as dense", True, chart)],
         )  # fmt: skip

@@ -1,31 +1,32 @@
-"""The charts of a report, as Altair charts that leave colours of text and ground to the page."""
+"""The charts of a report, as Altair charts that leave the colours of text and background to the page."""
 
 import colorsys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import altair
 
-    from granet.report.page import RunData
+    from granet.report.rundata import RunData
 
 COLOURS = ("#3a78e7", "#d9730d", "#0f9d76", "#c2408f", "#7d56d8", "#1796b0", "#a8831a", "#cf4b43")
 DENSE_COLOUR = "#8b929c"  # the twin stays in the background
-POINTS = 2400  # of a chart; where there are more, neighbours are averaged: the page of long runs stays small
-UPDATES = 150  # columns of a heat map
+POINTS = 2400  # most points of a chart; neighbours are averaged beyond that, so that pages of long runs stay small
+UPDATES = 150  # most columns of a heat map
 
 
 def _thinned(records: list[dict[str, Any]], keys: tuple[str, ...], curves: int) -> list[dict[str, float]]:
-    """Return records of `keys` alone, neighbours averaged until they are few enough for a chart of so many curves."""
+    """Returns the `keys` of the records, neighbours averaged until a chart of `curves` such curves has few points."""
     size = -(-len(records) * curves // POINTS) or 1
     groups = [records[i : i + size] for i in range(0, len(records), size)]
     return [{key: sum(record[key] for record in group) / len(group) for key in keys} for group in groups]
 
 
-def of(
+def run_charts(
     runs: Mapping[str, "RunData"], colours: Mapping[str, str]
 ) -> Iterator[tuple[str, str, bool, "altair.TopLevelMixin"]]:
-    """Yield title, note, whether it takes the whole width, and chart, for all that the runs have records of.
+    """Yields title, note, whether it takes the whole width, and chart, for everything that the runs have records of.
 
     Args:
         runs: Runs by the label that they have in the charts.
@@ -38,7 +39,7 @@ def of(
         for point in _thinned(records, ("step", "epoch", "loss", "accuracy"), 2 * len(runs))
     ]
     if progress:
-        # the first steep rise is cut off: it would leave no room for the differences that matter
+        # the first steep rise is cut off, because it would leave no room for the differences that matter
         last: dict[str, float] = {}
         for point in progress:
             last[point["run"]] = max(point["epoch"], last.get(point["run"], 0.0))
@@ -46,26 +47,43 @@ def of(
         note, least = "solid: validation; faint: training", min(late, default=0.0)
         yield "Accuracy", note, False, _curves(progress, "accuracy", colours, ".2%", domain=[least, 1])
         yield "Loss", note, False, _curves(progress, "loss", colours, ".4f", scale="log")
+    rates = [
+        {"run": label, "of": "training", **point}
+        for label, run in runs.items()
+        for point in _thinned([record for record in run.train if "lr" in record], ("step", "epoch", "lr"), len(runs))
+    ]
+    if rates:
+        yield "Learning rate", "at the steps of the training records", False, _curves(rates, "lr", colours, ".3~g")
     sparse = {label: run for label, run in runs.items() if any(record["sparsity"] for record in run.evals)}
     sparsity = [
-        {"run": label, "of": of, "step": point["step"], "epoch": point["epoch"], "sparsity": point[key]}
+        {"run": label, "of": kind, "step": point["step"], "epoch": point["epoch"], "sparsity": point[key]}
         for label, run in sparse.items()
-        for of, key in (("mask", "sparsity"), ("realised", "realised_sparsity"))
+        for kind, key in (("mask", "sparsity"), ("realised", "realised_sparsity"))
         for point in _thinned(run.evals, ("step", "epoch", "sparsity", "realised_sparsity"), 2 * len(runs))
     ]
     if sparsity:
-        note = "solid: inactive weights; faint: weights that are zero, regrown ones not yet trained among them"
+        note = "solid: inactive weights; faint: weights that are zero, among them regrown ones that are not yet trained"
         yield "Sparsity", note, False, _curves(sparsity, "sparsity", colours, ".2%")
     updates = [
         {"run": label, "of": "update", **point}
         for label, run in runs.items()
         for point in _thinned(
-            [_with_churn(update) for update in run.updates], ("step", "epoch", *OF_UPDATES), len(runs)
+            [_with_churn(update) for update in run.updates], ("step", "epoch", *UPDATE_CURVES), len(runs)
         )
     ]
-    for key, (title, note, digits) in OF_UPDATES.items():
+    for key, (title, note, digits) in UPDATE_CURVES.items():
         if any(point[key] for point in updates):
             yield title, note, False, _curves(updates, key, colours, digits)
+    classes = [
+        {"run": label, "class": number, "accuracy": accuracy}
+        for label, run in runs.items()
+        if run.summary
+        for number, accuracy in enumerate(run.score.get("test_accuracy_per_class") or ())
+        if accuracy is not None
+    ]
+    if classes:
+        note = "test accuracy on the images of each class: the best weights by validation, else the last"
+        yield "Accuracy by class", note, False, _dots(classes, colours)
     layers = [
         {"run": label, "layer": layer["name"], "active": layer["active"], "total": layer["total"],
          "density": layer["active"] / layer["total"]}
@@ -85,14 +103,14 @@ def of(
             yield "Density of the layers over training", note, True, _heat_map(run)
 
 
-OF_UPDATES = {
+UPDATE_CURVES = {
     "regeneration": ("Regeneration ratio", "share of a layer's active weights exchanged at an update", ".3f"),
     "exploration": (
         "Exploration rate R\N{LATIN SUBSCRIPT SMALL LETTER S}",
         "share of sparse weights that were ever active (ITOP)",
         ".1%",
     ),
-    "churn": ("Churn", "weights grown at an update, as a share of the active", ".2%"),
+    "churn": ("Churn", "weights grown at an update, as a share of the active weights", ".2%"),
 }
 
 
@@ -113,16 +131,25 @@ def _curves(
     import altair as alt
 
     colour = alt.Color("run:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=None)
-    faint = alt.condition("datum.of == 'training' || datum.of == 'realised'", alt.value(0.45), alt.value(1))
+    both = len({point["of"] for point in points}) > 1
+    faint = alt.condition(f"{str(both).lower()} && (datum.of == 'training' || datum.of == 'realised')",
+                          alt.value(0.45), alt.value(1))  # fmt: skip
+    count = Counter((point["run"], point["of"]) for point in points)
+    # a line of a single point is invisible, so that point is always shown; others appear near the pointer
+    points = [point | {"alone": count[point["run"], point["of"]] == 1} for point in points]
     near = alt.selection_point(nearest=True, on="pointermove", clear="pointerout", fields=["epoch"], empty=False)
-    y_scale = alt.Scale(type=scale, domain=domain) if domain else alt.Scale(type=scale, zero=False)
+    y_scale = (
+        alt.Scale(type=scale, domain=domain, padding=5) if domain else alt.Scale(type=scale, zero=False, padding=5)
+    )
     ticks = alt.Axis(format="~%" if digits.endswith("%") else "~g", tickCount=5)
     if scale == "log":
         points = [point for point in points if point[y] > 0]  # zero has no logarithm
-        y_scale = alt.Scale(type=scale)
+        y_scale = alt.Scale(type=scale, padding=5)
         ticks = alt.Axis(format="~g", values=[10.0**power for power in range(-8, 9)])
     base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("epoch:Q", title="epoch", scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickCount=10)),
+        x=alt.X(
+            "epoch:Q", title="epoch", scale=alt.Scale(nice=False, padding=5), axis=alt.Axis(grid=False, tickCount=10)
+        ),
         y=alt.Y(f"{y}:Q", title=None, scale=y_scale, axis=ticks),
         color=colour,
     )
@@ -130,9 +157,32 @@ def _curves(
     tooltip = [alt.Tooltip("run:N"), alt.Tooltip("of:N", title="of"), alt.Tooltip("epoch:Q", format=".2f")]
     tooltip += [alt.Tooltip("step:Q", format=",.0f"), alt.Tooltip(f"{y}:Q", format=digits)]
     dots = base.mark_point(filled=True, size=45, clip=True).encode(
-        opacity=alt.condition(near, alt.value(1), alt.value(0)), tooltip=tooltip
+        opacity=alt.when(near).then(alt.value(1)).when("datum.alone").then(alt.value(0.9)).otherwise(alt.value(0)),
+        tooltip=tooltip,
     )
     return (lines + dots.add_params(near)).properties(width="container", height=220)
+
+
+def _dots(classes: list[dict], colours: Mapping[str, str]) -> "altair.Chart":
+    import altair as alt
+
+    last = max(point["class"] for point in classes)
+    return (
+        alt.Chart(alt.Data(values=classes))
+        .mark_point(filled=True, size=60, opacity=0.85)
+        .encode(
+            x=alt.X(
+                "class:Q", title="class", scale=alt.Scale(domain=[-0.5, last + 0.5], nice=False),
+                axis=alt.Axis(grid=False, format="d", tickMinStep=1),
+            ),
+            y=alt.Y("accuracy:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(format="~%", tickCount=5)),
+            color=alt.Color(
+                "run:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=None
+            ),
+            tooltip=["run:N", "class:Q", alt.Tooltip("accuracy:Q", format=".2%")],
+        )
+        .properties(width="container", height=220)
+    )  # fmt: skip
 
 
 def _bars(layers: list[dict], colours: Mapping[str, str]) -> "altair.Chart":
@@ -161,7 +211,7 @@ def _bars(layers: list[dict], colours: Mapping[str, str]) -> "altair.Chart":
 def _heat_map(run: "RunData") -> "altair.Chart":
     import altair as alt
 
-    # the first update's counts are no size of a layer: without a summary, the largest count seen stands for it
+    # only the summary has the sizes of the layers; while there is none, the largest count seen stands for the size
     totals = {layer["name"]: layer["total"] for layer in (run.summary or {"layers": []})["layers"]}
     for update in run.updates:
         for name, active in update["active"].items():
@@ -202,23 +252,23 @@ def _heat_map(run: "RunData") -> "altair.Chart":
 
 
 def colours(count: int) -> list[str]:
-    """Return so many colours: those of the reports, or as many hues as it takes, neighbours light and dark in turn."""
+    """Returns `count` colours: those of the reports or, if there are too few, hues that are light and dark in turn."""
     if count <= len(COLOURS):
         return list(COLOURS[:count])
     shades = (colorsys.hls_to_rgb(i / count, (0.4, 0.6)[i % 2], 0.65) for i in range(count))
     return ["#" + "".join(f"{round(255 * part):02x}" for part in shade) for shade in shades]
 
 
-def of_sweep(
+def sweep_charts(
     points: list[dict[str, Any]], colours: Mapping[str, str], *, select: str
 ) -> Iterator[tuple[str, str, bool, "altair.TopLevelMixin"]]:
-    """Yield title, note, whether it takes the whole width, and chart: accuracy against sparsity and training FLOPs.
+    """Yields title, note, whether it takes the whole width, and chart: accuracy against sparsity and training FLOPs.
 
     Args:
-        points: One a line of the table: `task`, `method`, `curve`, `accuracy` (mean), `deviation`, `runs`, `sparsity`,
-            `training` and `inference` (shares of dense), `dense`.
+        points: One for each line of the table: `task`, `method`, `curve`, `accuracy` (mean), `deviation`, `runs`,
+            `sparsity`, `training` and `inference` (shares of dense), `dense`.
         colours: The colour of each method.
-        select: Whose accuracy it is, for the titles.
+        select: Whose accuracy it is, `last` or `best` weights, for the titles.
     """
     for task in dict.fromkeys(point["task"] for point in points):
         mine = [

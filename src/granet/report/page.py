@@ -1,20 +1,17 @@
-"""What training runs came to: a table for the terminal, and a page with curves that needs nothing but a browser.
+"""The results of training runs: tables for the terminal, and a page with curves that needs nothing but a browser.
 
-Both read run directories (`granet.train.run` says what is in one), finished or not.
+Both take runs as `granet.report.rundata.read_run` returns them, finished or not.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from granet import files
-from granet import parsing as texts
-from granet.report import charts, comparison
+from granet.report import charts, comparison, masks
+from granet.report.rundata import RunData, labels
 from granet.train import checkpoint
-from granet.train.summary import read_object, read_records, read_summary
 
 if TYPE_CHECKING:
     import altair
@@ -23,88 +20,20 @@ if TYPE_CHECKING:
 MARK = b'<meta name="generator" content="granet">'
 
 
-@dataclass(frozen=True, eq=False)
-class RunData:
-    """What a run directory says."""
-
-    path: Path
-    recipe: str  # YAML
-    environment: dict[str, Any]
-    records: tuple[dict[str, Any], ...]  # of metrics.jsonl
-    summary: dict[str, Any] | None  # None until the run is finished
-
-    @property
-    def name(self) -> str:
-        """The recipe's name, or the directory's while the run is not finished."""
-        return self.summary["name"] if self.summary else self.path.name
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """The recipe as a mapping."""
-        return texts.from_yaml(self.recipe)
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether it is finished and has no inactive weights."""
-        return self.summary is not None and not self.summary["sparsity"]
-
-    @cached_property
-    def train(self) -> list[dict[str, Any]]:
-        """The records of training batches."""
-        return [record for record in self.records if record["kind"] == "train"]
-
-    @cached_property
-    def evals(self) -> list[dict[str, Any]]:
-        """The records of evaluations."""
-        return [record for record in self.records if record["kind"] == "eval"]
-
-    @cached_property
-    def updates(self) -> list[dict[str, Any]]:
-        """The records of topology updates."""
-        return [record for record in self.records if record["kind"] == "update"]
-
-
-def read_run(path: str | Path) -> RunData:
-    """Return what the run directory `path` says; a last line of metrics that is half written is left out.
-
-    Raises:
-        FileNotFoundError: It is no run directory.
-        ValueError: A file in it is damaged; the message names file and line.
-    """
-    path = Path(path)
-    missing = [name for name in ("recipe.yaml", "metrics.jsonl") if not (path / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{path} is not the directory of a run: it has no {' and no '.join(missing)}")
-    environment, summary = read_object(path / "environment.json"), read_summary(path / "summary.json")
-    records = tuple(read_records(path / "metrics.jsonl"))
-    try:
-        recipe = files.read(path / "recipe.yaml").decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path / 'recipe.yaml'} is damaged: {error}") from None
-    run = RunData(path, recipe, environment or {}, records, summary)
-    try:
-        whole = isinstance(run.settings, dict)
-    except ValueError:
-        whole = False
-    if not whole:
-        raise ValueError(f"{path / 'recipe.yaml'} is damaged: it is no recipe")
-    return run
-
-
 def summary_tables(runs: Sequence[RunData], width: int | None = None) -> Iterator[tuple[str, "Table"]]:
-    """Yield title and table for the terminal of runs that can be compared, one a row; others have another table.
+    """Yields title and table for the terminal, one for each group of runs that can be compared, with one row per run.
 
     Args:
         runs: The runs.
-        width: Where a table is wider, it is continued in further ones, each with the names of the runs. Without a
-            width no table is broken.
+        width: The width of the terminal. A wider table is continued in further ones, each of which repeats the names
+            of the runs. Without a width no table is broken.
     """
     from rich import box
     from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
-    for group in comparison.groups(_labelled(runs)):
+    for group in comparison.groups(labels(runs)):
         head, *body = _cells(group)
         widths = [max(map(cell_len, column)) for column in zip(head, *body, strict=True)]
         wide = (width or sum(widths) + 2 * len(widths) + 3) - 3  # without the table's edges
@@ -126,9 +55,10 @@ def summary_tables(runs: Sequence[RunData], width: int | None = None) -> Iterato
 
 
 def _cells(group: Mapping[str, RunData]) -> list[list[str]]:
-    """Return a table as text, the headings first; what differs is its last column where anything does."""
+    """Returns a table as text, headings first; its last column says in what the runs differ, if they do."""
     differs = comparison.differences(group)
-    rows = [[heading for heading, _ in COLUMNS], *([text(run, x) for _, text in COLUMNS] for x, run in group.items())]
+    rows = [[column.heading for column in COLUMNS]]
+    rows += [[column.text(run, label) for column in COLUMNS] for label, run in group.items()]
     if any(differs.values()):
         rows = [[*row, last] for row, last in zip(rows, [DIFFERS, *differs.values()], strict=True)]
     return rows
@@ -160,7 +90,7 @@ def _ratio(kind: str):
 
 
 def si(number: float) -> str:
-    """Return a number in three digits and a prefix.
+    """Returns a number in three digits and a prefix.
 
     >>> si(8.18e9), si(72_608), si(0)
     ('8.18 G', '72.6 k', '0')
@@ -173,7 +103,7 @@ def si(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span in its two largest units.
+    """Returns a time span in its two largest units.
 
     >>> duration(8.44), duration(75), duration(7320)
     ('8.4 s', '1 min 15 s', '2 h 2 min')
@@ -185,30 +115,57 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
+class Column(NamedTuple):
+    """A column of the table of runs: its heading, the text of a run under a label, and an explanation."""
+
+    heading: str
+    text: Callable[[RunData, str], str]
+    explanation: str
+
+
 DIFFERS = "differs in"
+TIMES = "\N{MULTIPLICATION SIGN} dense"
 COLUMNS = (
-    ("run", lambda run, label: label if run.summary else f"{label} (unfinished)"),
-    ("sparsity", _finished(lambda summary: f"{100 * summary['sparsity']:.2f} %{_pattern(summary)}")),
-    ("test, best", _accuracy("best")),
-    ("test, last", _accuracy("last")),
-    ("weights active", _finished(lambda summary: f"{summary['parameters']['active']:,}")),
-    ("inference FLOPs", _finished(lambda summary: si(summary["flops"]["inference"]))),
-    ("\N{MULTIPLICATION SIGN} dense", _ratio("inference")),
-    ("training FLOPs", _finished(lambda summary: si(summary["flops"]["training"]))),
-    ("\N{MULTIPLICATION SIGN} dense", _ratio("training")),
-    ("time", _finished(lambda summary: duration(summary["seconds"]))),
+    Column("run", lambda run, label: label if run.summary else f"{label} (unfinished)", "name of the run"),
+    Column(
+        "sparsity",
+        _finished(lambda summary: f"{100 * summary['sparsity']:.2f} %{_pattern(summary)}"),
+        "share of the weights of the sparse layers that are inactive",
+    ),
+    Column("test, best", _accuracy("best"), "test accuracy of the checkpoint with the best validation accuracy"),
+    Column("test, last", _accuracy("last"), "test accuracy of the weights after the last step"),
+    Column(
+        "weights active",
+        _finished(lambda summary: f"{summary['parameters']['active']:,}"),
+        "active weights and all other parameters of the network",
+    ),
+    Column(
+        "inference FLOPs",
+        _finished(lambda summary: si(summary["flops"]["inference"])),
+        "floating-point operations of a forward pass of one example",
+    ),
+    Column(TIMES, _ratio("inference"), "as a share of the dense network's"),
+    Column(
+        "training FLOPs",
+        _finished(lambda summary: si(summary["flops"]["training"])),
+        "floating-point operations of the whole training",
+    ),
+    Column(TIMES, _ratio("training"), "as a share of the dense network's"),
+    Column("time", _finished(lambda summary: duration(summary["seconds"])), "time spent in training"),
 )
-
-
-def _labelled(runs: Sequence[RunData]) -> dict[str, RunData]:
-    """Return the runs by name, or by directory where names clash."""
-    names = [run.name for run in runs]
-    by_label = {run.name if names.count(run.name) == 1 else run.path.name: run for run in runs}
-    return by_label if len(by_label) == len(runs) else {str(run.path): run for run in runs}
+EXPLANATIONS = {column.heading: column.explanation for column in COLUMNS} | {
+    DIFFERS: "settings, other than the method, that the compared runs do not have in common"
+}
+ABOUT_BEST = "“best” is the checkpoint with the best validation accuracy at target sparsity."
+ABOUT_FLOPS = (
+    "A weight costs 2 FLOPs each time it is used while active; a training step is three forward passes, the third "
+    "dense where growth needs the gradient of inactive weights."
+)
+PICTURED = 6  # runs whose masks are shown: the checkpoint of each must be read
 
 
 def require() -> None:
-    """Does nothing where reports can be written, so that a long piece of work can ask before it begins.
+    """Checks that reports can be written, so that a long piece of work can ask before it begins.
 
     Raises:
         ModuleNotFoundError: The libraries that draw are not installed; the message names them and the extra.
@@ -218,18 +175,24 @@ def require() -> None:
         raise ModuleNotFoundError(f'a report needs {", ".join(missing)}: pip install "granet[train]"')
 
 
-def write_report(runs: Sequence[RunData], path: str | Path) -> Path:
-    """Return where the page was written: table, curves and layers of one run, or of several beside one another.
+def write_report(runs: Sequence[RunData], path: str | Path, *, subject: str | Path | None = None) -> Path:
+    """Returns where the page was written: table, curves and layers of one run, or of several beside one another.
 
     The page holds its scripts and data and loads nothing.
 
+    Args:
+        runs: The runs.
+        path: Where to write the page.
+        subject: Directory of the run that the numbers at the top are about; by default the first sparse run that has
+            a dense twin.
+
     Raises:
         ValueError: No runs are given.
-        ModuleNotFoundError: The libraries that draw are not installed; the message says how to.
+        ModuleNotFoundError: The libraries that draw are not installed; the message says how to install them.
     """
     if not runs:
         raise ValueError("a report needs at least one run")
-    labelled = _labelled(runs)
+    labelled = labels(runs)
     groups = comparison.groups(labelled)
     dense = next((label for label, run in labelled.items() if run.is_dense and len(runs) > 1), None)
     others = [label for label in labelled if label != dense]
@@ -243,47 +206,55 @@ def write_report(runs: Sequence[RunData], path: str | Path) -> Path:
         rows += [
             (row + [""] * (len(headings) - len(row)), colours[label]) for label, row in zip(group, body, strict=True)
         ]
+    about = next((label for label, run in labelled.items() if subject is not None and run.path == Path(subject)), None)
+    sparse = {label: run for label, run in labelled.items() if not run.is_dense}
     return write_page(
         path,
         title=" · ".join(labelled) if len(runs) < 4 else f"{len(runs)} runs",
         headings=headings,
+        explanations=EXPLANATIONS,
+        prose=[DIFFERS],
         rows=rows,
+        notes=[f"{ABOUT_BEST} {ABOUT_FLOPS}"],
         runs=labelled,
         colours=colours,
-        headlines=[headline for group in groups if (headline := _headline(group))],
+        headlines=[headline for group in groups if (headline := _headline(group, about))],
+        masks={label: shown for label in list(sparse)[:PICTURED] if (shown := masks.pictures(sparse[label]))},
         drawn=_drawn(groups, colours),
     )
 
 
 def _drawn(groups: Sequence[Mapping[str, RunData]], colours: Mapping[str, str]) -> Iterator[tuple]:
-    """Yield the charts of each group: curves of different tasks have no axis in common."""
+    """Yields the charts of each group: curves of different tasks have no axis in common."""
     for group in groups:
-        of = f", {comparison.title(next(iter(group.values())))}" if len(groups) > 1 else ""
-        for title, *rest in charts.of(group, {label: colours[label] for label in group}):
-            yield f"{title}{of}", *rest
+        suffix = f", {comparison.title(next(iter(group.values())))}" if len(groups) > 1 else ""
+        for title, *rest in charts.run_charts(group, {label: colours[label] for label in group}):
+            yield f"{title}{suffix}", *rest
 
 
 def write_page(
     path: str | Path, *, drawn: Iterable[tuple[str, str, bool, "altair.TopLevelMixin"]], **contents: Any
 ) -> Path:
-    """Return where the page was written: a table with charts below it, which needs nothing but a browser.
+    """Returns where the page was written: a table with charts below it, which needs nothing but a browser.
 
     Args:
         path: Where to write it.
         drawn: Title, note, whether it takes the whole width, and chart.
         contents: What the template shows: `title`, `headings`, `rows` with their colours, `colours` of the legend,
-            and, where there are any, `runs`, `headlines` and `notes`. A row of a single text, without a colour, is a
-            title of the rows below it.
+            and, where there are any, `runs`, `headlines`, `notes`, `masks` by run and layer, `explanations` of
+            headings, and as `prose` the headings of columns of text, whose lines are broken. A row of a single text,
+            without a colour, is a title of the rows below it.
 
     Raises:
-        ModuleNotFoundError: The libraries that draw are not installed; the message says how to.
+        ModuleNotFoundError: The libraries that draw are not installed; the message says how to install them.
     """
     require()
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.PackageLoader("granet.report"), autoescape=True, trim_blocks=True)
+    empty = {"runs": {}, "headlines": [], "notes": [], "masks": {}, "explanations": {}, "prose": []}
     page = environment.get_template("report.html.j2").render(
-        {"runs": {}, "headlines": [], "notes": []} | contents,
+        empty | contents,
         charts=[
             {"title": title, "note": note, "wide": wide, "spec": chart.to_dict()} for title, note, wide, chart in drawn
         ],
@@ -296,33 +267,32 @@ def write_page(
 
 
 def is_page(path: Path) -> bool:
-    """Return whether a file is a page that granet wrote."""
+    """Returns whether a file is a page that granet wrote."""
     with path.open("rb") as file:
         return MARK in file.read(2000)
 
 
 @cache  # putting it together takes seconds
 def _script() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed as one script, of the version that Altair writes for."""
+    """Returns Vega, Vega-Lite and Vega-Embed as one script, in the versions that Altair writes for."""
     import altair
     import vl_convert
 
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", altair.SCHEMA_VERSION.rpartition(".")[0])
 
 
-def _headline(group: Mapping[str, RunData]) -> tuple[str, list[tuple[str, str, str]]] | None:
-    """Return what a headline says of one of the runs that can be compared: whose it is, and its tiles."""
-    label, twin = comparison.pair(group)
+def _headline(group: Mapping[str, RunData], subject: str | None) -> tuple[str, str, list[tuple[str, str, str]]] | None:
+    """Returns the label of one of the runs that can be compared, its task, and its tiles; None if none is finished."""
+    label, twin = comparison.pair(group, subject)
     if label is None:
         return None
-    summary = group[label].summary
-    parameters, flops, best = summary["parameters"], summary["flops"], summary["best"] or summary["last"]
-    against = "best by validation" if summary["best"] else "last weights"
+    run = group[label]
+    parameters, flops, accuracy = run.summary["parameters"], run.summary["flops"], run.score["test_accuracy"]
+    against = "best by validation" if run.summary["best"] else "last weights"
     if twin is not None:
-        other = group[twin].summary["best"] or group[twin].summary["last"]
-        against = f"{100 * (best['test_accuracy'] - other['test_accuracy']):+.2f} points to {twin}"
+        against = f"{100 * (accuracy - group[twin].score['test_accuracy']):+.2f} points to {twin}"
     tiles = [
-        ("test accuracy", f"{100 * best['test_accuracy']:.2f} %", against),
+        ("test accuracy", f"{100 * accuracy:.2f} %", against),
         ("weights active", f"{parameters['active']:,}", f"of {parameters['total']:,}"),
         (
             "inference FLOPs",
@@ -335,4 +305,4 @@ def _headline(group: Mapping[str, RunData]) -> tuple[str, list[tuple[str, str, s
             f"of {si(flops['training_dense'])} dense",
         ),
     ]
-    return f"{label}: {comparison.title(group[label])}", tiles
+    return label, comparison.title(run), tiles

@@ -62,7 +62,8 @@ def _panel(table: Table, points: list[dict], arm: str, sparsity: float, values: 
         alt.Tooltip("epoch:Q"), alt.Tooltip("lr:N"), alt.Tooltip("mean:Q", format="+.2f"),
         alt.Tooltip("low:Q", format="+.2f"), alt.Tooltip("high:Q", format="+.2f"), alt.Tooltip("seeds:Q"),
     ]  # fmt: skip
-    base = alt.Chart().encode(x=x, color=alt.Color("rate:N", title="pruning rate", sort=rates, scale=colours))
+    legend = alt.Legend(title="pruning rate", orient="top", direction="horizontal", symbolOpacity=1)
+    base = alt.Chart().encode(x=x, color=alt.Color("rate:N", sort=rates, scale=colours, legend=legend))
     y = alt.Y("mean:Q", title=title, scale=scale, axis=axis)
     layers = [alt.Chart().mark_rule(opacity=0.5).encode(y=alt.datum(0, type="quantitative"))]
     layers += [alt.Chart().mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x=alt.datum(at)) for at in table.drops]
@@ -109,7 +110,8 @@ def write(table: Table, out: Path) -> dict[str, Path]:
         headings=["finding", "verdict", "figures"],
         rows=[([one.claim, one.verdict, one.figures], _COLOUR[one.verdict]) for one in judged],
         colours={},
-        notes=[paragraph(table), *(f"{arm}: {ARMS[arm]}." for arm in table.arms)],
+        prose=["verdict", "figures"],
+        notes=[note.replace("`", "") for note in (paragraph(table), *(f"{arm}: {ARMS[arm]}." for arm in table.arms))],
         drawn=[(TITLES[measure], note, True, figure(table, measure)) for measure, note in MEASURES.items()],
     )
     return written

@@ -31,9 +31,14 @@ def write(sweep: Sweep, rows: Sequence[Row], done: Iterable[Done], out: Path) ->
         title=sweep.name,
         headings=lines[0],
         rows=[(line, colours[row.label]) for line, row in zip(lines[1:], rows, strict=True)],
-        notes=[table.about(sweep), *notes, *map(str, table.gaps(sweep, rows))],
+        notes=[
+            f"{report.ABOUT_BEST} {report.ABOUT_FLOPS}",
+            table.about(sweep),
+            *notes,
+            *map(str, table.gaps(sweep, rows)),
+        ],
         colours=colours,
-        drawn=charts.of_sweep(_points(sweep, rows), colours, select=sweep.report.select),
+        drawn=charts.sweep_charts(_points(sweep, rows), colours, select=sweep.report.select),
     )
     return written
 
