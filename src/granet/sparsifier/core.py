@@ -99,7 +99,7 @@ class Sparsifier(Upkeep):
         super().__init__(model, pattern, {choice.name: choice.parameter for choice in self._choices})
         self._policy = pattern.policy(method)  # the method, as the pattern has it choose
         self._rng = torch.Generator("cpu").manual_seed(seed)
-        self.method = method
+        self._method = method
         self.step = self.version = 0
         self.last_update: Update | None = None
         self._gradients: dict[str, Tensor] = {}  # dense, kept as the method's gradient_mix says, while it says so
@@ -161,6 +161,7 @@ class Sparsifier(Upkeep):
         attached = Attachment(optimizers, self._parameters, learned)
         ownership.claim(self, self._parameters.values())
         self._attached, self._let_go = attached, False
+        self._by_hand, self._readied, self._heard = (0, 0), False, {}
         self._place(self._state())  # the model may have moved to another device since
         self._aside = self._aside or state.Aside()
         if self._verify_every:
@@ -208,15 +209,22 @@ class Sparsifier(Upkeep):
         """Ready the gradients for the optimizers: call it when they are final, right before `optimizer.step()`.
 
         Gradients of inactive weights become zero. If an update follows that needs them, they are kept aside first.
+
+        Raises:
+            RuntimeError: the sparsifier is not attached, or it is attached with hooks that do this already.
         """
-        if self._attached is None:
-            raise RuntimeError("attach(optimizer) comes before the first step: the optimizer's buffers must stay clean")
+        self._called_by_hand("before_step")
         self._overflow = any(stepping.found_inf(optimizer) for optimizer in self._attached.optimizers)
         if not self._overflow:
             self._ready(*self._attached.optimizers)
 
     def after_step(self) -> None:
-        """Count the step and, where the method says so, update the topology: call it right after `optimizer.step()`."""
+        """Count the step and, where the method says so, update the topology: call it right after `optimizer.step()`.
+
+        Raises:
+            RuntimeError: `before_step()` was not called, or the sparsifier is attached with hooks that do this already.
+        """
+        self._called_by_hand("after_step")
         if self._overflow or self._attached is None:
             self._overflow = False
             return
@@ -295,9 +303,10 @@ class Sparsifier(Upkeep):
             memory = (self._memory,) if self.method.remembers else ()
             masks = self._policy.update(self.step, layers, self.masks, self._rng, *memory)
         except NonFiniteScores as error:
+            if not self._overdue:  # else it has been said
+                text = f"topology update at step {self.step} skipped, to be tried again at each of the next: {error}"
+                warnings.warn(text, RuntimeWarning, stacklevel=4)
             self._overdue, self._gradients = True, {}
-            message = f"topology update at step {self.step} skipped, to be tried again at the next: {error}"
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
             return
         self._overdue = False
         self._apply(masks)

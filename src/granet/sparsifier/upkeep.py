@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from granet import checks, shards
 from granet.criterion import Layer
+from granet.methods.base import Method
 from granet.pattern import Pattern
 from granet.sparsifier import followers, masking, state, stepping
 from granet.sparsifier.attachment import Attachment
@@ -38,6 +39,7 @@ class Upkeep:
     """The part of a `Sparsifier` that keeps the zeros. It asks for nothing but masks, and never changes them."""
 
     model: nn.Module
+    _method: Method
     pattern: Pattern
     masks: dict[str, Tensor]
     trained: dict[str, Tensor]
@@ -54,6 +56,9 @@ class Upkeep:
         self._trainable = [name for name, p in self._parameters.items() if p.requires_grad]  # at first
         self._at = 0  # the place in `masks` from which some are looked at next
         self._told: set[str] = set()  # kinds of warnings that were given
+        self._by_hand = (0, 0)  # calls of before_step() and of after_step(), since the sparsifier was attached
+        self._readied = False  # whether the latest of these calls was one of before_step()
+        self._heard: dict[int, tuple[int, int]] = {}  # those calls, as they were at each optimizer's last step
         self._strangers, self._let_go = 0, False  # looks at optimizers that are not attached; whether all may do so
 
     def _set_masks(self, masks: Mapping[str, Tensor], memory: Mapping[str, Tensor] | None = None) -> None:
@@ -64,6 +69,18 @@ class Upkeep:
         # where training moves weights: all else is kept clear of gradients, and of what optimizers remember
         self.trained = self.masks if self._effective is None else self._effective.trained()
         self._masked = {name: mask for name, mask in self.trained.items() if count(mask) < mask.numel()}
+
+    @property
+    def method(self) -> Method:
+        """What decides about the topology, for as long as the sparsifier lives."""
+        return self._method
+
+    @method.setter
+    def method(self, method: Method) -> None:
+        raise AttributeError(
+            "a sparsifier keeps its method. To go on with another one: call detach(), make "
+            "Sparsifier(model, method, masks=sparsifier.masks), and attach that to the optimizer"
+        )
 
     @property
     def total(self) -> int:
@@ -238,13 +255,53 @@ class Upkeep:
 
         It is said once if it is not attached, and has moved inactive weights.
         """
-        if self._attached is not None and any(optimizer is one for one in self._attached.optimizers):
+        known = self._attached is not None and any(optimizer is one for one in self._attached.optimizers)
+        if known and self._attached.hooked:
             return True
         self._strangers += 1
+        if known:
+            return self._misses_a_call(optimizer) or self._strangers > _STRANGE
         if masking.leaks(self._weights(), together=False):
             self._warn("stranger", f"{type(optimizer).__name__} {_NOT_ATTACHED}")
             return True
         return self._strangers > _STRANGE
+
+    def _called_by_hand(self, verb: str) -> None:
+        """Count a call of `before_step` or `after_step`.
+
+        Raises:
+            RuntimeError: it has no place here: nothing is attached, hooks do the same, or the other one is missing.
+        """
+        if self._attached is None:
+            if verb == "after_step":
+                return  # detached in the step, say
+            raise RuntimeError("attach(optimizer) comes before the first step: the optimizer's buffers must stay clean")
+        if self._attached.hooked:
+            raise RuntimeError(
+                f"{verb}() was called, and attach(optimizer) has hooked the optimizer, whose every step does this "
+                "already: leave the call out, or use attach(optimizer, hooks=False)"
+            )
+        before, after = self._by_hand
+        if verb == "after_step" and not self._readied:
+            raise RuntimeError(
+                "after_step() was called without before_step(), which comes right before the optimizer's step"
+            )
+        self._readied = verb == "before_step"
+        self._by_hand = (before + self._readied, after + (not self._readied))
+
+    def _misses_a_call(self, optimizer: Optimizer) -> bool:
+        """Whether a loop that shall call `before_step` and `after_step` itself has left one out, which is said once."""
+        before, after = self._heard.get(id(optimizer), (0, -1))
+        self._heard[id(optimizer)] = now = self._by_hand
+        missing = "before_step" if now[0] == before else "after_step" if now[1] == after else ""
+        if missing:
+            self._warn(
+                "by hand",
+                f"{type(optimizer).__name__}, attached with hooks=False, has stepped without {missing}(): such a loop "
+                "calls before_step() right before each step of the optimizer and after_step() right after it. Without "
+                "them the model becomes dense and no step is counted. attach(optimizer) does both by itself",
+            )
+        return bool(missing)
 
     def _asked(self) -> None:
         """Say so where the weights are not as the masks say."""
