@@ -291,6 +291,8 @@ class Upkeep:
 
     def _misses_a_call(self, optimizer: Optimizer) -> bool:
         """Whether a loop that shall call `before_step` and `after_step` itself has left one out, which is said once."""
+        if stepping.found_inf(optimizer):  # it was called and did nothing
+            return False
         before, after = self._heard.get(id(optimizer), (0, -1))
         self._heard[id(optimizer)] = now = self._by_hand
         missing = "before_step" if now[0] == before else "after_step" if now[1] == after else ""
