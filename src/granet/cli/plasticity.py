@@ -107,11 +107,12 @@ def main(args: list[str]) -> int:
     table = plan.table()
     if table.rows:
         from granet.lab.plasticity.findings import findings, paragraph
+        from granet.lab.plasticity.page import write
 
         say(f"\n{table}\n\n{paragraph(table)}\n")
         for finding in findings(table):
             say(f"- {finding.claim}: {finding.verdict}. {finding.figures}")
-        for what, path in table.write(plan.out).items():
+        for what, path in write(table, plan.out).items():
             console.print(f"{what}: {path}", markup=False, highlight=False, soft_wrap=True)
     for ended in failed[:3]:
         say(f"\n{ended.what} failed:\n" + "\n".join(ended.error.splitlines()[-5:]))

@@ -1,7 +1,7 @@
 """The laboratory: many runs side by side, on this machine or on a cluster, and what they say together.
 
-For a notebook: ``plasticity``, ``layer_sensitivity`` and ``connectivity_of`` return tables that print, draw and save
-themselves. Names are imported on first use.
+For a notebook: `pruning_plasticity`, `layer_sensitivity` and `connectivity_of` return tables that can be printed, drawn
+and saved. These names are imported on first use.
 """
 
 from importlib import import_module
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from granet.lab.connectivity import connectivity_of as connectivity_of
-    from granet.lab.plasticity.run import plasticity as plasticity
+    from granet.lab.plasticity.run import pruning_plasticity as pruning_plasticity
     from granet.lab.sensitivity import layer_sensitivity as layer_sensitivity
 
 _HOME = {
     "connectivity_of": "connectivity",
     "layer_sensitivity": "sensitivity",
-    "plasticity": "plasticity_grid",
+    "pruning_plasticity": "plasticity.run",
 }
 
 __all__ = [*_HOME]

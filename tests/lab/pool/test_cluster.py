@@ -18,7 +18,8 @@ needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from granet.lab import grid, sweep
+from granet.lab.sweep import grid
+from granet.lab.sweep import run as sweep
 
 values = {
     "name": "tiny", "recipe": "digits", "methods": ["static"], "seeds": [0, 1],
@@ -73,7 +74,8 @@ def test_a_sweep_by_submitits_local_executor(tmp_path):
 CALLED_OFF = """
 import json, sys
 from pathlib import Path
-from granet.lab import grid, sweep
+from granet.lab.sweep import grid
+from granet.lab.sweep import run as sweep
 
 values = {
     "name": "long", "recipe": "digits", "methods": ["static"],

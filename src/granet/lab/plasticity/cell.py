@@ -139,13 +139,13 @@ def run_cell(cell: dict[str, Any], folder: str) -> dict[str, Any] | None:
         CheckpointError: its checkpoint is missing or damaged.
         TrainingError: the loss is not finite.
     """
-    the = Cell(**cell)
-    file = the.file(Path(folder), Run.open(Path(the.run)).recipe)
+    pruning = Cell(**cell)
+    file = pruning.file(Path(folder), Run.open(Path(pruning.run)).recipe)
     if (result := read(file)) is not None:
         return result
     threads = torch.get_num_threads()
     try:
-        result = measure(bench(the.run), the)
+        result = measure(bench(pruning.run), pruning)
     finally:
         torch.set_num_threads(threads)
     if result is not None:

@@ -111,7 +111,7 @@ def _falls_of(table: Table, arm: str = "none") -> dict[tuple, dict[int, float]]:
 def _falls(table: Table) -> Finding:
     falls = _falls_of(table)
     by_drop = {
-        drop: [statistics.fmean(fall.values()) for (_, of), fall in falls.items() if of == drop]
+        drop: [statistics.fmean(fall.values()) for (_, at), fall in falls.items() if at == drop]
         for drop in range(1, len(table.drops) + 1)
     }
     note = "".join(f" Mean fall at drop {drop}: {statistics.fmean(v):.2f} points." for drop, v in by_drop.items() if v)
@@ -151,7 +151,7 @@ def _mildest_is_free(table: Table) -> Finding:
     votes = {}
     for measure in ("plasticity", "final_gap"):
         found = table.per_seed(measure, lambda row: (row.pretrained_sparsity, row.step), only)
-        votes |= {(measure, *key): {seed: x + FREE for seed, x in of.items()} for key, of in found.items()}
+        votes |= {(measure, *key): {seed: x + FREE for seed, x in seeds.items()} for key, seeds in found.items()}
     return _judge(
         table,
         f"A pruning rate of {rate:g} is nearly free",
@@ -181,7 +181,7 @@ def _regeneration_helps_most(table: Table, arm: str, claim: str) -> Finding:
 def _by_rate(table: Table, values: Mapping[tuple, float]) -> str:
     """Returns means by pruning rate, which is second in the keys, as text."""
     found = {rate: [x for key, x in values.items() if key[1] == rate] for rate in table.rates}
-    return ", ".join(f"{points(statistics.fmean(of))} at rate {rate:g}" for rate, of in found.items() if of)
+    return ", ".join(f"{points(statistics.fmean(xs))} at rate {rate:g}" for rate, xs in found.items() if xs)
 
 
 def _positive_at_high_rate(table: Table) -> Finding:

@@ -89,12 +89,13 @@ def _points(table: Table, measure: Measure) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def write(table: Table, out: Path) -> dict[str, Path]:
+def write(table: Table, out: str | Path) -> dict[str, Path]:
     """Returns the files written to ``out``: numbers, text with findings, figures and a page that needs only a browser.
 
     Raises:
         ModuleNotFoundError: the libraries that draw are not installed; numbers and text are written all the same.
     """
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     written = {"numbers": out / "plasticity.csv", "findings": out / "plasticity.md"}
     table.to_csv(written["numbers"])

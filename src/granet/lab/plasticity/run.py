@@ -196,7 +196,7 @@ def make(
         yield Progress(name, count, len(cells), outcome.error, outcome.value)
 
 
-def plasticity(
+def pruning_plasticity(
     what: str | Path | Recipe = studies.DEFAULT,
     *,
     out: str | Path | None = None,

@@ -129,7 +129,7 @@ class Table:
         groups: dict[Any, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in filter(only, self.rows):
             groups[key(row)][row.seed].append(100 * getattr(row, measure))
-        return {name: {seed: statistics.fmean(v) for seed, v in of.items()} for name, of in groups.items()}
+        return {name: {seed: statistics.fmean(v) for seed, v in seeds.items()} for name, seeds in groups.items()}
 
     def __str__(self) -> str:
         phases = self.phases()
@@ -141,11 +141,11 @@ class Table:
         for sparsity in self.sparsities:
             for rate in self.rates:
                 for arm in self.arms:
-                    of = {"pretrained_sparsity": sparsity, "rate": rate, "arm": arm}
-                    rows = [row for row in self.rows if self._is(row, of)]
+                    wanted = {"pretrained_sparsity": sparsity, "rate": rate, "arm": arm}
+                    rows = [row for row in self.rows if self._is(row, wanted)]
                     if not rows:
                         continue
-                    means = [self.mean(m, phase=phase, **of) for m in MEASURES for phase in phases]
+                    means = [self.mean(m, phase=phase, **wanted) for m in MEASURES for phase in phases]
                     density = f"{statistics.fmean(row.density for row in rows):.2%}"
                     body.append([f"{sparsity:g}", f"{rate:g}", arm, density, *map(points, means)])
         return columns([head, *body], right=tuple(range(3, len(head))))
@@ -153,28 +153,6 @@ class Table:
     def to_csv(self, path: str | Path | None = None) -> str:
         """Returns the rows as CSV, and writes them to ``path`` if one is given."""
         return csv_of(Row, self.rows, path)
-
-    def figure(self, measure: Measure = "plasticity"):
-        """Returns the figure of a measure as an Altair chart: one column per pretrained sparsity, one row per arm.
-
-        Raises:
-            ModuleNotFoundError: Altair is not installed.
-        """
-        from granet.lab.plasticity.page import figure
-
-        return figure(self, measure)
-
-    def findings(self):
-        """Returns the paper's findings with their verdicts here."""
-        from granet.lab.plasticity.findings import findings
-
-        return findings(self)
-
-    def write(self, out: str | Path) -> dict[str, Path]:
-        """Returns the files written to the folder ``out``: page, figures, numbers and findings."""
-        from granet.lab.plasticity.page import write
-
-        return write(self, Path(out))
 
 
 _ARMS = ("none", "restore", "equal")

@@ -1,0 +1,16 @@
+"""Figures of a study."""
+
+import dataclasses
+
+from granet.lab.plasticity.page import figure
+
+
+def test_every_panel_shows_its_own_cells_where_others_are_missing(made_up, like_the_paper):
+    whole = made_up(like_the_paper, noise=0.0)
+    part = dataclasses.replace(
+        whole, rows=tuple(row for row in whole.rows if (row.arm, row.pretrained_sparsity) != ("none", 0))
+    )
+    panels = figure(part).to_dict()["vconcat"]
+    shown = [[panel["data"]["values"] for panel in row["hconcat"]] for row in panels]
+    assert [[len(values) for values in row] for row in shown] == [[0, 24], [24, 24], [24, 24]]
+    assert {(value["arm"], value["sparsity"]) for value in shown[1][0]} == {("restore", "0.0")}
