@@ -37,7 +37,7 @@ def made_up():
     """A function that returns a table of made-up results."""
 
     def make(effect, seeds=3, drops=(4.0, 8.0), noise=0.001):
-        """A table whose plasticity and gap are ``effect(sparsity, rate, arm, phase)`` in points, with a little noise."""
+        """A table whose plasticity and gap are `effect(sparsity, rate, arm, phase)` in points, with a little noise."""
         results, draws = [], torch.Generator().manual_seed(0)
         for seed in range(seeds):
             for sparsity in (0.0, 0.9):
@@ -46,10 +46,11 @@ def made_up():
                         for epoch in (1, 3, 5, 7, 9, 11):
                             value = effect(sparsity, rate, arm, sum(epoch >= drop for drop in drops)) / 100
                             value += noise * float(torch.randn((), generator=draws))
-                            results.append(
-                                tables.Row(sparsity, seed, epoch * 10, epoch, 0.1, rate, arm, "global", 1 - sparsity, 0.1, 0.8,
-                                    0.8 + value, value, 0.9, 0.9 + value, value, 1.0)
-                            )  # fmt: skip
+                            row = tables.Row(
+                        sparsity, seed, epoch * 10, epoch, 0.1, rate, arm, "global", 1 - sparsity, 0.1, 0.8,
+                        0.8 + value, value, 0.9, 0.9 + value, value, 1.0,
+                    )  # fmt: skip
+                    results.append(row)
         return tables.table(
             "made-up", [dataclasses.asdict(row) for row in results], epochs=12, drops=drops, retrain=2.0, tested=10_000
         )
