@@ -47,10 +47,10 @@ def made_up():
                             value = effect(sparsity, rate, arm, sum(epoch >= drop for drop in drops)) / 100
                             value += noise * float(torch.randn((), generator=draws))
                             row = tables.Row(
-                        sparsity, seed, epoch * 10, epoch, 0.1, rate, arm, "global", 1 - sparsity, 0.1, 0.8,
-                        0.8 + value, value, 0.9, 0.9 + value, value, 1.0,
-                    )  # fmt: skip
-                    results.append(row)
+                                sparsity, seed, epoch * 10, epoch, 0.1, rate, arm, "global", 1 - sparsity, 0.1, 0.8,
+                                0.8 + value, value, 0.9, 0.9 + value, value, 1.0,
+                            )  # fmt: skip
+                            results.append(row)
         return tables.table(
             "made-up", [dataclasses.asdict(row) for row in results], epochs=12, drops=drops, retrain=2.0, tested=10_000
         )
