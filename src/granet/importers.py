@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from granet.filters import Filters
-from granet.names import forms, matched
+from granet.names import forms, matched, nearest
 from granet.selection import select
 
 
@@ -134,7 +133,7 @@ def _named(key: str, known: Mapping[str, Any]) -> str:
         return name
     if f"{name}.weight" in known:
         return f"{name}.weight"
-    near = get_close_matches(name, known, 3)
+    near = nearest(name, known, 3)
     raise ValueError(
         f"the mask {key!r} is of no parameter of the model" + (f"; near it: {', '.join(near)}" if near else "")
     )

@@ -4,18 +4,27 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 
+def nearest(given: object, choices: Iterable[str], most: int = 1) -> list[str]:
+    """Returns the choices that are spelt most like what was given, the nearest first: at most `most`, perhaps none.
+
+    >>> nearest("con1", ["conv1", "conv2", "fc"], 3)
+    ['conv1', 'conv2']
+    """
+    return get_close_matches(str(given)[:100], list(choices), most, cutoff=0.5)
+
+
 def did_you_mean(given: object, choices: Iterable[str]) -> str:
-    """The end of a message: the choice that is spelt most like what was given, or nothing where none is.
+    """Returns the end of a message: the choice nearest to what was given, or nothing where none is near.
 
     >>> print("no layer 'con1'" + did_you_mean("con1", ["conv1", "fc"]))
     no layer 'con1'; did you mean 'conv1'?
     """
-    near = get_close_matches(str(given), list(choices), 1)
+    near = nearest(given, choices)
     return f"; did you mean {near[0]!r}?" if near and near[0] != given else ""
 
 
 def unknown(kind: str, given: object, choices: Iterable[str]) -> str:
-    """The message for a name of some kind that is not among the choices."""
+    """Returns the message for a name of some kind that is not among the choices."""
     choices = list(choices)
     return f"unknown {kind} {given!r}: choose from {', '.join(choices)}{did_you_mean(given, choices)}"
 

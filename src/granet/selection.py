@@ -19,7 +19,6 @@ leave the others dense. Under "channel" the last layer stays dense, because its 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from math import prod
 
 import torch
@@ -30,6 +29,7 @@ from granet.checks import refuse_pruned, refuse_sparse_gradients, require_kinds
 from granet.criterion import Layer
 from granet.filters import KINDS, Default, Filter, Filters, by_default, hits, listed
 from granet.methods.base import Method
+from granet.names import nearest
 from granet.pattern import Pattern, parse
 
 
@@ -83,7 +83,7 @@ def select(
         for one in filters:
             if id(one) not in used:
                 known = [name for names in owners.values() for name, *_ in names]
-                near = get_close_matches(str(one), [*known, *KINDS], 3)
+                near = nearest(one, [*known, *KINDS], 3)
                 hint = f"; near it: {', '.join(near)}" if near else f"; kinds: {', '.join(KINDS)}"
                 raise ValueError(f"{kind}={one!r} matches no parameter of the model{hint}")
     choices = _obeying(choices, parse(pattern))

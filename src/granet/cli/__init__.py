@@ -2,8 +2,9 @@
 
 import os
 import sys
-from difflib import get_close_matches
 from importlib import import_module
+
+from granet.names import nearest
 
 COMMANDS = {
     "train": "train a network from a recipe, beside its dense twin if asked",
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command = args[0]
     if command not in COMMANDS:
-        near = get_close_matches(command, COMMANDS, n=1)
+        near = nearest(command, COMMANDS)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return _fail(f"there is no command {command!r}; {hint}(commands: {', '.join(COMMANDS)})")
     try:

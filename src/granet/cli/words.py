@@ -6,12 +6,12 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import tyro
 from pydantic import ValidationError
 
+from granet.names import nearest
 from granet.train.recipe import suggest
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ def unknown(flag: str, known: Iterable[str], prog: str) -> UsageError:
     known = list(known)
     name = flag.rpartition(".")[2].lstrip("-")
     same = [one for one in known if one.rpartition(".")[2].lstrip("-") == name]
-    near = same or get_close_matches(flag, known, n=1)
+    near = same or nearest(flag, known)
     hint = f"did you mean {near[0]}?" if near else f"`{prog} --help` lists all"
     return UsageError(f"{prog} has no option {flag}; {hint}")
 

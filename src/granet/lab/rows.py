@@ -18,11 +18,19 @@ def csv_of(kind: type, rows: Iterable[object], path: str | Path | None = None) -
     layer,accuracy
     conv1,0.666667
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: round(x, 6) if isinstance(x, float) else x for key, x in asdict(row).items()})
+    rounded = ([round(x, 6) if isinstance(x, float) else x for x in asdict(row).values()] for row in rows)
+    text = csv_text([field.name for field in fields(kind)], rounded)
     if path is not None:
-        checkpoint.replace(Path(path), text.getvalue())
+        checkpoint.replace(Path(path), text)
+    return text
+
+
+def csv_text(head: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
+    """Returns a head and lines of cells as CSV.
+
+    >>> csv_text(["layer", "kept"], [["conv1, conv2", None]])
+    'layer,kept\\n"conv1, conv2",\\n'
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *lines])
     return text.getvalue()

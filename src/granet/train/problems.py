@@ -3,7 +3,6 @@
 A problem is a line such as `train.lr: must be greater than 0, got -1`.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from granet.names import nearest
 from granet.parsing import printable, short
 
 SHOWN = 20  # problems that a message lists at most
@@ -52,7 +52,7 @@ def suggest(given: object, choices: Iterable[str]) -> str:
     "did you mean 'rigl'? (choices: granet, rigl)"
     """
     choices = list(choices)
-    near = difflib.get_close_matches(str(given)[:100], choices, n=1, cutoff=0.5)
+    near = nearest(given, choices)
     return (f"did you mean {near[0]!r}? " if near else "") + f"(choices: {', '.join(choices)})"
 
 

@@ -1,13 +1,12 @@
 """What the runs of a sweep say together: a line a method and setting, with what was not equal named."""
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from granet.lab.rows import csv_text
 from granet.lab.sweep.grid import Sweep
 from granet.lab.sweep.run import Done
 from granet.report.page import duration
@@ -225,12 +224,11 @@ def runs_csv(sweep: Sweep, done: Iterable[Done]) -> str:
     """Returns all finished runs as CSV, one a line."""
     done = [one for one in done if one.summary]
     steps = {run.run.path: row.steps for row in rows(sweep, done) for run in row.runs}
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     others = [key for key in sweep.varied if key != "method.sparsity"]
     head = ["recipe", "method", "target_sparsity", *others, "seed", "sparsity", "active", "last_test", "best_test"]
     head += ["last_validation", "best_validation", "inference_ratio", "training_ratio", "exploration", "steps"]
-    writer.writerow([*head, "seconds", "differs", "run"])
+    head += ["seconds", "differs", "run"]
+    lines = []
     for one in done:
         summary, best, last = one.summary, one.summary["best"] or {}, one.summary["last"]
         flops = summary["flops"]
@@ -239,8 +237,8 @@ def runs_csv(sweep: Sweep, done: Iterable[Done]) -> str:
         line += [best.get("test_accuracy"), last["validation_accuracy"], best.get("validation_accuracy")]
         line += [flops["inference"] / flops["inference_dense"], training(summary, steps[one.run.path])]
         line += [summary.get("exploration"), summary["steps"], summary["seconds"], "; ".join(one.cell.apart)]
-        writer.writerow([*line, one.run.path.name])
-    return out.getvalue()
+        lines.append([*line, one.run.path.name])
+    return csv_text(head, lines)
 
 
 @dataclass(frozen=True)

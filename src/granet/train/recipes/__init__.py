@@ -6,11 +6,11 @@ which `method` names). A file `fashion.yaml` whose `methods` has `rigl` is also 
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from granet.names import nearest
 from granet.parsing import from_yaml, short
 from granet.registry import Registry
 from granet.train.recipe import FILE_KEYS, SECTIONS, Recipe, RecipeError, suggest, validate
@@ -153,6 +153,6 @@ def load(name: str, *, method: str | None = None, settings: Mapping[str, Any] | 
 
 
 def _near_recipe(name: str) -> str:
-    near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
+    near = nearest(name, names())
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}`granet ls recipes` lists them; a file of your own ends in .yaml"
