@@ -58,7 +58,7 @@ def select(
     skip: Filters = (),
     pattern: Pattern | str | None = None,
 ) -> list[Choice]:
-    """A choice for every parameter of `model`, in the order of `named_parameters()`; a tied parameter comes once.
+    """Returns a choice for every parameter of `model`, as `named_parameters()` orders them; a tied one comes once.
 
     Raises:
         TypeError: `only` or `skip` is no filter.
@@ -95,7 +95,7 @@ def select(
 
 
 def _obeying(choices: list[Choice], pattern: Pattern) -> list[Choice]:
-    """The choices, with the last layer dense where the pattern spares it; refuses weights that cannot obey."""
+    """Returns the choices with the last layer dense where the pattern spares it; rejects weights that cannot obey."""
     last = [choice for choice in choices if choice.sparse][-1:] if pattern.spares_last else []
     if last and last[0].reason != f"only={last[0].name!r}":
         reason = f"the last layer's {pattern.unit} are the network's outputs; name it in only= to prune them"
@@ -145,7 +145,7 @@ def unfit(
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, nn.Parameter]]]:
-    """For each parameter, all its names with the module that holds it under that name."""
+    """Returns, for each parameter, all its names with the module that holds it under that name."""
     owners: dict[int, list[tuple[str, nn.Module, nn.Parameter]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -258,7 +258,7 @@ class Plan:
 def plan(
     model: nn.Module, method: Method, *, only: Filters = None, skip: Filters = (), pattern: Pattern | str | None = None
 ) -> Plan:
-    """The plan of `method` for `model`: every parameter, whether it is sparse and why, its shape and its budgets.
+    """Returns the plan of `method` for `model`: every parameter, whether it is sparse and why, its shape and budgets.
 
     Args:
         model: the model; nothing in it changes.
@@ -329,7 +329,7 @@ def layers_of(choices: Iterable[Choice], gradients: Mapping[str, torch.Tensor] |
 
 
 def columns(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
-    """Rows of cells as text in aligned columns, the first row a heading; columns in `right` to the right."""
+    """Returns rows of cells as text in aligned columns, the first row a heading; those in `right` align right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

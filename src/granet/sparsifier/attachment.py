@@ -1,4 +1,4 @@
-"""The optimizers tied to a sparsifier, and those inside of them: what each holds, and which have stepped.
+"""The optimizers attached to a sparsifier, and those inside them: what each holds, and which have stepped.
 
 Optimizers hold other optimizers (SAM, ZeroRedundancyOptimizer, lists of several), and a subclass calls the step of its
 parent. All that are real torch optimizers are hooked: gradients are readied before each step, and a step inside of
@@ -78,7 +78,7 @@ def families(given: Iterable) -> tuple[Optimizer, ...]:
 
 @contextmanager
 def unhooked(optimizers: Optimizer | Iterable[Optimizer]) -> Iterator[None]:
-    """No hook is called around the steps of the optimizers, and of those inside of them, inside the `with`."""
+    """Suspends the step hooks of the optimizers, and of those inside them, within the `with` block."""
     members = families([optimizers] if isinstance(optimizers, Optimizer) else optimizers)
     names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
     held = [(optimizer, name, getattr(optimizer, name)) for optimizer in members for name in names]
@@ -138,18 +138,18 @@ class Attachment:
         return other
 
     def hook(self, sparsifier) -> None:
-        """Have the sparsifier act around every step of the optimizers."""
+        """Registers the hooks that make the sparsifier act around every step of the optimizers."""
         for optimizer in self.optimizers:
             before, after = (torch.compiler.disable(partial(act, self, sparsifier)) for act in (_before, _after))
             self._handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     @property
     def hooked(self) -> bool:
-        """Whether the sparsifier acts by itself."""
+        """Whether hooks are registered, so that the loop need not call the sparsifier."""
         return bool(self._handles)
 
     def release(self) -> None:
-        """Take the hooks away."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -168,11 +168,11 @@ class Attachment:
         return self._holding(optimizer)[2]
 
     def has_stepped(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer stepped already since the last step was complete."""
+        """Returns whether the optimizer has stepped since the last complete step."""
         return not self._stepped.isdisjoint(self._holding(optimizer)[1])
 
     def completes(self, optimizer: Optimizer) -> bool:
-        """Take down that `optimizer` stepped; whether each of the optimizers has by now, which begins a new step."""
+        """Records that `optimizer` has stepped, and returns whether all have: then the step is complete."""
         held = self._holding(optimizer)[1]
         if self._awaited is None:
             self._awaited = frozenset(id(p) for p in stepping.parameters_of(self.optimizers) if p.requires_grad)
@@ -196,7 +196,7 @@ class Attachment:
         return False
 
     def begin(self) -> None:
-        """From here on, all optimizers are awaited anew."""
+        """Begins a new step: every optimizer is expected to step again."""
         self._stepped, self._awaited, self._repeated = set(), None, 0
 
     def watch(self, optimizer: Optimizer) -> masking.Watch:
@@ -204,12 +204,12 @@ class Attachment:
         return self._watches.setdefault(id(optimizer), masking.Watch())
 
     def restart(self) -> None:
-        """Nothing is known of the optimizers any more."""
+        """Forgets which optimizers keep inactive weights at zero."""
         self._watches = {}
         self.begin()
 
     def renew(self) -> None:
-        """There are new masks: each optimizer has to show anew that it keeps the zeros."""
+        """Starts anew after the masks have changed: each optimizer has to show again that it keeps the zeros."""
         for watch in self._watches.values():
             watch.renew()
 
@@ -220,7 +220,7 @@ class Attachment:
         return False if False in known else None if None in known or not known else True
 
     def is_inside(self) -> bool:
-        """Whether the step whose hook is being called is a part of another step of these optimizers."""
+        """Returns whether the step whose hook is being called happens inside a step of another of these optimizers."""
         mine = {id(optimizer) for optimizer in self.optimizers}
         frame: FrameType | None = sys._getframe(1)
         steps = 0
@@ -233,7 +233,7 @@ class Attachment:
 
 
 def _before(attachment: Attachment, sparsifier, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple | None:
-    """The hook before `optimizer.step(*args, **kwargs)`, which has the sparsifier act when gradients are final.
+    """The hook before `optimizer.step(*args, **kwargs)`; it makes the sparsifier act once gradients are final.
 
     At once, unless the step is given a closure: the closure computes the gradients, so they are readied after it.
     """

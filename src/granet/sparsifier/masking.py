@@ -1,4 +1,4 @@
-"""Masking in place: setting the inactive entries of tensors to exact zero, fast and without keeping NaN.
+"""Sets the inactive entries of tensors to exact zero in place, quickly, NaN included.
 
 On the CPU an entry is cleared by a bitwise AND with all ones or all zeros, in pieces that stay in the cache: a fill
 through a bool mask takes several times as long, and a multiplication keeps NaN and leaves -0.0.
@@ -22,7 +22,7 @@ Work = Iterable[tuple[Tensor, Sequence[Tensor]]]
 
 @torch.no_grad()
 def clear(work: Work) -> None:
-    """Set the entries of tensors to zero where their mask is False.
+    """Sets the entries of tensors to zero where their mask is False.
 
     Args:
         work: pairs of a bool mask and the tensors of its shape that it clears in place.
@@ -41,7 +41,7 @@ def clear(work: Work) -> None:
 
 @torch.no_grad()
 def leaks(work: Work, *, together: bool = True, window: slice = _ALL) -> bool:
-    """Whether any tensor has a nonzero (or NaN) entry where its mask is False. Waits for the device.
+    """Returns whether any tensor has a nonzero (or NaN) entry where its mask is False. Waits for the device.
 
     Args:
         work: pairs of a bool mask and tensors of its shape.
@@ -56,15 +56,16 @@ def leaks(work: Work, *, together: bool = True, window: slice = _ALL) -> bool:
 
 
 class Watch:
-    """Whether an optimizer, given masked gradients, keeps inactive entries at zero; else they are cleared each step.
+    """Learns whether an optimizer keeps inactive entries at zero when it gets masked gradients.
 
-    It is trusted after a few steps in which weights may have moved and nothing inactive did. A part of everything is
-    looked at after each step from then on, all of it within 32 steps: some optimizers begin to mix weights late, some
-    write slow weights back now and then. One that is found to is cleared after each step, and trusted again after a
-    hundred steps without a find, since weights may merely have been loaded. The second time is the last.
+    Most do, and then nothing needs clearing. An optimizer is trusted after a few steps in which weights could move and
+    no inactive one did. From then on a part of the entries is checked after each step, all of them within 32 steps,
+    because some optimizers begin to mix weights late or write slow weights back now and then. If a nonzero entry is
+    found, everything is cleared after each step. The optimizer is trusted again after a hundred clean steps, since
+    the weights may merely have been loaded; after a second find it never is.
 
     Attributes:
-        kept: None until that is known.
+        kept: whether the optimizer keeps them at zero; None until that is known.
     """
 
     LOOKS, PROBATION, SHARE, LEAST, EVERY = 3, 100, 32, 2, 16
@@ -76,7 +77,7 @@ class Watch:
         self._order: list[tuple[str, slice]] = []  # pieces of tensors, in the order in which they are looked at
 
     def renew(self) -> None:
-        """There are new masks: an optimizer that is trusted has to show it again."""
+        """Starts anew after the masks have changed: a trusted optimizer has to earn that again."""
         self._order = []
         if self.kept:
             self.kept, self._clean = None, 0
@@ -84,7 +85,7 @@ class Watch:
     def settle(
         self, moves: Callable[[], bool], masks: Mapping[str, Tensor], held: Callable[[Iterable[str]], Work]
     ) -> bool:
-        """Look where needed, and clear. Whether something was found though the optimizer was trusted.
+        """Checks and clears as needed, and returns whether a trusted optimizer has moved inactive entries.
 
         Args:
             moves: whether the step just taken could move weights: not with a learning rate of zero.
@@ -108,7 +109,7 @@ class Watch:
         return False
 
     def _found(self, masks: Mapping[str, Tensor], held: Callable[[Iterable[str]], Work]) -> bool:
-        """Whether the part that is looked at after this step has something."""
+        """Returns whether the part that is due after this step has a nonzero inactive entry."""
         first = next(iter(masks.values()))
         if shards.is_sharded(first) or first.device.type != "cpu":  # ranks, or the host, would wait at every step
             return self._steps % self.EVERY == 0 and leaks(held(masks))
@@ -127,7 +128,7 @@ class Watch:
 
 
 def _here(work: Work) -> Work:
-    """The parts of masks and tensors that lie on this rank; some ranks have none."""
+    """Yields the parts of masks and tensors that lie on this rank; some ranks have none."""
     parts = ((shards.local(mask), [shards.local(tensor) for tensor in tensors]) for mask, tensors in work)
     return ((mask, tensors) for mask, tensors in parts if mask.numel())
 
@@ -157,7 +158,7 @@ def _nonzero(tensor: Tensor) -> Tensor:
 
 
 def like(mask: Tensor, parameter: Tensor) -> Tensor:
-    """`mask` on the parameter's device, in its memory layout (channels-last, say) and in shards where it is."""
+    """Returns `mask` on the parameter's device, in its memory layout, and sharded as the parameter is."""
     if shards.is_sharded(parameter) or shards.is_sharded(mask):
         return shards.place_like(mask, parameter)
     if mask.device == parameter.device and mask.stride() == parameter.stride():

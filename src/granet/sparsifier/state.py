@@ -1,4 +1,4 @@
-"""What goes out of a sparsifier and comes back in: its state, and masks from elsewhere, checked."""
+"""Saving and restoring the state of a sparsifier, and checking masks that come from elsewhere."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,7 +61,7 @@ def checked_masks(
 
 
 def needed(probe: Probe | None, method: Method, parameters: Mapping[str, Tensor]) -> tuple[Probe, ...]:
-    """What the method's `init` is given beside layers and generator: the probe, or nothing.
+    """Returns the further arguments of the method's `init`: the probe if the method needs one, else none.
 
     Raises:
         ValueError: the method needs one, and there is none, or it would look at shards.
@@ -86,7 +86,7 @@ def needed(probe: Probe | None, method: Method, parameters: Mapping[str, Tensor]
 def chosen(
     policy: Method, layers: Mapping[str, Layer], rng: torch.Generator, probes: tuple[Probe, ...], told: bool | int
 ) -> dict[str, Tensor]:
-    """The masks to begin with, by the method's `init`.
+    """Returns the initial masks, chosen by the method's `init`.
 
     Those that come from a probe are `told`: gradients of other batches, or of the same ones summed in another order,
     choose other weights. So the first rank alone looks, and the others take over its masks and its generator.
@@ -105,7 +105,7 @@ def chosen(
 def refuse_foreign(
     state: Mapping[str, Any], method: Method, masks: Mapping[str, Tensor], pattern: Pattern, *, folded: bool
 ) -> None:
-    """Refuse a sparsifier's state that is not of this method, this pattern and these masks' shapes.
+    """Rejects a state of another method or pattern, or with masks of other shapes.
 
     Raises:
         ValueError: says what differs.
@@ -139,7 +139,7 @@ _PARTS = ("masks", "ever", "gradients", "memory")
 
 
 def renamed(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The state with the names that this model has, where a wrapper (`torch.compile`, DDP) has put others in."""
+    """Returns the state under this model's names, whatever prefixes a wrapper (`torch.compile`, DDP) has added."""
     if not isinstance(state, Mapping) or not all(isinstance(state.get(part), Mapping) for part in _PARTS):
         return state
     own = {other: name for name, other in matched(parameters, state["masks"]).items()}
@@ -152,7 +152,7 @@ def renamed(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> dict[
 
 
 class Aside:
-    """Weights that were set to zero before the first step.
+    """Inactive weights that are set aside, as they were before masks set them to zero ahead of the first step.
 
     The sparsifier's own masks may come later than the weights that were trained with them: when a run is resumed, the
     model is loaded first, say. What was taken by the first masks is then given back, and the loaded masks decide.
@@ -163,7 +163,7 @@ class Aside:
 
     @contextmanager
     def taking(self, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        """Remember the inactive weights, which are set to zero inside the `with`."""
+        """Keeps copies of the inactive weights, which are set to zero within the `with` block."""
         weights = {name: shards.local(parameters[name].detach()) for name in masks}
         actives = {name: shards.local(mask) for name, mask in masks.items()}
         values = {name: weight[~actives[name]] for name, weight in weights.items() if weight.device.type != "meta"}
@@ -174,7 +174,7 @@ class Aside:
 
     @torch.no_grad()
     def give_back(self, parameters: Mapping[str, Tensor]) -> None:
-        """Put the weights back, except into parameters that were changed since."""
+        """Restores the weights, except in parameters that were changed since."""
         for name, (active, values, version) in self._taken.items():
             weight = shards.local(parameters[name].detach())
             if weight._version == version and weight.device == values.device:
@@ -183,7 +183,7 @@ class Aside:
 
 
 def packed(parts: Mapping[str, Mapping[str, Tensor]], **rest: Any) -> dict[str, Any]:
-    """A sparsifier's state: copies of the tensors in `parts`, and the rest."""
+    """Returns a sparsifier's state: copies of the tensors in `parts`, and the other entries as they are."""
     return rest | {key: {name: tensor.clone() for name, tensor in part.items()} for key, part in parts.items()}
 
 

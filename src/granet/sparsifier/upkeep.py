@@ -1,7 +1,7 @@
-"""Upkeep: what keeps weights, gradients and the memory of optimizers at zero where the masks say inactive.
+"""Keeps inactive weights, their gradients and their optimizer state at zero.
 
-After any step, by whatever route, inactive weights and what is remembered of them are zero; or there is an error, or
-one warning that says what to do.
+After every step, whichever way it was taken, inactive weights and their optimizer state are zero. Where that cannot be
+guaranteed there is an error, or one warning that says what to do.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NOT_ATTACHED = (
 
 
 class Upkeep:
-    """The part of a `Sparsifier` that keeps the zeros. It asks for nothing but masks, and never changes them."""
+    """The part of a `Sparsifier` that keeps inactive weights at zero. It never decides which weights are active."""
 
     model: nn.Module
     _method: Method
@@ -72,7 +72,7 @@ class Upkeep:
 
     @property
     def method(self) -> Method:
-        """What decides about the topology, for as long as the sparsifier lives."""
+        """The method that decides the topology. It cannot be exchanged."""
         return self._method
 
     @method.setter
@@ -94,7 +94,7 @@ class Upkeep:
 
     @property
     def active_units(self) -> int:
-        """The number of active weights, blocks or channels, whichever the pattern has come and go as a whole."""
+        """The number of active units: weights, blocks or channels, depending on the pattern."""
         return sum(count(self.pattern.pooled_mask(mask)) for mask in self.masks.values())
 
     @property
@@ -158,7 +158,7 @@ class Upkeep:
             self._clear_copy(follower)
 
     def _held(self, names: Iterable[str] | None = None):
-        """Each mask with its weight, unless that rests where it is inactive, and the optimizers' memory of it."""
+        """Returns each mask with its weight (unless a method keeps inactive weights) and the optimizer state of it."""
         optimizers = self._attached.optimizers if self._attached else ()
         for name in self._masked if names is None else names:
             p = self._parameters[name]
@@ -166,7 +166,7 @@ class Upkeep:
             yield self._masked[name], [*weights, *stepping.buffers(optimizers, p)]
 
     def _weights(self):
-        """Each mask with its weight, unless that rests where it is inactive."""
+        """Returns each mask with its weight, leaving out weights whose method keeps the inactive values."""
         if self._effective is None:
             yield from ((mask, [self._parameters[name].detach()]) for name, mask in self._masked.items())
 
@@ -179,7 +179,7 @@ class Upkeep:
 
     @torch.no_grad()
     def _settle(self, optimizer: Optimizer) -> None:
-        """See to it that the weights that `optimizer` moved are zero where they are inactive, and its memory too."""
+        """Clears the inactive weights that `optimizer` has moved, and their state in it."""
         masks = {name: self._masked[name] for name in self._attached.names(optimizer) if name in self._masked}
         moves = partial(stepping.moves, [optimizer])
         if masks and self._attached.watch(optimizer).settle(moves, masks, self._held):
@@ -192,7 +192,7 @@ class Upkeep:
             )
 
     def _look(self, *, everywhere: bool) -> None:
-        """Look whether parameters, some at each step, are still the model's, and the masks on their device.
+        """Checks that the parameters still belong to the model and the masks lie on their device, a few at each step.
 
         Raises:
             RuntimeError: one was replaced.
@@ -211,7 +211,7 @@ class Upkeep:
             self._place(self._state())
 
     def _begin(self) -> None:
-        """Before the first step: whatever was loaded by now is cleared by the masks as they are by now."""
+        """Runs before the first step: applies the current masks to weights that were loaded since they were made."""
         self._aside = None
         if masking.leaks(self._weights()):
             lost = sum(count(shards.local((w != 0) & ~mask)) for mask, (w,) in self._weights())
@@ -225,7 +225,7 @@ class Upkeep:
         self._clear_all()
 
     def _informed(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
-        """The layers, without the gradients that say nothing of inactive weights: growth would go by position."""
+        """Returns the layers, without gradients that are zero at all inactive weights and so cannot rank them."""
         grads = {name: layer.grad for name, layer in layers.items() if layer.grad is not None and name in self._masked}
         silent = [name for name, grad in grads.items() if not masking.leaks([(self._masked[name], [grad])])]
         nothing = [name for name in silent if not shards.nonzero(grads[name])]
@@ -240,7 +240,7 @@ class Upkeep:
         return dict(layers) | {name: replace(layers[name], grad=None) for name in (*nothing, *masked)}
 
     def _say_frozen(self) -> None:
-        """Say so where an update took weights from a layer that was frozen since: it cannot make up for them."""
+        """Warns if an update pruned a layer that has been frozen since: its other weights cannot adapt."""
         frozen = [name for name in self._trainable if not self._parameters[name].requires_grad]
         taken = [name for name in frozen if self.last_update is not None and self.last_update.dropped[name]]
         if taken:
@@ -251,9 +251,9 @@ class Upkeep:
             )
 
     def knows(self, optimizer: Optimizer) -> bool:
-        """Whether nothing more is to be said of steps of `optimizer`, which trains sparse parameters.
+        """Returns whether steps of `optimizer`, which trains sparse parameters, need no more checks.
 
-        It is said once if it is not attached, and has moved inactive weights.
+        Warns once if it is not attached and has moved inactive weights.
         """
         known = self._attached is not None and any(optimizer is one for one in self._attached.optimizers)
         if known and self._attached.hooked:
@@ -267,7 +267,7 @@ class Upkeep:
         return self._strangers > _STRANGE
 
     def _called_by_hand(self, verb: str) -> None:
-        """Count a call of `before_step` or `after_step`.
+        """Counts a call of `before_step` or `after_step`.
 
         Raises:
             RuntimeError: it has no place here: nothing is attached, hooks do the same, or the other one is missing.
@@ -290,7 +290,7 @@ class Upkeep:
         self._by_hand = (before + self._readied, after + (not self._readied))
 
     def _misses_a_call(self, optimizer: Optimizer) -> bool:
-        """Whether a loop that shall call `before_step` and `after_step` itself has left one out, which is said once."""
+        """Returns whether a loop without hooks has left out `before_step` or `after_step`, and warns once if so."""
         if stepping.found_inf(optimizer):  # it was called and did nothing
             return False
         before, after = self._heard.get(id(optimizer), (0, -1))
@@ -306,7 +306,7 @@ class Upkeep:
         return bool(missing)
 
     def _asked(self) -> None:
-        """Say so where the weights are not as the masks say."""
+        """Warns if weights that the masks call inactive are not zero."""
         if self._let_go or (self._attached is not None and self._aside is not None):  # or states are being loaded
             return
         self._look(everywhere=True)
@@ -314,14 +314,14 @@ class Upkeep:
             self._warn("stranger", "An optimizer " + _NOT_ATTACHED)
 
     def _warn(self, kind: str, message: str) -> None:
-        """Warn once of each kind."""
+        """Warns once for each kind of warning."""
         if kind not in self._told:
             self._told.add(kind)
             warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def _was_masked(grad: Tensor, mask: Tensor) -> bool:
-    """Whether the gradients of inactive weights, all zero, were set to zero by someone.
+    """Returns whether the gradients of inactive weights, all of them zero, were masked by other code.
 
     They are zero as well where an input or an output is dead, or a tap of a kernel meets padding alone. So at least
     ten must lie where gradients reach other weights of the same input, of the same output and of the same tap.
