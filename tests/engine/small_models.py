@@ -1,6 +1,7 @@
 """Small models for the tests of compiled inference, and what is asked of all of them."""
 
 import copy
+import threading
 
 import torch
 from torch import nn
@@ -51,3 +52,12 @@ def counting(fast):
 def change_in_place(model):
     with torch.no_grad():
         model[0].weight.mul_(2)
+
+
+def in_threads(work, number):
+    """Calls `work(0)`, `work(1)`, ... at the same time, each in a thread of its own, and waits for all."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

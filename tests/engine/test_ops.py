@@ -1,12 +1,12 @@
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from fuzz_layers import check_layer, check_panels, check_random_layers
+from small_models import in_threads
 
 from granet.engine import ops, reference
 from granet.engine.spec import Spec
@@ -130,11 +130,7 @@ def test_several_python_threads():
             if not torch.allclose(ops.conv(inputs[i], weight, None, place), expected[i], atol=1e-4):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not wrong
 
 

@@ -2,10 +2,9 @@
 
 import copy
 import pickle
-import threading
 
 import torch
-from small_models import close, sparse, wide
+from small_models import close, in_threads, sparse, wide
 from torch import nn
 
 from granet.engine import inference
@@ -31,11 +30,7 @@ def test_threads_share_a_compiled_model_and_copies_work():
             if not torch.allclose(fast(inputs[i]), expected[i], atol=1e-4):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 3)
     assert not wrong
     torch.testing.assert_close(copy.deepcopy(fast)(inputs[0]), expected[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(pickle.loads(pickle.dumps(fast))(inputs[0]), expected[0], atol=1e-4, rtol=1e-4)

@@ -129,7 +129,7 @@ def test_every_sweep_of_the_package_expands(name):
     assert {cell.recipe.method.name for cell in found if cell.apart} <= {"str"}
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "a/b", "", ".hidden", "a\\u001b[2Jb", "x" * 300])
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere", "a/b", "", ".hidden", "a\\u001b[2Jb", "x" * 300])
 def test_a_name_stays_in_its_folder(write, name):
     with pytest.raises(SweepError, match=r"name: a name "):
         grid.load(write(f'name = "{name}"\n{SMALL}'))

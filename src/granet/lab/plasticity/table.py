@@ -159,12 +159,12 @@ _ARMS = ("none", "restore", "equal")
 
 
 def points(value: float | None) -> str:
-    """Returns points of accuracy as text, with their sign.
+    """Returns points of accuracy as text, with their sign; what rounds to zero has a plus.
 
-    >>> points(1.234), points(None)
-    ('+1.23', '-')
+    >>> points(1.234), points(-0.001), points(None)
+    ('+1.23', '+0.00', '-')
     """
-    return "-" if value is None else f"{value:+.2f}"
+    return "-" if value is None else f"{value:+z.2f}"
 
 
 def table(name: str, results: Iterable[Mapping[str, Any]], **about: Any) -> Table:
