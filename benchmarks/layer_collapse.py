@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from granet import SNIP, GraSP, Probe, Static, SynFlow
-from granet.selection import columns, layers_of, select
+from granet.selection import layers_of, select
+from granet.text import columns
 from granet.topology import count
 from granet.train import data, models
 

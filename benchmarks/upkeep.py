@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from granet import GraNet, Sparsifier
-from granet.selection import columns, layers_of
+from granet.selection import layers_of
 from granet.sparsifier import masking
+from granet.text import columns
 from granet.topology import count
 from granet.train import models
 

@@ -43,7 +43,12 @@ def test_a_new_file_is_not_written_through_what_lies_there(tmp_path, outside):
     assert outside.read_text() == "precious"
 
 
-@pytest.mark.parametrize("use", [files.read, files.appending, files.lock_file])
+def lock(path):
+    with files.locked(path):
+        pass
+
+
+@pytest.mark.parametrize("use", [files.read, files.appending, lock])
 def test_links_folders_and_pipes_are_not_opened(tmp_path, outside, use):
     (tmp_path / "link").symlink_to(outside)
     with pytest.raises(FileError, match=r"link is a symbolic link \(to .*precious.txt\)"):
@@ -58,7 +63,7 @@ def test_links_folders_and_pipes_are_not_opened(tmp_path, outside, use):
 
 def test_a_dangling_link_makes_no_file_elsewhere(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for use in (files.appending, files.lock_file):
+    for use in (files.appending, lock):
         with pytest.raises(FileError, match="symbolic link"):
             use(tmp_path / "link")
     assert not (tmp_path / "nowhere").exists()
@@ -74,8 +79,15 @@ def test_a_hard_link_is_parted_before_it_is_written_to(tmp_path, outside):
 
 
 def test_a_locked_file_keeps_its_content(outside):
-    files.lock_file(outside).close()
+    lock(outside)
     assert outside.read_text() == "precious"
+
+
+def test_a_lock_is_held_once_and_then_free(tmp_path):
+    with files.locked(tmp_path / "lock"), pytest.raises(BlockingIOError), files.locked(tmp_path / "lock", wait=False):
+        pass
+    with files.locked(tmp_path / "lock", wait=False):
+        pass
 
 
 def test_no_part_of_a_path_below_the_folder_is_a_link(tmp_path, outside):

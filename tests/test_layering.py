@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "granet"
 LAYERS = [  # a folder or module may import what stands before it; docs/architecture.md draws them
     "names",
+    "text",
     "registry",
     "parsing",
     "files",

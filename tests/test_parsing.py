@@ -2,7 +2,7 @@
 
 import pytest
 
-from granet.parsing import from_json, from_toml, from_yaml, printable, short
+from granet.parsing import from_json, from_toml, from_yaml
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
@@ -46,18 +46,3 @@ def test_aliases_of_ordinary_files_are_read():
     assert from_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]") == {
         "a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}],
     }  # fmt: skip
-
-
-def test_what_commands_a_terminal_is_shown_instead():
-    assert printable("plain, naïve ≤ 90 %\n\ttext …") == "plain, naïve ≤ 90 %\n\ttext …"
-    assert printable("\x1b]0;title\x07\r\x9b2J\u202e\ud800\u2028") == (r"\x1b]0;title\x07\r\x9b2J\u202e\ud800\u2028")
-
-
-def test_values_are_short_in_messages():
-    assert short("granet") == "'granet'"
-    for value in ("x" * 10_000, list(range(10_000)), {i: i for i in range(1000)}, 10**5000, b"\x1b" * 999):
-        assert len(short(value)) < 200
-    nested = []
-    for _ in range(10_000):
-        nested = [nested]
-    assert len(short(nested)) < 200

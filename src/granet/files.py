@@ -11,7 +11,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -120,13 +120,31 @@ def appending(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "ab", buffering=0)
 
 
-def lock_file(path: Path) -> BinaryIO:
-    """Returns a file opened to be locked, made if there is none; nothing is written to it.
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of a file, which is made if there is none and keeps its content.
+
+    The system releases the lock when the process ends, however it ends. The package filelock is not used because it
+    empties the file that it locks, and in a folder of someone else this file may be a hard link to a precious one.
+
+    Args:
+        path: the file.
+        wait: whether to wait while another process holds the lock.
 
     Raises:
-        FileError: it is a link, a folder, a pipe or a device.
+        BlockingIOError: another process holds the lock, and `wait` is False.
+        FileError: it is a link, a folder, a pipe or a device, or the system has no such locks.
     """
-    return os.fdopen(_opened(path, os.O_RDWR | os.O_CREAT), "rb+", buffering=0)
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        raise FileError(f"{path} cannot be locked: granet needs a system that has flock") from None
+    descriptor = _opened(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove(folder: Path, names: Iterable[str]) -> bool:

@@ -6,10 +6,7 @@ terminal, `short` what of a value may stand in a message.
 """
 
 import json
-import re
-import reprlib
 import tomllib
-import unicodedata
 from typing import Any
 
 DEPTH = 100  # mappings and lists inside one another
@@ -121,46 +118,3 @@ def _loader() -> type:
             return super().construct_mapping(node, deep)
 
     return Strict
-
-
-def printable(text: str) -> str:
-    r"""Returns ``text`` as it may be written to a terminal: what would command the terminal is shown instead.
-
-    >>> print(printable("\x1b[2Jname\u202e"))
-    \x1b[2Jname\u202e
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(x if _shows(x) else x.encode("unicode_escape").decode() for x in text)
-
-
-def _shows(character: str) -> bool:
-    # all but control, format (writing directions), surrogate, and unassigned characters, and ends of lines but one
-    return character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
-
-
-def worded(text: str) -> str:
-    """Returns a message of the library as the command line says it: ``skip=`` is the option ``--model.keep-dense``.
-
-    >>> worded("leave it dense with skip='fc.weight'")
-    "leave it dense with --model.keep-dense 'fc.weight'"
-    """
-    return re.sub(r"\b(only=None, )?skip=(?=(\S?))", lambda m: "--model.keep-dense" + " " * bool(m[2]), text)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 4
-_SHORT.maxlevel = 2
-
-
-def short(value: object) -> str:
-    """Returns a value for a message, long ones cut.
-
-    >>> short({"name": "x" * 1000})
-    "{'name': 'xxxxxxxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxxxxxxxx'}"
-    """
-    try:
-        return printable(_SHORT.repr(value))
-    except (ValueError, RecursionError):  # a number of thousands of digits
-        return "a number of many digits" if isinstance(value, int) else f"a {type(value).__name__}"

@@ -31,6 +31,7 @@ from granet.filters import KINDS, Default, Filter, Filters, by_default, hits, li
 from granet.methods.base import Method
 from granet.names import nearest
 from granet.pattern import Pattern, parse
+from granet.text import columns
 
 
 @dataclass(frozen=True)
@@ -326,18 +327,6 @@ def layers_of(choices: Iterable[Choice], gradients: Mapping[str, torch.Tensor] |
     return {
         choice.name: Layer(choice.parameter.detach(), gradients.get(choice.name)) for choice in choices if choice.sparse
     }
-
-
-def columns(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
-    """Returns rows of cells as text in aligned columns, the first row a heading; those in `right` align right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in [lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _share(count: int | None, size: int) -> str:

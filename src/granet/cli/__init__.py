@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(message: str) -> int:
     rank = f" on rank {os.environ['RANK']}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-    from granet.parsing import printable, worded
+    from granet.text import printable, worded
 
     print(printable(f"granet: error{rank}: {worded(message)}"), file=sys.stderr)
     return 2

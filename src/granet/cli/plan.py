@@ -23,7 +23,7 @@ def main(args: list[str]) -> int:
     """Prints the plan; returns the exit code."""
     recipe = parse(args, Options, prog="granet plan", description=DESCRIPTION).recipe
 
-    from granet.parsing import worded
+    from granet.text import worded
     from granet.train import data, models
 
     source = data.DATASETS[recipe.data.name]

@@ -11,7 +11,7 @@ from typing import Any
 import rich.console
 from rich.segment import Segment
 
-from granet.parsing import printable
+from granet.text import printable
 
 
 def say(*values: object, end: str = "\n") -> None:

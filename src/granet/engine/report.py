@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from granet.text import columns
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -19,14 +21,13 @@ class LayerReport:
     why: str
 
 
-def layer_table(rows: Sequence[LayerReport]) -> list[str]:
-    """Returns the lines of a table with one row per layer."""
-    lines = [f"{'layer':<32} {'weight':<18} {'density':>7} {'dense ms':>9} {'sparse ms':>9}  chosen"]
-    for row in rows:
-        times = [f"{t:>9.3f}" if t is not None else f"{'-':>9}" for t in (row.dense_ms, row.sparse_ms)]
-        shape = "x".join(map(str, row.shape))
-        lines.append(f"{row.name:<32} {shape:<18} {row.density:>7.1%} {' '.join(times)}  {row.chosen}: {row.why}")
-    return lines
+def layer_table(layers: Sequence[LayerReport]) -> str:
+    """Returns a table as text, with one row per layer."""
+    rows = [["layer", "weight", "density", "dense ms", "sparse ms", "chosen"]]
+    for row in layers:
+        times = ["-" if ms is None else f"{ms:.3f}" for ms in (row.dense_ms, row.sparse_ms)]
+        rows.append([row.name, "x".join(map(str, row.shape)), f"{row.density:.1%}", *times, f"{row.chosen}: {row.why}"])
+    return columns(rows, right=(2, 3, 4))
 
 
 @dataclass(frozen=True)
@@ -59,4 +60,4 @@ class InferenceReport:
             f"({self.dense_ms / max(self.fast_ms, 1e-9):.2f}x), runs {self.chosen}: {self.why}; "
             f"largest relative difference {self.error:.1e}"
         )
-        return "\n".join([*layer_table(self.layers), whole])
+        return f"{layer_table(self.layers)}\n{whole}"

@@ -69,7 +69,7 @@ class TrainingReport:
 
     def __str__(self) -> str:
         matrices = [row for row in self.layers if len(row.shape) > 1]
-        lines = layer_table(matrices)
+        lines = [layer_table(matrices)]
         for why, count in Counter(row.why for row in self.layers if len(row.shape) < 2).items():
             lines.append(f"{count} more without a matrix of weights: {why}")
         swapped = sum(row.chosen == "sparse" for row in matrices)

@@ -15,7 +15,7 @@ from torch import Tensor
 from granet.lab.plasticity.page import svg
 from granet.lab.rows import csv_of
 from granet.report import page as report
-from granet.selection import columns
+from granet.text import columns
 from granet.topology import count
 from granet.train import checkpoint
 from granet.train.run import Run
@@ -82,7 +82,7 @@ class Connectivity:
     layers: tuple[LayerUnits, ...]
 
     def __str__(self) -> str:
-        text = columns([list(UNITS), *self.unit_rows()], right=tuple(range(2, len(UNITS))))
+        text = columns([list(UNITS), *self.unit_rows()], right=range(2, len(UNITS)))
         for kind in dict.fromkeys(one.kind for one in self.overlaps):
             rows = [one for one in self.overlaps if one.kind == kind]
             lines = [[one.first, one.second, one.layer, f"{one.jaccard:.3f}", f"{one.chance:.3f}"] for one in rows]

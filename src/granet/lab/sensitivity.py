@@ -15,8 +15,8 @@ from granet.lab.plasticity.cell import Bench
 from granet.lab.plasticity.page import svg
 from granet.lab.rows import csv_of
 from granet.report import page as report
-from granet.selection import columns
 from granet.sparsifier import masking
+from granet.text import columns
 from granet.train import checkpoint
 from granet.train.run import Run
 
@@ -78,7 +78,7 @@ class Sensitivity:
         about = (
             f"{self.name}: {self.split} accuracy with one layer pruned to a sparsity, in %; {100 * self.accuracy:.2f}"
         )
-        return f"{about} unpruned{norm}\n\n{columns([head, *body], right=tuple(range(1, len(head))))}"
+        return f"{about} unpruned{norm}\n\n{columns([head, *body], right=range(1, len(head)))}"
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Returns the points as CSV, and writes them to ``path`` if one is given."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from granet import topology
 from granet.distribution import named
 from granet.engine.inference import InferenceReport, compile
 from granet.engine.timing import interleaved
@@ -62,13 +63,12 @@ def network(source: str, *, sparsity: float, distribution: str = "erk", size: in
         return trainer.model.cpu().float(), tuple(trainer.dataset.shape)
     model = build(source, classes=10, in_channels=3)
     sparse = {n: p for n, p in model.named_parameters() if p.dim() > 1}
-    counts = named(distribution)({n: tuple(p.shape) for n, p in sparse.items()}, 1 - sparsity)
-    generator = torch.Generator().manual_seed(0)
+    shapes = {name: tuple(parameter.shape) for name, parameter in sparse.items()}
+    counts = named(distribution)(shapes, 1 - sparsity)
+    masks = topology.random_masks(counts, shapes, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for name, parameter in sparse.items():
-            keep = torch.zeros(parameter.numel(), dtype=torch.bool)
-            keep[torch.randperm(parameter.numel(), generator=generator)[: counts[name]]] = True
-            parameter.mul_(keep.view_as(parameter))
+            parameter.mul_(masks[name])
     return model, (3, size, size)
 
 

@@ -24,7 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+
+from granet import files
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def library(extra_flags: tuple[str, ...] = ()) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _refuse_foreign(target.parent)
-        with FileLock(target.with_suffix(".lock")):
+        with files.locked(target.with_suffix(".lock")):
             if not _is_whole(target):
                 log.info("compiling the sparse kernels into %s (once, some ten seconds)", target)
                 _compile(cxx, target, extra_flags)

@@ -8,7 +8,7 @@ different number of training steps among them.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from granet.parsing import printable
+from granet.text import printable
 
 if TYPE_CHECKING:
     from granet.report.rundata import RunData

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from granet.report import charts, comparison, masks
 from granet.report.rundata import RunData, labels
+from granet.text import duration, si
 from granet.train import checkpoint
 
 if TYPE_CHECKING:
@@ -87,32 +88,6 @@ def _ratio(kind: str):
     return _finished(
         lambda summary: f"{summary['flops'][kind] / summary['flops'][kind + '_dense']:.3f}\N{MULTIPLICATION SIGN}"
     )
-
-
-def si(number: float) -> str:
-    """Returns a number in three digits and a prefix.
-
-    >>> si(8.18e9), si(72_608), si(0)
-    ('8.18 G', '72.6 k', '0')
-    """
-    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * factor:
-            digits = number / factor
-            return f"{digits:.{2 if digits < 9.995 else 1 if digits < 99.95 else 0}f} {prefix}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Returns a time span in its two largest units.
-
-    >>> duration(8.44), duration(75), duration(7320)
-    ('8.4 s', '1 min 15 s', '2 h 2 min')
-    """
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 class Column(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from granet.criterion import Layer, effective
 from granet.methods.base import Method
-from granet.selection import columns
+from granet.text import columns
 from granet.topology import count
 
 

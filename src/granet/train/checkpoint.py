@@ -22,7 +22,8 @@ from torch import Tensor
 
 from granet import files
 from granet.files import replace as replace
-from granet.parsing import from_json, short
+from granet.parsing import from_json
+from granet.text import short
 
 logger = logging.getLogger(__name__)
 

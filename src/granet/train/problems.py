@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from granet.names import nearest
-from granet.parsing import printable, short
+from granet.text import printable, short
 
 SHOWN = 20  # problems that a message lists at most
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
 from granet.methods.base import Method
-from granet.parsing import printable
+from granet.text import printable
 from granet.train.problems import refusal
 from granet.train.problems import suggest as suggest
 from granet.train.sections import MOST as MOST

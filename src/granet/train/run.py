@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 from granet import __version__, files, ranks
-from granet.parsing import from_yaml, short
+from granet.parsing import from_yaml
+from granet.text import short
 from granet.train import checkpoint, data, initial
 from granet.train.recipe import Recipe, RecipeError, validate
 from granet.train.summary import read_summary
@@ -115,11 +116,9 @@ class Run:
         Raises:
             RecipeError: another process trains it.
         """
-        import fcntl
-
-        with files.lock_file(self.path / ".lock") as file:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(files.locked(self.path / ".lock", wait=False))
             except BlockingIOError:
                 raise RecipeError(f"{self.path} is being trained by another process") from None
             yield

@@ -17,9 +17,9 @@ from pydantic_core import core_schema
 from granet.methods import METHODS
 from granet.methods.base import Method
 from granet.methods.base import Steps as StepCount
-from granet.parsing import short
 from granet.pattern import parse
 from granet.registry import Registry
+from granet.text import short
 from granet.train.catalog import DATASETS, MODELS, OPTIMIZERS
 from granet.train.problems import STEPS, suggest
 

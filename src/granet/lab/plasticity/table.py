@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from granet.lab.rows import csv_of
-from granet.selection import columns
+from granet.text import columns
 
 Measure = Literal["plasticity", "final_gap"]
 MEASURES: dict[Measure, str] = {
@@ -148,7 +148,7 @@ class Table:
                     means = [self.mean(m, phase=phase, **wanted) for m in MEASURES for phase in phases]
                     density = f"{statistics.fmean(row.density for row in rows):.2%}"
                     body.append([f"{sparsity:g}", f"{rate:g}", arm, density, *map(points, means)])
-        return columns([head, *body], right=tuple(range(3, len(head))))
+        return columns([head, *body], right=range(3, len(head)))
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Returns the rows as CSV, and writes them to ``path`` if one is given."""

@@ -1,4 +1,11 @@
-"""An executor of processes on this machine."""
+"""An executor of processes on this machine.
+
+A pool library would replace little of it. In loky, a process that dies breaks the whole pool and fails the other jobs.
+Pebble keeps the pool alive, but starts its processes in threads of its own, where the signals of the terminal cannot be
+blocked for the start alone, and knows only the exit code of a job that died. The log of each job, the shared flag that
+asks jobs to save and end, and the shares of the processors would remain ours; only the lists of idle and busy processes
+would go.
+"""
 
 import faulthandler
 import multiprocessing

@@ -26,7 +26,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from granet.parsing import from_toml, short
+from granet.parsing import from_toml
+from granet.text import short
 from granet.train import recipes
 from granet.train.problems import Problem, problems
 from granet.train.recipe import SECTIONS, Name, Recipe, RecipeError, Section, Seed, suggest, validate

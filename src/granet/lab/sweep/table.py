@@ -9,8 +9,7 @@ from typing import Any
 from granet.lab.rows import csv_text
 from granet.lab.sweep.grid import Sweep
 from granet.lab.sweep.run import Done
-from granet.report.page import duration
-from granet.selection import columns
+from granet.text import columns, duration, markdown_table
 
 
 @dataclass(frozen=True)
@@ -179,22 +178,14 @@ def text(sweep: Sweep, table: Sequence[Row]) -> str:
     """Returns the table for the terminal."""
     lines, notes = cells_of(sweep, table)
     left = len(sweep.recipe) > 1
-    return "\n".join([columns(lines, right=tuple(range(1 + left, len(lines[0]) - 1))), *notes])
+    return "\n".join([columns(lines, right=range(1 + left, len(lines[0]) - 1)), *notes])
 
 
 def markdown(sweep: Sweep, table: Sequence[Row]) -> str:
     """Returns the page in Markdown: how the runs were made, the table, its footnotes, the gaps asked for."""
     lines, notes = cells_of(sweep, table)
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     left = 1 + (len(sweep.recipe) > 1)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-    def line(cells):
-        pairs = enumerate(zip(cells, widths, strict=True))
-        return "| " + " | ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in pairs) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    parts = [f"# {sweep.name}", about(sweep), "\n".join([line(lines[0]), rule, *map(line, lines[1:])])]
+    parts = [f"# {sweep.name}", about(sweep), markdown_table(lines, right=range(left, len(lines[0])))]
     if notes:
         parts.append("\n".join(f"- {note}" for note in notes))
     found = gaps(sweep, table)

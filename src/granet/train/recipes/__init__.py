@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from granet.names import nearest
-from granet.parsing import from_yaml, short
+from granet.parsing import from_yaml
 from granet.registry import Registry
+from granet.text import short
 from granet.train.recipe import FILE_KEYS, SECTIONS, Recipe, RecipeError, suggest, validate
 
 
