@@ -124,8 +124,8 @@ def appending(path: Path) -> BinaryIO:
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Holds the lock of a file, which is made if there is none and keeps its content.
 
-    The system releases the lock when the process ends, however it ends. The package filelock is not used because it
-    empties the file that it locks, and in a folder of someone else this file may be a hard link to a precious one.
+    The system releases the lock when the process ends, however it ends. The package filelock would add little: the file
+    is opened with the checks of all files here, which it does not make (its version 4.3 locks a pipe as well).
 
     Args:
         path: the file.

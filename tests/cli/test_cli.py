@@ -244,7 +244,7 @@ def test_plan_needs_no_data(say, monkeypatch, tmp_path):
         (["resume", "runs/none"], "runs/none is not a run directory"),
         (["eval", "runs/none"], "runs/none is not a run directory"),
         (["compare", "runs/none"], "runs/none"),
-        (["compare"], "which runs?"),
+        (["compare"], "no runs were given"),
         (["ls", "reciepes"], "reciepes"),
     ],
 )

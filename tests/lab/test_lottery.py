@@ -122,7 +122,7 @@ def test_a_stopped_procedure_ends_as_one_that_ran_through(tmp_path):
     ("given", "says"),
     [
         ({"sparsity": 1.0}, "above 0 and below 1"),
-        ({"levels": 0}, "at least one"),
+        ({"levels": 0}, "at least 1"),
         ({"mode": "both"}, "modes are weights, learning-rate"),
         ({"scope": "local"}, "scopes global and layerwise"),
     ],
@@ -132,7 +132,7 @@ def test_impossible_procedures_are_refused(given, says):
         replace(LOTTERY, **given)
 
 
-@pytest.mark.parametrize(("rewind", "says"), [("2", "nothing is left"), ("soon", "not a number of steps")])
+@pytest.mark.parametrize(("rewind", "says"), [("2", "leaves nothing to train"), ("soon", "not a number of steps")])
 def test_impossible_moments_are_refused(rewind, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         list(run(recipe(epochs=1), replace(LOTTERY, rewind=rewind), tmp_path))

@@ -63,7 +63,7 @@ def test_the_command(run, capsys, tmp_path):
 
 
 def test_what_cannot_be_measured_says_why(run, tmp_path):
-    with pytest.raises(ValueError, match=r"above 0 and below 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"above 0 and below 1, not 1\.5"):
         layer_sensitivity(run, sparsities=(1.5,))
     with pytest.raises(ValueError, match="is empty"):
         layer_sensitivity(run, sparsities=())

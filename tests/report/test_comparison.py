@@ -166,7 +166,7 @@ def test_no_file_of_others_is_written_over(folder, capsys):
     mine = folder / "mine.html"
     mine.write_text("<html>my own")
     assert main([*words, str(mine)]) == 2
-    assert "mine.html is there already and no page of granet's" in capsys.readouterr().err
+    assert "mine.html exists and is not a page written by granet" in capsys.readouterr().err
     assert mine.read_text() == "<html>my own"
     page = folder / "page.html"
     assert main([*words, str(page)]) == 0

@@ -1,4 +1,4 @@
-"""The command line: one small file a command, nothing heavy imported before it is needed."""
+"""The command line: one small file per command, nothing heavy imported before it is needed."""
 
 import os
 import sys

@@ -21,13 +21,13 @@ class Arguments:
     """What to measure."""
 
     source: tyro.conf.Positional[str]
-    """Run directory, or a model of `granet ls models`."""
+    """Run directory, or the name of a model (`granet ls models`)."""
     training: bool = False
     """Measure a training step instead of inference."""
     batch: int = 1
-    """Images at a time."""
+    """Number of images at a time."""
     sparsity: float = 0.9
-    """Of a model by name; a run has its own."""
+    """Sparsity of a named model; a run keeps its own."""
     distribution: Literal["erk", "er", "uniform"] = "erk"
     """How a named model's sparsity is distributed over its layers."""
     size: int = 32

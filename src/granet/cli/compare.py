@@ -23,14 +23,14 @@ class Arguments:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories."""
     out: Path = Path("compare.html")
-    """Where to write the page; one of granet's own that is there already is replaced, nothing else."""
+    """Where to write the page. An older page by granet is replaced, any other file is left alone."""
 
 
 def main(args: list[str]) -> int:
     """Prints the tables and writes the page; returns the exit code."""
     arguments = words.read(Arguments, args, prog="granet compare", description=DESCRIPTION)
     if not arguments.runs:
-        raise ValueError("which runs? `granet compare runs/*`")
+        raise ValueError("no runs were given: give run directories, as in `granet compare runs/*`")
 
     from granet.cli.session import show_runs
     from granet.cli.terminal import Console, warn
@@ -39,7 +39,7 @@ def main(args: list[str]) -> int:
 
     report.require()
     if arguments.out.exists() and not (arguments.out.is_file() and report.is_page(arguments.out)):
-        raise ValueError(f"{arguments.out} is there already and no page of granet's: give another name with --out")
+        raise ValueError(f"{arguments.out} exists and is not a page written by granet: choose another name with --out")
     runs, problems = [], []
     for path in dict.fromkeys(arguments.runs):
         try:

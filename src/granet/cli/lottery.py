@@ -10,7 +10,7 @@ from granet.cli.arguments import Request, parse
 
 DESCRIPTION = """Train, prune, go back, train again: lottery tickets, and one-shot pruning with fine-tuning.
 
-The same command again goes on where it stopped, level by level; every level is a run directory of its own.
+The same command continues where it was stopped. Every level is a run directory of its own.
 
 examples:
   granet lottery                                             digits: 10 levels to 90 %, back to the initial weights
@@ -33,12 +33,12 @@ class Procedure:
     mode: Literal["weights", "learning-rate"] = "weights"
     """What goes back: weights and learning rate, or the learning rate alone."""
     scope: Literal["global", "layerwise"] = "global"
-    """Where weights compete."""
+    """Whether weights compete in all layers together, or within each layer."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where, and how."""
+    """The procedure, and where its runs go."""
 
     lottery: Annotated[Procedure, tyro.conf.arg(name="lottery")] = Procedure()
     """The procedure."""
@@ -79,7 +79,7 @@ def train(request: Request) -> int:
             console.print(f"level {level.number}: {sparsity:.1%} sparse, {last:.2%} on the test set", highlight=False)
             done.append(level.run.path)
     if len(done) <= procedure.levels:
-        console.print("stopped; the same command goes on", highlight=False)
+        console.print("stopped; the same command continues", highlight=False)
         return 130
     show(done, done[-1] / "levels.html", console, subject=done[-1])
     return 0

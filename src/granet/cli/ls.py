@@ -8,7 +8,7 @@ import tyro
 from granet.cli import words
 from granet.cli.terminal import say
 
-DESCRIPTION = """List what there is.
+DESCRIPTION = """List the available recipes, methods, models, datasets or optimizers.
 
 examples:
   granet ls recipes

@@ -16,7 +16,7 @@ NOMINAL = 1000  # steps per epoch of a dataset that is not here; no budget depen
 
 @dataclass(frozen=True)
 class Options:
-    """None of its own."""
+    """This command has no options of its own."""
 
 
 def main(args: list[str]) -> int:
@@ -34,7 +34,7 @@ def main(args: list[str]) -> int:
             len(there.train), recipe.train.batch_size, drop_last=not recipe.train.partial_batch
         )
     else:
-        say(f"{recipe.data.name} is not on this machine: steps are counted as if an epoch had {NOMINAL}\n")
+        say(f"{recipe.data.name} is not on this machine, so an epoch is taken to have {NOMINAL} steps\n")
     model = models.build(recipe.model.name, classes=source.classes, in_channels=source.shape[0])
     say(worded(str(recipe.plan(model, steps_per_epoch))))
     return 0

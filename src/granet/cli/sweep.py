@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 from granet.cli.terminal import say
 
-DESCRIPTION = """Train a grid of recipes, methods, settings and seeds, and set them side by side.
+DESCRIPTION = """Train a grid of recipes, methods, settings and seeds, and compare them in a table.
 
-The same command again goes on where it stopped: finished runs are not trained again.
+The same command continues where it was stopped; finished runs are not trained again.
 
 Any setting of a recipe can be given, as to `granet train`: --train.epochs 3, --method.sparsity 0.8 0.9. It holds for
 all methods, in place of what the sweep says; several values make a run each. Tables go to a folder that says so.
@@ -47,9 +47,9 @@ class Arguments:
     seeds: tuple[int, ...] = ()
     """Seeds in place of those of the sweep."""
     jobs: int | None = None
-    """Runs at a time; else one a processor, one on a GPU, and on a cluster as many as it takes."""
+    """Number of runs at a time; by default one per processor, one on a GPU, all at once on a cluster."""
     executor: Literal["local", "ray", "slurm"] = "local"
-    """Where they run."""
+    """Where the runs are trained."""
     option: dict[str, str] = field(default_factory=dict)
     """Options of the executor, such as num_gpus 1 for ray, timeout_min 240 for slurm."""
     dry_run: bool = False
@@ -101,12 +101,12 @@ def main(args: list[str]) -> int:
     if failed:
         where = failed[0].run.path / "error.txt"
         say(
-            f"\n{len(failed)} of {len(todo)} runs failed; what they said last is in {where}"
+            f"\n{len(failed)} of {len(todo)} runs failed; their last output is in {where}"
             + " and so on" * (len(failed) > 1)
         )
     if stopped:
         missing = sum(done.summary is None for done in ended)
-        say(f"stopped with {missing} of {len(todo)} runs to go; the same command goes on")
+        say(f"stopped with {missing} of {len(todo)} runs to go; the same command continues")
         return 130
     return 1 if failed else 0
 
@@ -137,7 +137,7 @@ def _title(sweep: "Sweep", done: "Done") -> str:
 
 
 class Board:
-    """One display for all runs: on a terminal a bar and a line a run that is at work, else a line a run that ends."""
+    """One display for all runs: on a terminal a bar and a line per active run, else one line when a run ends."""
 
     def __init__(self, sweep: "Sweep", todo: "list[Done]", console: "Console"):
         from rich.live import Live

@@ -60,7 +60,7 @@ class LayerUnits:
         units: output units (neurons, filters).
         without_inputs: output units none of whose weights is active: their output is constant.
         inputs: input units of the layer.
-        without_outputs: input units that no active weight reads: what computes them is in vain.
+        without_outputs: input units that no active weight reads: they are computed for nothing.
         exploration: R_s, share of weights that were ever active.
     """
 
@@ -206,7 +206,7 @@ def connectivity_of(runs: str | Path | Run | Iterable[str | Path | Run]) -> Conn
     one = isinstance(runs, str | Path | Run)
     opened = [run if isinstance(run, Run) else Run.open(Path(run)) for run in ([runs] if one else runs)]
     if not opened:
-        raise ValueError("which runs? give one or several run directories")
+        raise ValueError("no runs were given: give one or several run directories")
     names = [run.path.name for run in opened]
     labels = names if len(set(names)) == len(names) else [str(run.path) for run in opened]
     overlaps: list[Overlap] = []
@@ -226,7 +226,7 @@ def connectivity_of(runs: str | Path | Run | Iterable[str | Path | Run]) -> Conn
 
 
 def _through(label: str, steps: Sequence[int], masks: Sequence[Masks]) -> list[Overlap]:
-    """Returns the overlap of each checkpoint with the one before and, all layers together, with the first."""
+    """Returns the overlap of each checkpoint with the one before, and of all layers together with the first."""
     kind, found = "through a run", []
     for i in range(1, len(steps)):
         first, second = f"{label} step {steps[i - 1]}", f"{label} step {steps[i]}"

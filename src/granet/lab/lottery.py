@@ -25,19 +25,19 @@ MODES = ("weights", "learning-rate")
 
 
 class LotteryError(ValueError):
-    """A procedure that cannot be run: says what was given, and what is allowed."""
+    """A procedure that cannot be run; the message says what was given and what is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lottery:
-    """How often to prune, how much, and what to go back to.
+    """A procedure: how many pruning rounds, to which sparsity, and what each round goes back to.
 
     Attributes:
         sparsity: share of inactive weights after the last level; every level prunes the same share of what is left.
-        levels: how often is pruned; 10 levels to 90 % prune about 20 % each. With one level this is one-shot pruning.
+        levels: number of pruning rounds; 10 rounds to 90 % prune about 20 % each, a single one is one-shot pruning.
         rewind: the moment to which a level goes back, in epochs (``2``), ``"500it"`` or ``"75%"`` of the training.
-        mode: what goes back. ``weights``: weights, optimizer and learning rate, as they were then at level 0;
-            ``learning-rate``: the learning rate alone, the trained weights stay.
+        mode: what is reset. ``weights``: weights, optimizer and learning rate, to that moment of level 0;
+            ``learning-rate``: the learning rate alone, while the trained weights stay.
         scope: where weights compete: in all layers together, or layerwise.
 
     Raises:
@@ -52,9 +52,11 @@ class Lottery:
 
     def __post_init__(self):
         if not 0 < self.sparsity < 1:
-            raise LotteryError(f"sparsity={self.sparsity} is not above 0 and below 1: the share of inactive weights")
+            raise LotteryError(
+                f"sparsity={self.sparsity} must be above 0 and below 1: it is the share of inactive weights"
+            )
         if self.levels < 1:
-            raise LotteryError(f"levels={self.levels}: there is at least one")
+            raise LotteryError(f"levels={self.levels} must be at least 1")
         if self.mode not in MODES or self.scope not in ("global", "layerwise"):
             raise LotteryError(
                 f"mode={self.mode!r}, scope={self.scope!r}: modes are {', '.join(MODES)}, scopes global and layerwise"
@@ -71,7 +73,7 @@ class Lottery:
 
 @dataclass(frozen=True)
 class Level:
-    """One level: its number, its run, and the summary of it once it is finished."""
+    """One level: its number, its run, and the run's summary once it is finished."""
 
     number: int
     run: Run
@@ -176,12 +178,14 @@ def rewind_step(lottery: Lottery, trainer: Trainer) -> int:
     except ValueError as error:
         raise LotteryError(f"rewind: {error}") from None
     if step >= trainer.steps:
-        raise LotteryError(f"rewind {lottery.rewind}: the training ends at step {trainer.steps}, nothing is left of it")
+        raise LotteryError(
+            f"rewind={lottery.rewind} leaves nothing to train: the training ends at step {trainer.steps}"
+        )
     return step
 
 
 def _pruned(before: checkpoint.Checkpoint, trainer: Trainer, lottery: Lottery, level: int):
-    """Masks of the largest of the weights that were active, as many as the level leaves."""
+    """Returns masks of the largest active weights, as many as the level keeps."""
     masks = before.masks
     layers = {name: Layer(before.model[name]) for name in masks}
     n = distribution.budget(topology.total_of(layers), 1 - lottery.sparsity_after(level))
@@ -192,7 +196,7 @@ def _pruned(before: checkpoint.Checkpoint, trainer: Trainer, lottery: Lottery, l
 
 
 def _early(first: Run, step: int) -> checkpoint.Checkpoint:
-    """The dense network as it was at ``step``; its initial state comes from its recipe, which the seed decides."""
+    """Returns the dense network as it was at ``step``; its initial state is computed again from recipe and seed."""
     if step:
         return checkpoint.load(first.checkpoints / f"{step:08d}")
     trainer = Trainer(first.recipe)

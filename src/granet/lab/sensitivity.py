@@ -28,7 +28,7 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 @dataclass(frozen=True)
 class Point:
-    """One layer at one sparsity, all others as they were trained."""
+    """The accuracy with one layer at one sparsity, all others as they were trained."""
 
     layer: str
     sparsity: float
@@ -42,10 +42,10 @@ class Sensitivity:
     """Accuracies of a network with one layer pruned. `str(...)` is a table, most sensitive layer first.
 
     Attributes:
-        name: of the run.
-        split: whose images were looked at.
-        accuracy: with nothing pruned (and batch-norm statistics as trained).
-        points: by layer and sparsity; a layer has none below the sparsity it was trained to.
+        name: name of the run.
+        split: split of the data that the accuracies are measured on.
+        accuracy: accuracy of the unpruned network, with the batch-norm statistics of its training.
+        points: one for each layer and sparsity; a layer has none below the sparsity that it was trained to.
         batch_norm: training batches that batch-norm statistics were recomputed on after each pruning, 0 for none.
     """
 
@@ -85,7 +85,7 @@ class Sensitivity:
         return csv_of(Point, self.points, path)
 
     def figure(self) -> "altair.LayerChart":
-        """Returns accuracy against the share of a layer's weights that stay, a curve a layer; dashed: unpruned.
+        """Returns accuracy against the share of a layer's weights that stay, one curve per layer; dashed: unpruned.
 
         Raises:
             ModuleNotFoundError: Altair is not installed; the message says how to.
@@ -144,7 +144,7 @@ def layer_sensitivity(
 
     Args:
         run: the run, or its directory.
-        sparsities: of the pruned layer; those below the sparsity that it has anyway are left out.
+        sparsities: sparsities of the pruned layer; those below its present sparsity are left out.
         which: of the run's checkpoints, the best or the last; the best if there is one, else the last, if not given.
         batch_norm: recompute batch-norm statistics on so many training batches after each pruning; 0 keeps those of
             training.
@@ -156,7 +156,7 @@ def layer_sensitivity(
     """
     for sparsity in sparsities:
         if not 0 < sparsity < 1:
-            raise ValueError(f"the sparsity of a layer is above 0 and below 1, got {sparsity}")
+            raise ValueError(f"the sparsity of a layer must be above 0 and below 1, not {sparsity}")
     if not sparsities:
         raise ValueError("sparsities is empty: there would be nothing to prune")
     run = run if isinstance(run, Run) else Run.open(Path(run))

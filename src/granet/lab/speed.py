@@ -1,4 +1,4 @@
-"""What the engine makes of a run's network or of a named one, on this machine."""
+"""The speed of a network on the sparse kernels of this machine, beside dense: a run's network, or a model by name."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class StepReport:
 
 
 def network(source: str, *, sparsity: float, distribution: str = "erk", size: int = 32) -> tuple[nn.Module, tuple]:
-    """The network of a run directory, or a random one of granet's models by name, and its input's shape.
+    """Returns the network of a run directory, or a random sparse one of a named model, and the shape of its input.
 
     Args:
         source: a run directory or a name in `granet.train.models.MODELS`.
-        sparsity: of a named model; a run has its own.
+        sparsity: sparsity of a named model; the network of a run keeps its own.
         distribution: how a named model's sparsity is distributed.
         size: height and width of a named model's input.
 
     Raises:
-        ValueError: if `source` is neither.
+        ValueError: `source` is neither.
     """
     path = Path(source)
     if (path / "recipe.yaml").exists() or (source not in MODELS and (path.exists() or len(path.parts) > 1)):
@@ -73,12 +73,12 @@ def network(source: str, *, sparsity: float, distribution: str = "erk", size: in
 
 
 def bench_inference(model: nn.Module, example_inputs: Tensor) -> InferenceReport:
-    """What `granet.compile` measures for the model: every layer and the whole, dense and compiled."""
+    """Returns what `granet.compile` measures for every layer and for the whole model, dense and compiled."""
     return compile(copy.deepcopy(model).eval(), example_inputs).report()
 
 
 def bench_training(model: nn.Module, example_inputs: Tensor, *, repeats: int = 5) -> StepReport:
-    """A training step of the model with its present zeros as a fixed topology, dense and accelerated."""
+    """Returns the times of a training step, dense and accelerated; the zeros of the model are a fixed topology."""
 
     plans = []
 
@@ -113,20 +113,20 @@ def main(
     distribution: str = "erk",
     size: int = 32,
 ) -> InferenceReport | StepReport:
-    """The report to print for a run directory or a named model; see `network` for the arguments.
+    """Returns the report to print for a run directory or a named model.
 
     Args:
         source: a run directory or the name of a model.
         training: measure a training step instead of inference.
-        batch: images at a time.
-        sparsity: of a named model.
-        distribution: of a named model.
+        batch: number of images at a time.
+        sparsity: sparsity of a named model.
+        distribution: how a named model's sparsity is distributed.
         size: height and width of a named model's input.
     """
     if batch < 1 or size < 1:
-        raise ValueError(f"batch={batch}, size={size}: both are 1 at least")
+        raise ValueError(f"batch={batch}, size={size}: both must be at least 1")
     if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity={sparsity} is not from 0 to below 1: the share of inactive weights")
+        raise ValueError(f"sparsity={sparsity} must be at least 0 and below 1: it is the share of inactive weights")
     model, shape = network(source, sparsity=sparsity, distribution=distribution, size=size)
     images = torch.randn(batch, *shape)
     return bench_training(model, images) if training else bench_inference(model, images)

@@ -99,7 +99,7 @@ class Column(NamedTuple):
 
 
 DIFFERS = "differs in"
-TIMES = "\N{MULTIPLICATION SIGN} dense"
+INFERENCE, TRAINING = (f"{part} \N{MULTIPLICATION SIGN}" for part in ("inference", "training"))
 COLUMNS = (
     Column("run", lambda run, label: label if run.summary else f"{label} (unfinished)", "name of the run"),
     Column(
@@ -119,13 +119,13 @@ COLUMNS = (
         _finished(lambda summary: si(summary["flops"]["inference"])),
         "floating-point operations of a forward pass of one example",
     ),
-    Column(TIMES, _ratio("inference"), "as a share of the dense network's"),
+    Column(INFERENCE, _ratio("inference"), "inference FLOPs as a share of the dense network's"),
     Column(
         "training FLOPs",
         _finished(lambda summary: si(summary["flops"]["training"])),
         "floating-point operations of the whole training",
     ),
-    Column(TIMES, _ratio("training"), "as a share of the dense network's"),
+    Column(TRAINING, _ratio("training"), "training FLOPs as a share of the dense network's"),
     Column("time", _finished(lambda summary: duration(summary["seconds"])), "time spent in training"),
 )
 EXPLANATIONS = {column.heading: column.explanation for column in COLUMNS} | {

@@ -64,7 +64,7 @@ def regenerate(kept: Masks, like: Masks, gradients: Mapping[str, Tensor]) -> dic
 
 
 class Bench:
-    """A run's network on the bench: put back to a checkpoint, pruned, trained on, again and again."""
+    """A run's network, which is put back to a checkpoint, pruned and trained on, once for each cell."""
 
     def __init__(self, run: Run):
         self.run = run

@@ -1,8 +1,10 @@
 """The figures of a study, as in the paper (one column per pretrained sparsity, one row per arm), and its page."""
 
 import json
+import math
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ TITLES = {"plasticity": "Pruning plasticity", "final_gap": "Final performance ga
 
 
 def figure(table: Table, measure: Measure = "plasticity") -> "altair.VConcatChart":
-    """Returns a figure: points of accuracy against the epoch of pruning, a curve a pruning rate; drops are dashed.
+    """Returns a figure: points of accuracy against the epoch of pruning, one curve per pruning rate; drops are dashed.
 
     Raises:
         ModuleNotFoundError: Altair is not installed; the message says how to.
@@ -53,8 +55,10 @@ def _panel(table: Table, points: list[dict], arm: str, sparsity: float, values: 
         scale=alt.Scale(domain=[0, table.epochs], nice=False), axis=alt.Axis(grid=False, tickCount=5),
     )  # fmt: skip
     # differences of half a point and of fifty are both to be seen
-    scale = alt.Scale(type="symlog", constant=1, domain=[min(0, *values), max(0, *values)], nice=False)
-    axis = alt.Axis(values=[-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50], format="+d", labelOverlap=False)
+    labelled = ticks(values)
+    scale = alt.Scale(type="symlog", constant=1, domain=[labelled[0], labelled[-1]], nice=False)
+    label = "datum.value ? format(datum.value, '+~g') : '0'"
+    axis = alt.Axis(values=labelled, labelExpr=label, labelOverlap=False)
     title = f"{arm}: points of accuracy" if sparsity == table.sparsities[0] else None
     colours = alt.Scale(domain=rates, range=list(charts.COLOURS[: len(rates)]))
     tooltip = [
@@ -68,11 +72,36 @@ def _panel(table: Table, points: list[dict], arm: str, sparsity: float, values: 
     layers = [alt.Chart().mark_rule(opacity=0.5).encode(y=alt.datum(0, type="quantitative"))]
     layers += [alt.Chart().mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x=alt.datum(at)) for at in table.drops]
     if len(table.seeds) > 1:
-        layers.append(base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"))
+        layers.append(
+            base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", title=title, scale=scale, axis=axis), y2="high:Q")
+        )
     layers += [base.mark_line().encode(y=y), base.mark_point(filled=True, size=28).encode(y=y, tooltip=tooltip)]
     head = f"pretrained sparsity {sparsity:g}" if arm == table.arms[0] else ""
     width = max(110, min(230, 900 // len(table.sparsities)))
     return alt.layer(*layers, data=alt.Data(values=points)).properties(width=width, height=150, title=head)
+
+
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+
+
+def ticks(values: Sequence[float]) -> list[float]:
+    """Returns what is labelled on an axis of points in symlog scale: zero, both ends, and what has room between them.
+
+    >>> ticks([-0.3, 0.8]), ticks([2, 31])
+    ([-0.5, -0.2, 0, 0.2, 0.5, 1], [0, 2, 5, 10, 20, 50])
+    """
+    low, high = (
+        next((tick for tick in TICKS if tick >= size), TICKS[-1]) if size > 0 else 0
+        for size in (-min(values), max(values))
+    )
+    ends = {-low, high} if low or high else {TICKS[0]}
+    room = (math.log1p(low) + math.log1p(high)) / 8
+    found = sorted({0, *ends})
+    for tick in (sign * size for size in reversed(TICKS) for sign in (-1, 1)):
+        away = (abs(math.copysign(math.log1p(abs(tick)), tick) - math.copysign(math.log1p(abs(x)), x)) for x in found)
+        if -low < tick < high and min(away) >= room:
+            found.append(tick)
+    return sorted(found)
 
 
 def _points(table: Table, measure: Measure) -> list[dict[str, Any]]:

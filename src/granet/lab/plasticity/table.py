@@ -1,4 +1,4 @@
-"""The outcome of a study: one row a cell, as CSV, as a table of means, and as numbers that findings are judged by."""
+"""The outcome of a study: one row per cell, as CSV, as a table of means, and as numbers that findings are judged by."""
 
 import statistics
 from collections import defaultdict
@@ -51,13 +51,13 @@ class Table:
     """The rows of a study. `str(table)` is a table of means over moments and seeds, in points of accuracy.
 
     Attributes:
-        name: of the recipe.
-        rows: one a cell.
+        name: name of the recipe.
+        rows: one per cell.
         epochs: length of the normal schedule.
         drops: epochs at which the learning rate drops.
         retrain: k, in epochs.
         tested: number of test images.
-        missing: cells of the study that are not made.
+        missing: number of cells that are not finished.
     """
 
     name: str

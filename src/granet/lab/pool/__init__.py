@@ -24,10 +24,10 @@ from granet.train.recipe import suggest
 
 
 def check(executor: str, jobs: int | None = None, options: Mapping[str, Any] | None = None) -> None:
-    """Looks at what `map` would be asked for, and starts nothing.
+    """Checks the arguments of `map` without starting anything.
 
     Raises:
-        ValueError: there is no such executor, it has no such options, or no job would run.
+        ValueError: there is no such executor, it has no such options, or `jobs` is below 1.
         ModuleNotFoundError: the executor's library is not installed; the message names the extra.
     """
     if jobs is not None and jobs < 1:
@@ -56,7 +56,7 @@ def map(
         function: a top-level function of a module that can be imported.
         arguments: tuples of plain data.
         executor: ``local`` for processes of this machine, ``ray``, or ``slurm``.
-        jobs: how many run at a time; None for one a processor here, and for all at once on a cluster.
+        jobs: how many run at a time; None means one per processor here, and all at once on a cluster.
         options: of the executor: for ``ray`` those of a task (``num_gpus``), for ``slurm`` those of submitit's
             ``update_parameters`` (``timeout_min``, ``slurm_partition``), and ``cluster`` and ``folder``.
         stop: asked several times a second; once True, no more jobs start, and those that run are asked to end.

@@ -1,4 +1,4 @@
-"""Executors beyond this machine, by libraries that are made for it: Ray, and Slurm through submitit.
+"""Executors beyond this machine: Ray, and Slurm through submitit.
 
 Both need granet installed where the jobs run, and the folder of runs on a file system that all machines share.
 """
@@ -120,7 +120,7 @@ class Again:
         return self._function(*arguments)
 
     def checkpoint(self, *arguments: Any) -> Any:
-        """Returns what to submit in its place."""
+        """Returns the job that submitit submits in its place."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, *arguments)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 TAIL = 40  # last lines that are kept of what a failed job wrote
 MOMENT = 0.25  # longest wait for jobs, in seconds
 
-_stop = None  # in a process of the pool: the shared flag that asks its job to end
+_stop = None  # in a process of the pool: the shared flag that is set when its job should end
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Executor(Protocol):
 
 
 def stopping() -> bool:
-    """Returns whether the job that asks should save and end; long jobs look now and then."""
+    """Returns whether the calling job should save and end; long jobs ask now and then."""
     return _stop is not None and bool(_stop.value)
 
 
 def asked_by(flag) -> None:
-    """From now on `stopping` answers by this shared flag; called once in each process of a pool."""
+    """Makes `stopping` read this shared flag; called once in each process of a pool."""
     global _stop
     _stop = flag
 

@@ -1,7 +1,7 @@
 """An executor of processes on this machine.
 
 A pool library would replace little of it. In loky, a process that dies breaks the whole pool and fails the other jobs.
-Pebble keeps the pool alive, but starts its processes in threads of its own, where the signals of the terminal cannot be
+Pebble keeps the pool alive, but replaces a process in a thread of its own, where the signals of the terminal cannot be
 blocked for the start alone, and knows only the exit code of a job that died. The log of each job, the shared flag that
 asks jobs to save and end, and the shares of the processors would remain ours; only the lists of idle and busy processes
 would go.
@@ -29,7 +29,7 @@ class Local:
 
     def __init__(self, jobs: int | None, options: dict[str, Any]):
         self.jobs = jobs or cores()
-        # the word of the user's environment counts
+        # a number of threads in the environment is the user's choice
         self._threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // self.jobs))
         self._context = multiprocessing.get_context("spawn")
         self._asked = self._context.RawValue("b", 0)  # without a lock, which a killed process might hold
@@ -61,7 +61,7 @@ class Local:
         return ended
 
     def stop(self) -> None:
-        """Lets `stopping` say so in every process."""
+        """Makes `stopping` return True in every process."""
         self._asked.value = 1
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What the runs of a sweep say together: a line a method and setting, with what was not equal named."""
+"""The table of a sweep: one row per method and setting, with a note wherever conditions were not equal."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -73,7 +73,7 @@ def training(summary, steps: int) -> float:
 
 
 def rows(sweep: Sweep, done: Iterable[Done]) -> list[Row]:
-    """Returns the lines of the table, of the runs that are finished: by recipe, sparsity, other settings, method."""
+    """Returns the rows of the table for the finished runs, ordered by recipe, sparsity, other settings and method."""
     done = list(done)
     labels = [entry.title for entry in sweep.methods]
     groups: dict[tuple, list[Done]] = {}
@@ -108,7 +108,7 @@ def _rank(sweep: Sweep, key: str, value: Any) -> int:
 
 
 def _common(sweep: Sweep, one: Done) -> tuple:
-    """Returns what runs share that ought to have the same number of steps: the recipe, and its place in the grid."""
+    """Returns what runs with equally many steps have in common: the recipe, and the settings from the grid."""
     keys = [key for key, values in sweep.grid.axes.items() if len(values) > 1 and not key.startswith("method.")]
     return one.cell.task, tuple(repr(one.cell.at(key)) for key in keys)
 
@@ -195,8 +195,8 @@ def markdown(sweep: Sweep, table: Sequence[Row]) -> str:
 
 
 RULE = (
-    "Gap in points of test accuracy ({select} weights), with its standard error; a difference is called one beyond "
-    "two standard errors."
+    "Gap in points of test accuracy ({select} weights), with its standard error; only a gap of more than "
+    "two standard errors is called a difference."
 )
 
 
@@ -212,7 +212,7 @@ def about(sweep: Sweep) -> str:
 
 
 def runs_csv(sweep: Sweep, done: Iterable[Done]) -> str:
-    """Returns all finished runs as CSV, one a line."""
+    """Returns all finished runs as CSV, one per line."""
     done = [one for one in done if one.summary]
     steps = {run.run.path: row.steps for row in rows(sweep, done) for run in row.runs}
     others = [key for key in sweep.varied if key != "method.sparsity"]
@@ -234,7 +234,7 @@ def runs_csv(sweep: Sweep, done: Iterable[Done]) -> str:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far two methods are apart at one setting, in points of accuracy."""
+    """The difference of two methods at one setting, in points of accuracy."""
 
     ours: str
     other: str
@@ -244,7 +244,7 @@ class Gap:
 
     @property
     def verdict(self) -> str:
-        """``better``, ``worse`` or ``no clear difference``: one is called beyond two standard errors."""
+        """``better`` or ``worse`` beyond two standard errors, else ``no clear difference``."""
         if self.error is None:
             return "one seed says nothing about this"
         if abs(self.points) <= 2 * self.error:
@@ -277,7 +277,7 @@ def gap(ours: Row, other: Row, select: str = "last") -> Gap | None:
 def gaps(sweep: Sweep, table: Sequence[Row]) -> list[Gap]:
     """Returns the gaps of the pairs that the sweep compares, wherever both have the same setting; dense fits any.
 
-    What belongs to a method may differ, which the gap then says.
+    Settings of the method itself may differ; the gap then names them.
     """
     found = [
         gap(a, b, sweep.report.select)
