@@ -13,6 +13,7 @@ from torch import nn
 import granet
 
 TOLERANCE = 1e-4  # of the largest value
+ROUNDED = 4e-2  # the same under bfloat16 autocast
 
 LAYERS = [  # the layer and a shape of its input
     (lambda: nn.Linear(24, 12), (5, 24)),
@@ -42,15 +43,20 @@ def in_some_layout(x: torch.Tensor, rng: random.Random) -> torch.Tensor:
 
 
 def same(found, expected, what: str, where=None) -> None:
-    """Raises AssertionError unless both are the same within rounding, at the positions `where`."""
+    """Raises AssertionError unless both are the same within rounding, at the positions `where`.
+
+    Under autocast the rounding is that of bfloat16.
+    """
     assert (found is None) == (expected is None), what
     if expected is None or not expected.numel():
         return
     assert found.shape == expected.shape and found.dtype == expected.dtype, what
     if where is not None:
         found, expected = found[where], expected[where]
+    found, expected = found.float(), expected.float()
     error, scale = (found - expected).abs().max().item(), expected.abs().max().item()
-    assert error <= TOLERANCE * (scale + 1e-2), f"{what}: off by {error:.2e} at a scale of {scale:.2e}"
+    tolerance = ROUNDED if torch.is_autocast_enabled("cpu") else TOLERANCE
+    assert error <= tolerance * (scale + 1e-2), f"{what}: off by {error:.2e} at a scale of {scale:.2e}"
 
 
 def derivatives(layer: nn.Module, x: torch.Tensor, *, keyword: bool, frozen: bool, twice: bool) -> dict:
@@ -80,17 +86,19 @@ def check_random_calls(count: int, seed: int) -> None:
         sparsifier = granet.Sparsifier(fast, granet.Static(sparsity=0.6))
         dense = copy.deepcopy(fast)
         example = torch.randn(4, *shape[1:]) if shape[0] == 0 else torch.randn(shape)
-        plan = granet.accelerate(sparsifier, example)
         x = in_some_layout(torch.randn(shape), rng)
         options = {"keyword": rng.random() < 0.5, "frozen": rng.random() < 0.2, "twice": rng.random() < 0.6}
-        what = f"{fast} on {shape}, strides {x.stride()}, {options}"
-        found = derivatives(fast, x.detach(), **options)
-        expected = derivatives(dense, x, **options)
-        batched = type(fast) is nn.Linear or len(shape) == (3 if type(fast) is nn.Conv1d else 4)
-        assert (plan.report().layers[0].chosen == "sparse") == batched, what
-        for name, value in expected.items():
-            where = sparsifier.masks["weight"] if name.endswith("weight") else None
-            same(found[name], value, f"{name} of {what}", where)
+        autocast = rng.random() < 0.4
+        what = f"{fast} on {shape}, strides {x.stride()}, {options}, autocast {autocast}"
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
+            plan = granet.accelerate(sparsifier, example)
+            found = derivatives(fast, x.detach(), **options)
+            expected = derivatives(dense, x, **options)
+            batched = type(fast) is nn.Linear or len(shape) == (3 if type(fast) is nn.Conv1d else 4)
+            assert (plan.report().layers[0].chosen == "sparse") == batched, what
+            for name, value in expected.items():
+                where = sparsifier.masks["weight"] if name.endswith("weight") else None
+                same(found[name], value, f"{name} of {what}", where)
 
 
 if __name__ == "__main__":

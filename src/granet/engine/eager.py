@@ -33,11 +33,25 @@ def plain() -> bool:
     return not transformed() and not recorded()
 
 
+def autocast_dtype() -> torch.dtype | None:
+    """Returns the type to which autocast on the CPU rounds now, or None where it is off."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+
+@contextlib.contextmanager
+def autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """Runs the block under autocast to `dtype`, or without autocast; weights are rounded anew in each block."""
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        yield
+    torch.clear_autocast_cache()  # which only the outermost block does by itself
+
+
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
     """Runs the block as in a training step, whatever modes the caller has set, and restores the random state.
 
     A measurement may fall into an evaluation's forward pass, or into a checkpointed block that counts saved tensors.
+    Autocast is off; see `autocast`.
     """
     hooks = contextlib.nullcontext()
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:

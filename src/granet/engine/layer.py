@@ -26,6 +26,7 @@ ANEW_DENSE = 0.9  # a dense layer is measured again below this share of the dens
 ANEW_SPARSE = 0.3  # a sparse layer is: which of the sparse kernels is the fastest may have changed
 ALIKE = 0.85  # densities that differ by less count as equal for layers of one shape
 DIMENSIONS = {nn.Linear: None, nn.Conv1d: 3, nn.Conv2d: 4}  # of the input; a linear layer takes any number
+ROUNDED = (torch.bfloat16, torch.float16)  # what autocast converts besides float32
 OUTSIDE = (
     "granet.accelerate chooses and runs its kernels outside of compiled graphs: "
     "compile without fullgraph=True, or call plan.remove() first"
@@ -56,7 +57,8 @@ class Forward:
         self.weight = module.weight  # the parameter that the sparsifier has
         self.batch: int | None = None  # images innermost, where the layer runs sparse
         self.runs_sparse = False
-        self.sample: Tensor | None = None  # shape, strides and requires_grad of the input, on the meta device
+        self.sample: Tensor | None = None  # form, type and requires_grad of the example's input, on the meta device
+        self.autocast: torch.dtype | None = None  # the type of autocast under which the layer was measured
         self.row = LayerReport(name, tuple(module.weight.shape), 1.0, None, None, "dense", "not measured yet")
         self._layouts: dict[tuple[int, ...], ops.Layout] = {}
         self._seen: tuple[int, int] | None = None  # the weight's memory and version when it was last looked at
@@ -80,15 +82,18 @@ class Forward:
         m, weight, bias = self.module, self.module._parameters.get("weight"), self.module.bias
         if weight is not self.weight:
             return "its weight is not the parameter that the sparsifier has"
-        if torch.is_autocast_enabled("cpu"):
-            return "autocast is enabled"
+        autocast = eager.autocast_dtype()
+        if autocast is not self.autocast:
+            return f"the plan was made {autocast_words(self.autocast)} and the layer runs {autocast_words(autocast)}"
+        if autocast not in (None, torch.bfloat16):
+            return f"the kernels compute in float32 or bfloat16, not {autocast_words(autocast)}"
         for tensor in (x, weight) if bias is None else (x, weight, bias):
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
                 return f"the kernels take plain tensors, not {type(tensor).__name__}, {tensor.layout}"
             if tensor.device.type != "cpu":
                 return f"the kernels run on the CPU, not on {tensor.device.type}"
-            if tensor.dtype != torch.float32:
-                return f"the kernels compute in float32, not in {str(tensor.dtype).removeprefix('torch.')}"
+            if tensor.dtype != torch.float32 and not (tensor is x and autocast and x.dtype in ROUNDED):
+                return f"the kernels compute in float32, not in {dtype_name(tensor.dtype)}"
         wanted = DIMENSIONS[self.kind]
         if x.dim() == 0 or (wanted and x.dim() != wanted):
             return f"the kernels take no input of shape {tuple(x.shape)}"
@@ -122,6 +127,8 @@ class Forward:
 
     def sparse(self, x: Tensor, batch: int | None, *, whole: bool = False) -> Tensor:
         """The same on the sparse kernels; `whole` asks for the weight gradient at inactive positions too."""
+        if self.autocast is not None:
+            x = x.to(self.autocast)
         if self.kind is nn.Linear:
             y = self._conv(x.reshape(-1, self.module.in_features), batch, whole)
             return y.view(*x.shape[:-1], self.module.out_features)
@@ -172,21 +179,25 @@ class Forward:
             return self._settle(density, None, {}, "the model does not call it with the example inputs")
         with eager.apart():
             x = torch.zeros_like(self.sample, device="cpu").requires_grad_(self.sample.requires_grad)
-            why = self.unfit(x)
+            with eager.autocast(self.autocast):
+                why = self.unfit(x)
             if not why and density > HOPELESS:
                 why = f"too dense for the sparse kernels to win (above {HOPELESS:.0%})"
             if why:
                 return self._settle(density, None, {}, why)
             x.detach().normal_()
-            dy = torch.randn_like(self.dense(x))
+            with eager.autocast(self.autocast):
+                dy = torch.randn_like(self.dense(x))
             wanted = [t for t in (x, self.weight) if t.requires_grad]
 
             def both(forward: Callable[[Tensor], Tensor]) -> None:
-                y = forward(x)
+                with eager.autocast(self.autocast):
+                    y = forward(x)
                 if wanted:
                     torch.autograd.grad(y, wanted, dy)
 
-            shape = (self.spec, tuple(x.shape), x.stride(), *(t.requires_grad for t in (x, self.weight)))
+            shape = (self.spec, tuple(x.shape), x.stride(), x.dtype, self.weight.stride(), self.autocast)
+            shape = (*shape, *(t.requires_grad for t in (x, self.weight)))
             alike = round(math.log(max(density, 1e-9)) / math.log(ALIKE))
             calls = {(*shape, "dense"): functools.partial(both, self.dense)}
             for batch in self._batches(x):
@@ -224,6 +235,16 @@ class Forward:
 
     def __reduce__(self) -> tuple:
         return getattr, (self.module, "forward")  # read before the copy has attributes of its own: its class's forward
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name of a type without the name of torch."""
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast_words(dtype: torch.dtype | None) -> str:
+    """Returns, for a message, under which autocast something happens."""
+    return f"under {dtype_name(dtype)} autocast" if dtype else "without autocast"
 
 
 def is_exchanged(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from granet import native
 from granet.engine import eager, encoding, reference
@@ -94,7 +95,20 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, place: Layout, *, whole
 
 
 def _conv(x, weight, bias, ptr, id_, offset, index, b_ptr, b_id, b_offset, b_index, numbers, spec, whole):
-    return torch.ops.granet.conv_forward(x.contiguous(), weight.contiguous(), bias, ptr, id_, offset, index, numbers)
+    y = torch.ops.granet.conv_forward(_plain(x), weight.contiguous(), bias, ptr, id_, offset, index, numbers)
+    return y.to(x.dtype).contiguous(memory_format=_format(x, weight))
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Returns the activations as the kernels read them."""
+    return (x.float() if x.dtype is torch.bfloat16 else x).contiguous()
+
+
+def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """Returns the memory format that torch's own layer gives its output, and the gradient of its input."""
+    if x.dim() == 4 and torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight)):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def _output_shape(x: Tensor, numbers: list[int]) -> list[int]:
@@ -114,13 +128,16 @@ def _backward(ctx, dy):
     composed = torch.is_grad_enabled() or eager.transformed()
     whole = ctx.whole or composed
     if composed:
-        dx = reference.input_gradient(dy, x, weight, ctx.spec) if need_x else None
+        dx = reference.input_gradient(dy, x, weight.to(x.dtype), ctx.spec) if need_x else None
     else:
-        arguments = (dy.contiguous(), x.contiguous(), weight.contiguous(), *structure, ctx.numbers)
+        arguments = (_plain(dy), _plain(x), weight.contiguous(), *structure, ctx.numbers)
         dx, dw = torch.ops.granet.conv_backward(*arguments, need_x, need_weight and not whole)
+        if need_x:
+            dx = dx.to(x.dtype).contiguous(memory_format=_format(x, weight))
     if whole and need_weight:
-        dw = reference.weight_gradient(dy, x, weight, ctx.spec)
-    db = dy.sum([d for d in range(dy.dim()) if d != 1]) if ctx.has_bias and need_bias else None
+        dw = reference.weight_gradient(dy, x, weight.to(x.dtype), ctx.spec).to(weight.dtype)
+    others = [d for d in range(dy.dim()) if d != 1]
+    db = dy.sum(others, dtype=torch.float32) if ctx.has_bias and need_bias else None
     return (dx if need_x else None, dw if need_weight else None, db, *[None] * 11)
 
 
@@ -136,7 +153,11 @@ def prepare() -> None:
         f"(Tensor x, Tensor weight, Tensor? bias, {forth}, {back}, int[] geometry, int[] spec, bool whole) -> Tensor",
     )
     torch.library.impl("granet::conv", "CPU")(_conv)
-    torch.library.register_fake("granet::conv")(lambda x, weight, bias, *rest: x.new_empty(_output_shape(x, rest[-3])))
+    torch.library.register_fake("granet::conv")(
+        lambda x, weight, bias, *rest: torch.empty(
+            _output_shape(x, rest[-3]), dtype=x.dtype, device=x.device, memory_format=_format(x, weight)
+        )
+    )
     torch.library.register_fake("granet::conv_forward")(
         lambda x, weight, bias, ptr, id_, offset, index, numbers: x.new_empty(_output_shape(x, numbers))
     )

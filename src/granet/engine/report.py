@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from granet.engine.timing import Spread
 from granet.text import columns
+
+DENSE, SPARSE = "dense", "sparse"  # the variants of the whole model that are timed, in the format of the inputs
+OTHER_FORMAT = "dense, other format"  # float32 without the kernels in the other memory format
 
 
 @dataclass(frozen=True)
@@ -61,3 +66,54 @@ class InferenceReport:
             f"largest relative difference {self.error:.1e}"
         )
         return f"{layer_table(self.layers)}\n{whole}"
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """The measurements and choices of `accelerate`. `str()` gives a table.
+
+    Attributes:
+        layers: one row for every module that has parameters, at the density it had when measured; its milliseconds are
+            those of forward and backward together. A layer that was not measured says why.
+        why: the reason for the choice about the whole model, in words.
+        whole: wall times of the whole model's forward and backward, if they were measured: "dense", "sparse", and in
+            float32 "dense, other format", the dense model in the other memory format.
+        setting: the precision and memory format of all times, such as "bfloat16 autocast, channels_last".
+    """
+
+    layers: tuple[LayerReport, ...]
+    why: str
+    whole: Mapping[str, Spread] = field(default_factory=dict)
+    setting: str = ""
+
+    @property
+    def whole_dense_ms(self) -> float | None:
+        """The shortest forward and backward of the whole model without the sparse kernels, in the faster format."""
+        return min(self.whole[name].least for name in self.whole if name != SPARSE) if self.whole else None
+
+    @property
+    def whole_fast_ms(self) -> float | None:
+        """The shortest forward and backward of the whole model with the sparse kernels."""
+        return self.whole[SPARSE].least if self.whole else None
+
+    @property
+    def dense_ms(self) -> float:
+        """Forward and backward of all measured layers on torch's dense kernels."""
+        return sum(row.dense_ms or 0.0 for row in self.layers)
+
+    @property
+    def planned_ms(self) -> float:
+        """The same as planned: the faster of the two for every layer."""
+        return sum((row.sparse_ms if row.chosen == "sparse" else row.dense_ms) or 0.0 for row in self.layers)
+
+    def __str__(self) -> str:
+        matrices = [row for row in self.layers if len(row.shape) > 1]
+        lines = [layer_table(matrices)]
+        for why, count in Counter(row.why for row in self.layers if len(row.shape) < 2).items():
+            lines.append(f"{count} more without a matrix of weights: {why}")
+        swapped = sum(row.chosen == "sparse" for row in matrices)
+        lines.append(
+            f"forward + backward of these layers: dense {self.dense_ms:.2f} ms, as planned {self.planned_ms:.2f} ms; "
+            f"{swapped} of {len(matrices)} run sparse. All times are in {self.setting}. {self.why}"
+        )
+        return "\n".join(lines)

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch._prims_common import suggest_memory_format
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
 
 from granet import native
 from granet.engine import eager, ops, timing
 from granet.engine.graph import arguments_of
-from granet.engine.layer import Forward, is_exchanged
-from granet.engine.report import LayerReport, layer_table
+from granet.engine.layer import Forward, autocast_words, dtype_name, is_exchanged
+from granet.engine.report import DENSE, OTHER_FORMAT, SPARSE, LayerReport, TrainingReport
 from granet.engine.timing import Spread, Timings, wall_times
 from granet.names import described
 from granet.ranks import Ranks, current
@@ -28,56 +29,6 @@ from granet.sparsifier.core import Sparsifier
 from granet.sparsifier.reparameterize import is_reparameterized
 
 log = logging.getLogger(__name__)
-
-DENSE, SPARSE = "dense", "sparse"  # what the whole model is timed as
-
-
-@dataclass(frozen=True)
-class TrainingReport:
-    """The plan as it stands; str() is a table.
-
-    Attributes:
-        layers: one row for every module that has parameters, at the density it had when measured; its milliseconds are
-            those of forward and backward together. A layer that was not measured says why.
-        why: the reason for the whole, in words.
-        whole: wall time of the whole model's forward and backward by what ran ("dense", "sparse"), if it was measured.
-    """
-
-    layers: tuple[LayerReport, ...]
-    why: str
-    whole: Mapping[str, Spread] = field(default_factory=dict)
-
-    @property
-    def whole_dense_ms(self) -> float | None:
-        """The shortest forward and backward of the whole model without the sparse kernels."""
-        return self.whole[DENSE].least if self.whole else None
-
-    @property
-    def whole_fast_ms(self) -> float | None:
-        """The shortest with them."""
-        return self.whole[SPARSE].least if self.whole else None
-
-    @property
-    def dense_ms(self) -> float:
-        """Forward and backward of all measured layers on torch's dense kernels."""
-        return sum(row.dense_ms or 0.0 for row in self.layers)
-
-    @property
-    def planned_ms(self) -> float:
-        """The same as planned: the faster of the two for every layer."""
-        return sum((row.sparse_ms if row.chosen == "sparse" else row.dense_ms) or 0.0 for row in self.layers)
-
-    def __str__(self) -> str:
-        matrices = [row for row in self.layers if len(row.shape) > 1]
-        lines = [layer_table(matrices)]
-        for why, count in Counter(row.why for row in self.layers if len(row.shape) < 2).items():
-            lines.append(f"{count} more without a matrix of weights: {why}")
-        swapped = sum(row.chosen == "sparse" for row in matrices)
-        lines.append(
-            f"forward + backward of these layers: dense {self.dense_ms:.2f} ms, as planned {self.planned_ms:.2f} ms; "
-            f"{swapped} of {len(matrices)} run sparse. {self.why}"
-        )
-        return "\n".join(lines)
 
 
 class TrainingPlan:
@@ -88,9 +39,11 @@ class TrainingPlan:
         self.enabled = True  # False while the model is timed without the sparse kernels
         self.rows: list[Forward | LayerReport] = []  # of all modules that have parameters, in the model's order
         self.whole: dict[str, Spread] = {}  # forward and backward of the whole model, as last measured
+        self.autocast = eager.autocast_dtype()  # the type of autocast that the plan is made for
         self.why = ""
         self._confirmed = False  # the whole model has been measured to be faster
         self._version = sparsifier.version
+        self._warned = False  # whether a step under another autocast than the plan's was reported
         self._due = False  # whether layers are to be measured for a topology that has changed
         # one choice for all ranks that train one network, by the first one's clock
         self._ranks = current() if sparsifier._verify_every else Ranks()
@@ -106,7 +59,14 @@ class TrainingPlan:
     def report(self) -> TrainingReport:
         """What was measured for every layer, and what was chosen."""
         rows = tuple(row.row if isinstance(row, Forward) else row for row in self.rows)
-        return TrainingReport(rows, self.why, dict(self.whole))
+        return TrainingReport(rows, self.why, dict(self.whole), self.setting)
+
+    @property
+    def setting(self) -> str:
+        """The precision and memory format of the loop that the plan is made for, as its inputs show them."""
+        precision = f"{dtype_name(self.autocast)} autocast" if self.autocast else "float32"
+        last = _memory_format(self.inputs) is torch.channels_last
+        return f"{precision}, {'channels_last' if last else 'contiguous'}"
 
     def follow(self) -> bool:
         """Takes note of a topology that has changed, and returns whether the sparse kernels may run.
@@ -114,6 +74,9 @@ class TrainingPlan:
         Each layer calls this before it runs.
         """
         if not self.enabled:
+            return False
+        if eager.autocast_dtype() is not self.autocast:
+            self._warn_of_autocast()
             return False
         if self._attached is not self.sparsifier._attached:
             self._listen()
@@ -125,6 +88,16 @@ class TrainingPlan:
             self._due = False
             self._measure([f for f in self.forwards if f.worth_measuring])
         return True
+
+    def _warn_of_autocast(self) -> None:
+        if torch.is_grad_enabled() and not self._warned:
+            self._warned = True
+            log.warning(
+                "the model trains %s, and its plan was made %s: all layers run dense. Call granet.accelerate inside of "
+                "the same torch.autocast as the training step",
+                autocast_words(eager.autocast_dtype()),
+                autocast_words(self.autocast),
+            )
 
     def _listen(self) -> None:
         """Has the sparsifier's optimizers tell of their steps, after which it has cleared what is inactive."""
@@ -140,7 +113,9 @@ class TrainingPlan:
             forward.settled()
 
     def replan(self) -> None:
-        """Measures every layer again, at the density it has now, and the whole model."""
+        """Measures every layer again, at the density it has now and under the autocast of now, and the whole model."""
+        self.autocast, self._warned = eager.autocast_dtype(), False
+        self.record()
         self._version, self._due, self._confirmed = self.sparsifier.version, False, False
         self.timings.clear()
         for forward in self.forwards:
@@ -167,57 +142,97 @@ class TrainingPlan:
             self.why = f"The layers' gain of {saved:.2f} ms is within the noise of the whole, {whole:.2f} ms."
         else:
             self.whole = self._ranks.decide(lambda: wall_times(self.candidates()))
-            dense, fast = self.whole[DENSE], self.whole[SPARSE]
-            self._confirmed = fast.is_faster_than(dense)
+            fast, dense = (
+                self.whole[SPARSE],
+                min((v for n, v in self.whole.items() if n != SPARSE), key=operator.attrgetter("least")),
+            )
+            self._confirmed = all(fast.is_faster_than(one) for name, one in self.whole.items() if name != SPARSE)
             self.why = (
                 f"The whole model's forward + backward, {dense.runs} times each in turns after a warm-up: "
-                f"dense {dense}, sparse {fast}, {dense.least / fast.least:.2f}x by the shortest and "
-                f"{dense.median / fast.median:.2f}x by the median"
+                + ", ".join(f"{self._named(name)} {spread}" for name, spread in self.whole.items())
+                + f"; {dense.least / fast.least:.2f}x by the shortest and "
+                + f"{dense.median / fast.median:.2f}x by the median"
             )
-            self.why += "." if self._confirmed else ": nothing wins, all layers run dense."
+            if self._confirmed:
+                self.why += "."
+            elif fast.is_faster_than(self.whole[DENSE]):
+                other = "contiguous_format" if _memory_format(self.inputs) is torch.channels_last else "channels_last"
+                self.why += (
+                    ": all layers run dense. The dense model is faster in the other memory format: convert the model "
+                    f"and its inputs by .to(memory_format=torch.{other})."
+                )
+            else:
+                self.why += ": nothing wins, all layers run dense."
         if not self._confirmed:
             log.info("%s", self.why)
             for forward in chosen:
                 forward.run_dense("faster alone, but not in the whole model")
 
+    def _named(self, variant: str) -> str:
+        if variant != OTHER_FORMAT:
+            return f"{variant} ({self.setting})"
+        last = _memory_format(self.inputs) is torch.channels_last
+        return f"dense (float32, {'contiguous' if last else 'channels_last'})"
+
     def candidates(self) -> dict[str, Callable[[], None]]:
-        """What is timed for the whole model: each call is one forward and backward."""
-        return {
+        """Returns the variants of the whole model that are timed; each call is one forward and backward."""
+        variants = {
             DENSE: functools.partial(self._step, enabled=False),
             SPARSE: functools.partial(self._step, enabled=True),
         }
+        images = any(isinstance(t, Tensor) and t.dim() == 4 for t in tree_leaves(self.inputs))
+        if self.autocast is None and images:  # under autocast the user's own loop is the baseline
+            last = _memory_format(self.inputs) is torch.channels_last
+            wanted = torch.contiguous_format if last else torch.channels_last
+            inputs = tree_map(lambda leaf: _in_format(leaf, wanted), self.inputs)
+            weights = {
+                name: _in_format(p.detach(), wanted).requires_grad_(p.requires_grad)
+                for name, p in self.model.named_parameters()
+            }
+            variants[OTHER_FORMAT] = functools.partial(self._step, enabled=False, weights=weights, inputs=inputs)
+        return variants
 
-    def _step(self, *, enabled: bool) -> None:
-        """One forward and backward of the model; no gradient, buffer or random state is changed."""
+    def _step(self, *, enabled: bool, weights: dict[str, Tensor] | None = None, inputs: tuple | None = None) -> None:
+        """Runs one forward and backward of the model; no gradient, buffer or random state is changed."""
         self.enabled = enabled
-        wanted = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = self.model.parameters() if weights is None else weights.values()
+        wanted = [p for p in parameters if p.requires_grad]
         try:
             with eager.apart(), _evaluating(self.model):
-                outputs = [t for t in tree_leaves(self._call()) if isinstance(t, Tensor) and t.requires_grad]
+                with eager.autocast(self.autocast):
+                    results = self._call(weights, inputs)
+                outputs = [t for t in tree_leaves(results) if isinstance(t, Tensor) and t.requires_grad]
                 if outputs:
                     torch.autograd.grad(outputs, wanted, [torch.ones_like(t) for t in outputs], allow_unused=True)
         finally:
             self.enabled = True
 
-    def _call(self) -> object:
-        inputs, named = self.inputs
-        return self.model(*inputs, **named)
+    def _call(self, weights: dict[str, Tensor] | None = None, inputs: tuple | None = None) -> object:
+        positional, named = inputs or self.inputs
+        if weights is None:
+            return self.model(*positional, **named)
+        return functional_call(self.model, weights, tuple(positional), dict(named))
 
     def record(self) -> None:
-        """Notes the shape of each layer's input, by running the model once."""
+        """Notes the form of each layer's input, by running the model once without the kernels."""
 
         def note(forward: Forward) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 x = args[0] if args else kwargs["input"]
                 forward.sample = torch.empty_like(x, device="meta").requires_grad_(x.requires_grad)
+                forward.autocast = self.autocast
 
             return hook
 
+        for forward in self.forwards:
+            forward.sample = None
+        self.enabled = False
         hooks = [f.module.register_forward_pre_hook(note(f), with_kwargs=True) for f in self.forwards]
         try:
-            with eager.apart(), _evaluating(self.model):
+            with eager.apart(), _evaluating(self.model), eager.autocast(self.autocast):
                 self._call()
         finally:
+            self.enabled = True
             for hook in hooks:
                 hook.remove()
 
@@ -236,17 +251,23 @@ class TrainingPlan:
 def accelerate(
     sparsifier: Sparsifier, example_inputs: Tensor | Sequence | Mapping, *, model: nn.Module | None = None
 ) -> TrainingPlan:
-    """A plan under which the sparsifier's model trains with sparse kernels wherever they are measured to be faster.
+    """Returns a plan under which the sparsifier's model trains on sparse kernels where they are measured to be faster.
 
     Weights and their names stay as they are. The weight gradient is computed at active positions only, except in steps
     after which the method needs the dense one, and where gradients are differentiated again. Layers are measured again
-    as their density falls, and the whole model's forward and backward, with and without, once the first of them win.
-    Where nothing wins, or the kernels cannot be had, nothing changes and the report says why.
+    as their density falls, and the whole model's forward and backward, with and without the kernels, once the first of
+    them win.
 
-    Numbers are those of the dense model up to rounding, however it is called: under `torch.func`, `vmap`, forward-mode
-    derivatives, autocast, dispatch modes and `functional_call`, and where a weight was replaced or is not zero where it
-    is inactive, the layers run dense. So they do while `torch.export`, `torch.onnx` or `torch.jit.trace` record the
-    model: what is exported holds torch's own operators. `torch.jit.script` needs `plan.remove()` first.
+    The kernels are compared with the step that the training loop would run without them: under the autocast that is
+    active in this call, and in the memory format of the example inputs; in float32 also in the other format. So call
+    this inside of `torch.autocast` if the loop uses it. Where nothing wins, or the kernels are not available, nothing
+    changes and the report gives the reason.
+
+    Numbers are those of the dense model up to rounding, however it is called. The layers run dense under `torch.func`,
+    `vmap`, forward-mode derivatives, dispatch modes and `functional_call`, under another autocast than the plan's, and
+    where a weight was replaced or is not zero where it is inactive. They also run dense while `torch.export`,
+    `torch.onnx` or `torch.jit.trace` record the model, so that exported models hold torch's own operators.
+    `torch.jit.script` needs `plan.remove()` first.
 
     Of several ranks that train one network all call this, and the first one's measurements decide for all.
 
@@ -280,7 +301,6 @@ def accelerate(
         return plan
     ops.prepare()
     try:
-        plan.record()
         for forward in plan.forwards:
             forward.module.forward = forward
         plan.replan()
@@ -316,6 +336,18 @@ def _planned(plan: TrainingPlan, name: str, module: nn.Module, refused: str) -> 
     density = sum(mask.count_nonzero().item() for mask in sparse) / total if total else 1.0
     shape = max((tuple(p.shape) for p in own.values()), key=lambda s: (len(s), s))
     return LayerReport(name, shape, density, None, None, DENSE, why)
+
+
+def _memory_format(inputs: object) -> torch.memory_format:
+    """Returns the format of the first image tensor among the inputs; contiguous where there is none."""
+    images = (t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim() == 4)
+    return suggest_memory_format(image) if (image := next(images, None)) is not None else torch.contiguous_format
+
+
+def _in_format(leaf: object, wanted: torch.memory_format) -> object:
+    if not isinstance(leaf, Tensor) or leaf.dim() != 4:
+        return leaf
+    return leaf.detach().clone(memory_format=wanted).requires_grad_(leaf.requires_grad)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from granet import topology
 from granet.distribution import named
 from granet.engine.inference import InferenceReport, compile
-from granet.engine.timing import interleaved
+from granet.engine.timing import Spread, time_in_turns
 from granet.engine.training import TrainingReport, accelerate
 from granet.methods.fixed import Fixed
 from granet.sparsifier import Sparsifier
@@ -25,21 +26,32 @@ from granet.train.trainer import Trainer
 
 @dataclass(frozen=True)
 class StepReport:
-    """A training step with the engine and without; str() is a table and the two times.
+    """The times of a training step, dense and accelerated. `str()` gives the plans and a table of the steps.
 
     Attributes:
-        plan: what was chosen for each layer.
-        dense_ms: a whole step (forward, backward, optimizer) on torch's kernels, in milliseconds.
-        fast_ms: the same with the engine.
+        plans: what was chosen for each layer, by the precision and memory format that it was measured in.
+        steps: the times of a whole step (forward, backward, optimizer), by what ran.
     """
 
-    plan: TrainingReport
-    dense_ms: float
-    fast_ms: float
+    plans: dict[str, TrainingReport]
+    steps: dict[str, Spread]
+
+    @property
+    def dense_ms(self) -> float:
+        """The shortest step without granet's kernels, of all precisions and formats."""
+        return min(spread.least for name, spread in self.steps.items() if name.startswith("dense"))
+
+    @property
+    def fast_ms(self) -> float:
+        """The shortest step with granet's plan, of all precisions and formats."""
+        return min(spread.least for name, spread in self.steps.items() if name.startswith("granet"))
 
     def __str__(self) -> str:
-        ratio = self.dense_ms / self.fast_ms
-        return f"{self.plan}\ntraining step: dense {self.dense_ms:.2f} ms, fast {self.fast_ms:.2f} ms ({ratio:.2f}x)"
+        lines = [f"{plan}\n" for plan in self.plans.values()]
+        lines.append(f"{'training step':<44} {'least ms':>9} {'median ms':>10}")
+        lines += [f"{name:<44} {spread.least:>9.2f} {spread.median:>10.2f}" for name, spread in self.steps.items()]
+        lines.append(f"the fastest with granet against the fastest dense: {self.dense_ms / self.fast_ms:.2f}x")
+        return "\n".join(lines)
 
 
 def network(source: str, *, sparsity: float, distribution: str = "erk", size: int = 32) -> tuple[nn.Module, tuple]:
@@ -78,30 +90,57 @@ def bench_inference(model: nn.Module, example_inputs: Tensor) -> InferenceReport
 
 
 def bench_training(model: nn.Module, example_inputs: Tensor, *, repeats: int = 5) -> StepReport:
-    """Returns the times of a training step, dense and accelerated; the zeros of the model are a fixed topology."""
+    """Returns the times of a training step with the model's present zeros as a fixed topology.
 
-    plans = []
+    Dense and accelerated steps take turns, in float32 and under bfloat16 autocast, contiguous and channels_last.
 
-    def step_of(fast: bool) -> Callable[[], None]:
+    Raises:
+        ArithmeticError: the loss of an accelerated step is not that of the dense one.
+    """
+    contiguous, last, plans = torch.contiguous_format, torch.channels_last, {}
+    settings = [(None, contiguous), (torch.bfloat16, contiguous)]
+    if example_inputs.dim() == 4:
+        settings += [(None, last), (torch.bfloat16, last)]
+
+    def step_of(fast: bool, autocast: torch.dtype | None, memory_format: torch.memory_format) -> Callable[[], float]:
         twin = copy.deepcopy(model).train()
+        inputs = example_inputs
+        if inputs.dim() == 4:
+            twin, inputs = twin.to(memory_format=memory_format), inputs.to(memory_format=memory_format)
         sparsifier = Sparsifier(twin, Fixed())
         optimizer = torch.optim.SGD(twin.parameters(), lr=1e-3, momentum=0.9)
         sparsifier.attach(optimizer)
+        rounded = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast is not None)
+        with torch.no_grad(), rounded():
+            classes = copy.deepcopy(twin)(inputs).shape[1]
         if fast:
-            plans.append(accelerate(sparsifier, example_inputs))
-        with torch.no_grad():
-            classes = twin(example_inputs).shape[1]
-        target = torch.arange(len(example_inputs)) % classes
+            with rounded():
+                plan = accelerate(sparsifier, inputs).report()
+            plans[plan.setting] = plan
+        target = torch.arange(len(inputs)) % classes
 
-        def step() -> None:
+        def step() -> float:
             optimizer.zero_grad()
-            F.cross_entropy(twin(example_inputs), target).backward()
+            with rounded():
+                loss = F.cross_entropy(twin(inputs), target)
+            loss.backward()
             optimizer.step()
+            return loss.item()
 
         return step
 
-    dense_ms, fast_ms = interleaved([step_of(False), step_of(True)], repeats=repeats)
-    return StepReport(plans[0].report(), dense_ms, fast_ms)
+    calls, losses = {}, {}
+    for autocast, memory_format in settings:
+        precision = "bfloat16 autocast" if autocast else "float32"
+        form = "channels_last" if memory_format is last else "contiguous"
+        for kind in ("dense", "granet"):
+            name = f"{kind}, {precision}, {form}"
+            calls[name] = step_of(kind == "granet", autocast, memory_format)
+            losses[name] = calls[name]()
+        if abs(losses[name] - losses[f"dense, {precision}, {form}"]) > (0.05 if autocast else 1e-3) * abs(losses[name]):
+            raise ArithmeticError(f"the losses of the first step differ: {losses}")
+    spreads = time_in_turns(list(calls.values()), repeats=repeats)
+    return StepReport(plans, dict(zip(calls, spreads, strict=True)))
 
 
 def main(

@@ -95,7 +95,6 @@ class Trainer:
             self.ema = copy.deepcopy(self.model).requires_grad_(False)
             self.sparsifier.follow(self.ema)
         self.replica = self.ranks.replica(self.model)
-
         self.training_flops = self.seconds = 0.0
         self.best: Best | None = None
         self.engine: TrainingPlan | None = None  # the layers that run on sparse kernels
@@ -126,7 +125,8 @@ class Trainer:
         settings, saved = self.settings, -1
         if settings.engine == "sparse" and self.engine is None:
             shape = (settings.batch_size // settings.accumulate, *self.dataset.shape)
-            self.engine = accelerate(self.sparsifier, torch.zeros(shape).to(memory_format=self.layout))
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+                self.engine = accelerate(self.sparsifier, torch.zeros(shape).to(memory_format=self.layout))
 
         def after_step() -> bool:
             nonlocal saved
