@@ -33,7 +33,7 @@ def test_the_kernels_of_a_machine_are_compiled_by_the_package_itself(cache):
     assert done.returncode == 0, done.stderr
     environment = {**os.environ, "GRANET_CACHE": str(cache.parent / "empty"), "CXX": "no-such-compiler"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "no-such-compiler is no program that can be found" in done.stderr
+    assert done.returncode == 1 and "no-such-compiler cannot be found" in done.stderr
 
 
 def test_a_cache_that_cannot_be_written_is_explained(tmp_path):
@@ -194,7 +194,7 @@ def test_a_damaged_library_is_compiled_anew(cache):
     (library,) = cache.glob("*.so")
     library.write_bytes(b"")
     out, err = loaded(cache)
-    assert out == "False True True" and "is damaged: it is compiled anew" in err
+    assert out == "False True True" and "is damaged and is compiled again" in err
     assert loaded(cache)[0] == "True True True"
 
 
@@ -204,19 +204,19 @@ def test_compiled_kernels_need_no_compiler(cache, tmp_path):
 
 
 def test_a_cxx_that_is_no_compiler_is_said(tmp_path):
-    for name, why in (("/bin/false", "is no C++ compiler"), ("no-such-compiler", "is no program that can be found")):
+    for name, why in (("/bin/false", "is not a C++ compiler"), ("no-such-compiler", "cannot be found")):
         out, err = loaded(tmp_path / "empty", CXX=name)
         assert out == "False False False" and why in err and name in err
     status, _, err = run(
         "from granet import native; native.load()", CXX="/bin/false", GRANET_CACHE=str(tmp_path / "empty")
     )
-    assert status == 1 and "EngineUnavailable: /bin/false is no C++ compiler" in err
+    assert status == 1 and "EngineUnavailable: /bin/false is not a C++ compiler" in err
 
 
 def test_an_unknown_or_unsupported_instruction_set_is_refused_with_the_choices(cache):
     assert loaded(cache, GRANET_ISA="generic")[0] == "True True True"
     out, err = loaded(cache, GRANET_ISA="avx1024")
-    assert out == "False False False" and "GRANET_ISA=avx1024 is none of generic, avx2, avx512" in err
+    assert out == "False False False" and "GRANET_ISA=avx1024 must be one of generic, avx2, avx512" in err
     if " avx512bw " not in Path("/proc/cpuinfo").read_text():
         assert "this processor cannot run it" in loaded(cache, GRANET_ISA="avx512")[1]
 

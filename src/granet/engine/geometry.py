@@ -60,7 +60,7 @@ class Geometry:
     def blocks(self, columns: int, rows: int, nonzeros: int) -> int:
         """Returns how many blocks to cut `columns` planes into, so that a block's tile stays in the first-level cache.
 
-        Each row keeps enough non-zeros in a block to pay for loading and storing its sums.
+        There are no more blocks than leave each row enough non-zeros per block to pay for loading and storing its sums.
         """
         per_plane = 4 * (min(self.tile, self.positions) + self.spread)
         wanted = -(-columns * per_plane // FIRST_LEVEL)
@@ -165,8 +165,8 @@ def geometry(
         tile: floats computed at a time; 0 for the default.
         lanes: the lanes shared with other layers; None for the tightest ones of this layer alone.
     """
-    found = kernel_taps(spec)
-    phases = tuple(sorted({phase for phase, _ in found}))
+    taps = kernel_taps(spec)
+    phases = tuple(sorted({phase for phase, _ in taps}))
     out_height, out_width = spec.output_size(size)
     lanes = lanes or _panel_lanes(spec, size, batch, vector) or least_lanes([(spec, size)], batch)
     planes = spec.in_channels * len(phases)
@@ -188,5 +188,5 @@ def geometry(
         tile=tile or vector * (8 if spec.kernel == (1, 1) else 12),
         chunks=chunks,
         phases=phases,
-        taps=tuple((phases.index(phase), (row * lanes.pitch + column) * batch) for phase, (row, column) in found),
+        taps=tuple((phases.index(phase), (row * lanes.pitch + column) * batch) for phase, (row, column) in taps),
     )

@@ -1,4 +1,4 @@
-"""From a captured graph of aten operators to stages: segments that the kernels run, and nodes that torch runs."""
+"""Lowering of a captured graph of aten operators to stages: segments for the kernels, and nodes that torch runs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LAYERS = (aten.convolution.default, aten.addmm.default, aten.mm.default)
 
 @dataclass
 class Stages:
-    """A captured graph in the order it runs.
+    """A captured graph, in the order in which it runs.
 
     Attributes:
         graph: the graph.
-        order: segments and nodes of the graph, each after all that it needs.
-        results: for each segment and each of its outputs, the nodes whose results that output is.
+        order: segments and nodes of the graph, each after everything it depends on.
+        results: for each segment and each of its outputs, the nodes whose results the output stands for.
     """
 
     graph: fx.Graph
@@ -38,17 +38,17 @@ class Stages:
 
     @property
     def segments(self) -> list[Segment]:
-        """The segments, in order."""
+        """Returns the segments, in order."""
         return [s for s in self.order if isinstance(s, Segment)]
 
 
 def lower(graph: fx.Graph, constants: Constants, names: dict[fx.Node, str]) -> Stages:
-    """The stages of a functional graph of aten operators whose nodes carry tensors' shapes (meta["val"]).
+    """Returns the stages of a functional graph of aten operators whose nodes carry the shapes of tensors (meta["val"]).
 
     Args:
         graph: the graph, without mutations.
         constants: the values of its parameters and buffers.
-        names: the placeholders of parameters and their names.
+        names: the name of each parameter, by its placeholder.
     """
     return _Lowering(graph, constants, names).run()
 
@@ -58,7 +58,7 @@ class _Lowering:
         self.stages = Stages(graph)
         self.constants, self.weight_names = constants, names
         self.segment: Segment | None = None
-        self.values: dict[fx.Node, Value] = {}  # nodes whose result is inside the open segment
+        self.values: dict[fx.Node, Value] = {}  # the nodes whose results are inside the open segment
         self.maker: dict[Value, Step] = {}
         self.names: dict[Value, list[fx.Node]] = {}
 
@@ -70,7 +70,7 @@ class _Lowering:
                 self.stages.order.append(node)
         return self.stages
 
-    # Segments: one runs when it is closed, after all nodes whose results enter it and before all that read it.
+    # A segment is placed where it is closed: after the nodes whose results it reads, before those that read its own.
 
     def _close(self) -> None:
         segment, inside = self.segment, set(self.values)
@@ -79,7 +79,7 @@ class _Lowering:
         results = []
         for value, nodes in self.names.items():
             later = [n for n in nodes if any(user not in inside for user in n.users)]
-            if isinstance(self.maker[value], Input):  # further names of a tensor that torch made: torch makes them, too
+            if isinstance(self.maker[value], Input):  # aliases of a tensor that torch made: torch makes them, too
                 self.stages.order.extend(nodes[1:] if later else ())
             elif later:
                 segment.outputs.append(value)
@@ -96,7 +96,7 @@ class _Lowering:
             self.segment = Segment(images)
 
     def _enter(self, node: fx.Node, extent: tuple[int, int, tuple[int, int]]) -> Value:
-        """The value of a node's result inside the open segment, brought in as an input if it is not there yet."""
+        """Returns the value of a node's result in the open segment, adding an input to the segment if needed."""
         if node not in self.values:
             self._add(node, Input(Value(*extent, shape_of(node)), [], key=node))
         return self.values[node]
@@ -114,9 +114,9 @@ class _Lowering:
     # Nodes
 
     def _take(self, node: fx.Node) -> bool:
-        """True if the node became part of a segment."""
+        """Returns whether the node became part of a segment."""
         target = node.target
-        if target is operator.getitem:  # of batch normalization or a pool, whose first result it is
+        if target is operator.getitem:  # the first result of batch normalization or of a pool
             return node.args[0] in self.values and node.args[1] == 0 and self._same(node, node.args[0])
         if not _plain(node) or node in self.constants:
             return False
@@ -151,7 +151,7 @@ class _Lowering:
 
     @staticmethod
     def _fits(shape: tuple[int, ...], value: Value) -> bool:
-        """Whether a tensor of this shape holds the value's numbers in their order, the same axis being its channels."""
+        """Returns whether such a tensor holds the value's numbers in the same order, with channels on one axis."""
         if value.shape == shape:
             return True
         if value.size != (1, 1):
@@ -162,7 +162,7 @@ class _Lowering:
         return len(shape) > 1 and shape[-1] == value.channels and math.prod(shape[:-1]) == value.images
 
     def _input(self, node: fx.Node, extent: tuple[int, int, tuple[int, int]]) -> Value:
-        """The value of a layer's input, in a segment of as many images."""
+        """Returns the value of a layer's input, in a segment with the same number of images."""
         value = self.values.get(node)
         if value is not None and (value.images, value.channels, value.size) != extent:
             self._close()
@@ -182,9 +182,9 @@ class _Lowering:
         if len(shape) not in (3, 4) or len(kernel) != len(shape) or 0 in shape or not _plain(x):
             return False
 
-        def pair(numbers: list[int], filler: int) -> tuple[int, int]:
+        def pair(numbers: list[int], first: int) -> tuple[int, int]:
             numbers = numbers * (len(shape) - 2) if len(numbers) == 1 else numbers
-            return (filler, *numbers) if len(numbers) == 1 else tuple(numbers)
+            return (first, *numbers) if len(numbers) == 1 else tuple(numbers)
 
         spec = Spec(
             in_channels=shape[1],
@@ -214,14 +214,14 @@ class _Lowering:
         return True
 
     def name_of(self, weight: fx.Node, node: fx.Node) -> str:
-        """The name of the module that has this weight."""
+        """Returns the name of the module that has this weight."""
         while weight not in self.weight_names and len(weight.all_input_nodes) > 0:
             weight = weight.all_input_nodes[0]
         name = self.weight_names.get(weight, node.name)
         return name.removesuffix(".weight")
 
     def _fusible(self, node: fx.Node) -> Step | None:
-        """The step that made `node`'s result, if nothing else reads it and no activation was fused yet."""
+        """Returns the step that made `node`'s result, if nothing else reads it and no activation is fused yet."""
         while True:
             value = self.values.get(node)
             if value is None or len(node.users) != 1:
@@ -252,10 +252,10 @@ class _Lowering:
         if not all(self._holds(n, extent) for n in (a, b)):
             return False
         left, right = self._enter(a, extent), self._enter(b, extent)
-        place = {id(s): i for i, s in enumerate(self.segment.steps)}
-        makers = [(place[id(self.maker[v])], n, v, o) for n, v, o in ((a, left, right), (b, right, left))]
-        _, name, value, other = max(makers, key=lambda m: m[0])
-        step = self._fusible(name)
+        order = {id(s): i for i, s in enumerate(self.segment.steps)}
+        makers = [(order[id(self.maker[v])], n, v, o) for n, v, o in ((a, left, right), (b, right, left))]
+        _, later, value, other = max(makers, key=lambda m: m[0])
+        step = self._fusible(later)
         if isinstance(step, Convolution) and len(step.inputs) == 1 and value is not other:
             step.inputs.append(other)
             self._alias(node, value)
@@ -264,7 +264,7 @@ class _Lowering:
         return True
 
     def _holds(self, node: fx.Node, extent: tuple[int, int, tuple[int, int]]) -> bool:
-        """Whether a node's tensor has its numbers where a value of this extent has them."""
+        """Returns whether a node's tensor is laid out as a value of this extent."""
         value = self.values.get(node)
         if value is not None:
             return (value.images, value.channels, value.size) == extent
@@ -321,18 +321,18 @@ class _Lowering:
 
 
 def val_of(node: fx.Node) -> object:
-    """The tensor without storage that stands for a node's result; the first one where there are several."""
+    """Returns the fake tensor that describes a node's result, or the first one of several results."""
     val = node.meta.get("val")
     return val[0] if isinstance(val, list | tuple) and val else val
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """The shape of a node's result."""
+    """Returns the shape of a node's result."""
     return tuple(val_of(node).shape)
 
 
 def _plain(node: fx.Node) -> bool:
-    """Whether a node's result is a float32 tensor on the CPU of known shape that holds something."""
+    """Returns whether a node's result is a float32 tensor on the CPU that has a known shape and is not empty."""
     val = val_of(node)
     if not isinstance(val, Tensor) or val.dtype != torch.float32 or val.device.type != "cpu":
         return False
@@ -340,7 +340,7 @@ def _plain(node: fx.Node) -> bool:
 
 
 def _extent(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, int]]:
-    """Images, channels and (height, width) of a tensor of this shape whose second axis is the channels."""
+    """Returns images, channels and (height, width) of a tensor of this shape, whose second axis holds the channels."""
     if len(shape) == 2:
         return shape[0], shape[1], (1, 1)
     return shape[0], shape[1], (1, shape[2]) if len(shape) == 3 else (shape[2], shape[3])
@@ -352,7 +352,7 @@ def _pair(value: int | list[int]) -> tuple[int, ...]:
 
 
 def tensors_of(value: object) -> list[Tensor]:
-    """The tensors in a nest of tuples, lists and dicts, in order."""
+    """Returns the tensors in nested tuples, lists and dicts, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -364,7 +364,7 @@ def arguments_of(example: object) -> tuple[tuple, dict[str, object]]:
     """Returns the positional and the keyword arguments that example inputs stand for.
 
     Raises:
-        TypeError: they are no tensor, tuple, list or mapping.
+        TypeError: if they are not a tensor, tuple, list or mapping.
     """
     if isinstance(example, Mapping):
         return (), dict(example)

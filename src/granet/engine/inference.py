@@ -1,4 +1,4 @@
-"""Compiled inference: batch-norm folded, activations and sums fused, weights packed, the faster kernel per layer."""
+"""Compiled inference: batch norms are folded, activations and sums fused, and each layer runs on its fastest kernel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from granet.names import described
 
 log = logging.getLogger(__name__)
 
-SHAPES = 8  # kinds of inputs a compiled model keeps a plan for
+SHAPES = 8  # shapes of inputs for which a compiled model keeps programs
 
 Signature = tuple[object, ...]
 
@@ -34,17 +34,21 @@ Signature = tuple[object, ...]
 class CompiledModel(nn.Module):
     """A model compiled for inference. See `compile`.
 
-    It holds the model itself as `model` and always computes with the weights and attributes that the model has now. The
-    first call with inputs of a new shape measures and packs for that shape, which takes as long as `compile` did.
+    The attribute `model` is the model itself; the compiled model always computes with its current weights and
+    attributes. The first call with inputs of a new shape measures and packs for that shape, which takes as long as
+    `compile` did.
 
     The model itself runs, as if it were not compiled, in training mode, under autocast, for inputs that require a
     gradient, under torch.func and forward-mode differentiation, for subclasses of tensors, for inputs that overlap in
-    memory, and for inputs of further shapes than were allowed. Otherwise outputs carry no gradient.
+    memory, and for new shapes once the allowed number of shapes is reached. In all other cases the outputs carry no
+    gradient.
     """
 
     def __init__(self, model: nn.Module, *, tolerance: float, shapes: int):
         super().__init__()
-        self.training = False  # and not eval(), which would reach into the model: a dropout may be on for good reason
+        self.training = (
+            False  # not eval(), which would change the model too: a layer may be in training mode on purpose
+        )
         self.model = model
         self._settings = CaptureSettings(tolerance)
         self._shapes = shapes
@@ -54,7 +58,7 @@ class CompiledModel(nn.Module):
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
-        if name == "model" and "_reports" in self.__dict__:  # another model in its place is measured anew
+        if name == "model" and "_reports" in self.__dict__:  # a new model has to be measured
             self._reports = {}
             self._begin()
 
@@ -63,7 +67,7 @@ class CompiledModel(nn.Module):
         self._captured: Callable[..., object] | None = None
 
     def report(self, *inputs: object, **named: object) -> InferenceReport:
-        """What was measured and chosen for inputs of these shapes; without any, for the example inputs.
+        """Returns what was measured and chosen for inputs of these shapes, or without any for the example inputs.
 
         Raises:
             ValueError: if the model was not compiled for such inputs.
@@ -72,13 +76,13 @@ class CompiledModel(nn.Module):
             return next(iter(self._reports.values()))
         signature = signature_of(inputs, named)
         if signature not in self._reports:
-            known = "; ".join(map(_words, self._reports))
-            raise ValueError(f"not compiled for {_words(signature)}; it is for {known}")
+            compiled = "; ".join(map(_signature_text, self._reports))
+            raise ValueError(f"not compiled for {_signature_text(signature)}, only for {compiled}")
         return self._reports[signature]
 
     @torch.compiler.disable
     def forward(self, *inputs: object, **named: object) -> object:
-        """The model's output."""
+        """Returns the model's output."""
         if self._plain_call(inputs, named):
             return self.model(*inputs, **named)
         signature = signature_of(inputs, named)
@@ -91,18 +95,21 @@ class CompiledModel(nn.Module):
             return self._run(inputs, named)
 
     def _plain_call(self, inputs: tuple, named: dict) -> bool:
-        """Whether the model itself has to answer, whatever was compiled."""
+        """Returns whether the model itself has to compute the output, whatever was compiled."""
         tensors = tensors_of([inputs, named])
         if self.model.training or _transformed() or any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
             return True
         if torch.is_autocast_enabled("cpu"):
-            self._warn("autocast", "under autocast the model itself runs: the kernels compute in float32")
+            self._warn("autocast", "under autocast the model itself runs, because the kernels compute in float32")
             return True
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            self._warn("gradient", "an input requires a gradient: the model itself runs, and gives it")
+            self._warn("gradient", "an input requires a gradient, so the model itself runs")
             return True
-        if len(tensors) > 1 and _overlap(tensors):  # torch.compile does not guard this where one is changed in place
-            self._warn("overlap", "inputs overlap in memory: the model itself runs; clone() of one avoids this")
+        if len(tensors) > 1 and _overlap(tensors):  # torch.compile does not notice it if one is changed in place
+            self._warn(
+                "overlap",
+                "inputs overlap in memory, so the model itself runs; pass a clone() of one of them to avoid this",
+            )
             return True
         return False
 
@@ -112,16 +119,16 @@ class CompiledModel(nn.Module):
             log.warning(text, *args)
 
     def _first_call(self, signature: Signature, inputs: tuple, named: dict) -> object:
-        """The output for inputs of a new signature, which is compiled for if there are not as many as allowed."""
+        """Returns the output for inputs of a new signature, and compiles for it unless the limit is reached."""
         with self._lock:
             if signature in self._reports:
                 return self.forward(*inputs, **named)
             if len(self._reports) >= self._shapes:
                 self._warn(
                     "shapes",
-                    "compiled for %d shapes, called with yet another, %s: such inputs run the dense model; "
+                    "compiled for %d shapes and called with another one, %s: such inputs run the dense model; "
                     "compile(..., shapes=%d) allows more",
-                    len(self._reports), _words(signature), 2 * self._shapes,
+                    len(self._reports), _signature_text(signature), 2 * self._shapes,
                 )  # fmt: skip
                 return self.model(*inputs, **named)
             reason = _unsupported(self.model, tensors_of([inputs, named]))
@@ -132,8 +139,8 @@ class CompiledModel(nn.Module):
                     with recording() as parts:
                         output = self._dynamo()(*inputs, **named)
                 except TorchDynamoException as error:
-                    said = str(error).strip().partition("\n")[0][:120]
-                    reason = f"torch.compile cannot follow the model ({type(error).__name__}: {said})"
+                    first_line = str(error).strip().partition("\n")[0][:120]
+                    reason = f"torch.compile cannot follow the model ({type(error).__name__}: {first_line})"
             if reason is not None:
                 output = self.model(*inputs, **named)
             with untouched(self.model, *copies):
@@ -141,7 +148,7 @@ class CompiledModel(nn.Module):
             return output
 
     def _judge(self, parts: list[Part], inputs: tuple, named: dict, reason: str | None) -> InferenceReport:
-        """The report of the whole: its parts as measured, and the whole as called where that does no harm."""
+        """Returns the model's report, from those of its parts. The model is timed too, unless hooks would run."""
         quiet = not _hooked(self.model)
         if reason is None and not parts:
             reason = "torch.compile found nothing to capture in it"
@@ -150,7 +157,7 @@ class CompiledModel(nn.Module):
         reports = [part.report for part in dict.fromkeys(parts)]
         rows = tuple(row for report in reports for row in report.layers)
         wins = [report for report in reports if report.chosen == "sparse"]
-        whole = replace(
+        combined = replace(
             reports[0],
             layers=rows,
             dense_ms=sum(part.report.dense_ms for part in parts),
@@ -162,18 +169,20 @@ class CompiledModel(nn.Module):
             arena_nbytes=sum(report.arena_nbytes for report in wins),
         )
         if len(parts) > 1:
-            whole = replace(whole, why=f"{whole.why}; captured in {len(parts)} parts, {len(wins)} of which run sparse")
+            combined = replace(
+                combined, why=f"{combined.why}; captured in {len(parts)} parts, {len(wins)} of which run sparse"
+            )
         if not wins or not quiet:
-            return whole
+            return combined
         calls = [
             lambda: self.model(*tree_map(_copy, inputs), **tree_map(_copy, named)),
             lambda: self._run(*tree_map(_copy, (inputs, named))),
         ]
         dense, fast = time_in_turns(calls, repeats=3, enough=0.3)
         if fast.is_faster_than(dense):
-            return replace(whole, dense_ms=dense.least, fast_ms=fast.least)
+            return replace(combined, dense_ms=dense.least, fast_ms=fast.least)
         return replace(
-            whole,
+            combined,
             dense_ms=dense.least,
             fast_ms=dense.least,
             chosen="dense",
@@ -186,7 +195,7 @@ class CompiledModel(nn.Module):
         try:
             return self._dynamo()(*inputs, **named)
         except TorchDynamoException as error:
-            self._warn("dynamo", "torch.compile cannot follow the model any more: it runs dense (%s)", error)
+            self._warn("dynamo", "torch.compile cannot follow the model any more, so it runs dense (%s)", error)
             return self.model(*inputs, **named)
 
     def _dynamo(self) -> Callable[..., object]:
@@ -222,7 +231,7 @@ _hook_depth = [0, True]
 
 @contextmanager
 def _hook_guards() -> Iterator[None]:
-    """Has Dynamo notice hooks that are added to modules later, which by default it does not."""
+    """Makes Dynamo notice hooks that are added to modules later, which it does not by default."""
     config = torch._dynamo.config
     with _hook_lock:
         if _hook_depth[0] == 0:
@@ -239,13 +248,13 @@ def _hook_guards() -> Iterator[None]:
 
 
 def _transformed() -> bool:
-    """Whether torch looks for more than numbers: under torch.func, forward-mode differentiation, or export."""
+    """Returns whether torch.func, forward-mode differentiation or an export is active."""
     level = torch.autograd.forward_ad._current_level
     return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0 or torch.compiler.is_exporting()
 
 
 def signature_of(inputs: Sequence[object], named: Mapping[str, object]) -> Signature:
-    """The structure of a call's arguments, with the tensors' shapes, types and devices, and the other values."""
+    """Returns the structure of a call's arguments: shapes, types and devices of tensors, and all other values."""
     return _describe(tuple(inputs)), _describe(dict(named))
 
 
@@ -259,7 +268,7 @@ def _describe(value: object) -> tuple:
     return type(value), value if isinstance(value, int | float | str | None) else None
 
 
-def _words(signature: Signature) -> str:
+def _signature_text(signature: Signature) -> str:
     words: list[str] = []
 
     def walk(form: tuple, name: str = "") -> None:
@@ -281,7 +290,7 @@ def _words(signature: Signature) -> str:
 
 
 def _overlap(tensors: Sequence[Tensor]) -> bool:
-    """Whether two different tensors may share an element: the ranges of addresses that they span have one in common."""
+    """Returns whether two different tensors may share an element, because the ranges of their addresses overlap."""
     spans = []
     for tensor in {id(t): t for t in tensors}.values():
         if tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.numel():
@@ -307,39 +316,39 @@ def compile(
     tolerance: float = 1e-3,
     shapes: int = SHAPES,
 ) -> CompiledModel:
-    """A module that computes what `model` does, faster where the model's zeros allow it.
+    """Returns a module that computes the same as `model`, faster if the model has enough zeros.
 
-    The model is captured by torch.compile, which follows its Python: branches, hooks, arguments of any kind and state
-    that it keeps are as in the model, and code that cannot be captured runs in between. Every layer is measured on the
-    example inputs with torch's dense kernels and with the sparse ones; where the whole does not come out faster than
-    the dense model, or its outputs differ, the dense model is what runs, and the report says so. Outputs are compared
-    on the example and on random inputs of its shape and range. Inputs of another shape are measured when they first
-    come.
+    The model is captured by torch.compile, so branches, hooks, state and arguments of any kind work as in the model;
+    code that cannot be captured runs in Python as before. Every layer is measured on the example inputs, with torch's
+    dense kernels and with the sparse ones. If the result is not faster than the dense model, or computes something
+    else, the dense model runs, and the report says so. Outputs are compared on the example inputs and on random inputs
+    of the same shape and range. Inputs of another shape are measured at the first call with them.
 
-    The model's attributes, buffers and random state are left as they were, and so are the example inputs; hooks on the
-    model run as in a call of it.
+    The model's attributes, buffers and random state and the example inputs stay as they are. Hooks on the model run as
+    in a call of the model.
 
     Args:
         model: a model in eval mode with float32 parameters on the CPU.
-        example_inputs: a tensor, a tuple or list of the positional arguments, or a mapping of the keyword arguments,
-            of the shapes that will be run.
-        tolerance: largest difference to the dense output allowed, relative to that output's largest value.
-        shapes: how many kinds of inputs to compile for; any further ones run the dense model.
+        example_inputs: a tensor, a tuple or list of the positional arguments, or a mapping of the keyword arguments.
+            They need the shapes that will be used later.
+        tolerance: the largest allowed difference to the dense output, relative to that output's largest value.
+        shapes: the number of input shapes to compile for. Inputs of any further shape run the dense model.
 
     Raises:
-        TypeError: if something of another kind is given than is needed.
+        TypeError: if an argument has the wrong type.
         ValueError: if the model is in training mode, or `shapes` is less than 1.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is {described(model)}, and a torch.nn.Module is needed")
     inputs, named = arguments_of(example_inputs)
-    for name, number, kind, words in (("tolerance", tolerance, int | float, ""), ("shapes", shapes, int, " whole")):
+    numbers = (("tolerance", tolerance, int | float, "a number"), ("shapes", shapes, int, "a whole number"))
+    for name, number, kind, needed in numbers:
         if isinstance(number, bool) or not isinstance(number, kind):
-            raise TypeError(f"{name} is {described(number)}, and a{words} number is needed")
+            raise TypeError(f"{name} is {described(number)}, and {needed} is needed")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first, so that batch-norm can be folded")
     if shapes < 1:
-        raise ValueError(f"shapes is the number of input shapes to compile for, at least 1, not {shapes}")
+        raise ValueError(f"shapes, the number of input shapes to compile for, must be at least 1, not {shapes}")
     fast = CompiledModel(model, tolerance=tolerance, shapes=shapes)
     inputs, named = tree_map(_copy, (inputs, named))
     with untouched(model, inputs, named), torch.no_grad():
@@ -366,5 +375,5 @@ def _unsupported(model: nn.Module, inputs: Sequence[Tensor]) -> str | None:
 
 def _dense_report(call: Callable[[], object], reason: str) -> InferenceReport:
     with torch.no_grad():
-        spent = milliseconds(call, repeats=3)
-    return InferenceReport((), spent, spent, "dense", reason, 0.0)
+        dense_ms = milliseconds(call, repeats=3)
+    return InferenceReport((), dense_ms, dense_ms, "dense", reason, 0.0)

@@ -1,4 +1,4 @@
-"""Compiled inference as a list of steps over planes, and their encoding for the native `run`."""
+"""Segments of compiled inference (steps over planes of activations) and their encoding for the native `run`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from granet.engine.geometry import LINE, Lanes, geometry, kernel_taps, least_lan
 from granet.engine.index import IndexStructure, forward_structure
 from granet.engine.spec import Spec
 
-GROUP = 4  # channels that share their places in the "block" kernel
+GROUP = 4  # output channels with the same positions of non-zeros, in the "block" kernel
 
 
 @dataclass(eq=False)
 class Value:
-    """Activations inside a segment: `images` of `channels` x `size`; `shape` is what a tensor of them looks like."""
+    """Activations inside a segment: `images` of `channels` x `size`. `shape` is the shape of the tensor they form."""
 
     images: int
     channels: int
@@ -29,7 +29,7 @@ class Value:
 
 @dataclass(eq=False)
 class Step:
-    """One operation of a segment; `out` is the value it makes."""
+    """One operation of a segment. `out` is its result."""
 
     out: Value
     inputs: list[Value]
@@ -37,14 +37,14 @@ class Step:
 
 @dataclass(eq=False)
 class Input(Step):
-    """A tensor that enters the segment; `key` names it for whoever feeds the segment."""
+    """A tensor that enters the segment. `key` identifies it for the caller, who passes the tensor."""
 
     key: object = None
 
 
 @dataclass(eq=False)
 class Convolution(Step):
-    """A convolution or linear layer with all that is fused into it: inputs are the data and perhaps a residual."""
+    """A convolution or linear layer with the operations fused into it. Inputs are the data and maybe a residual."""
 
     name: str = ""
     spec: Spec | None = None
@@ -54,7 +54,7 @@ class Convolution(Step):
 
     @property
     def density(self) -> float:
-        """The share of weights that are not zero."""
+        """Returns the share of weights that are not zero."""
         return self.weight.count_nonzero().item() / max(1, self.weight.numel())
 
 
@@ -81,7 +81,7 @@ class Add(Step):
 
 @dataclass(eq=False)
 class Segment:
-    """Steps that run in one native call. `outputs` are the values that leave it."""
+    """Steps that run in one native call. `outputs` are the values that the call returns."""
 
     images: int
     steps: list[Step] = field(default_factory=list)
@@ -89,28 +89,30 @@ class Segment:
 
     @property
     def layers(self) -> list[Convolution]:
-        """The segment's convolution and linear layers."""
+        """Returns the segment's convolution and linear layers."""
         return [s for s in self.steps if isinstance(s, Convolution)]
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """How one layer is computed: the kernel, and the vectors in a tile (0 for the kernel's longest)."""
+    """How one layer is computed: the kernel, and the number of vectors in a tile (0 for the largest of that kernel)."""
 
     kind: str
     vectors: int = 0
 
 
 def kernel_choices(layer: Convolution, batch: int) -> list[KernelChoice]:
-    """The ways to compute `layer` that are worth measuring, the likeliest first."""
+    """Returns the ways to compute `layer` that are worth measuring, the most promising first."""
     spec, source = layer.spec, layer.inputs[0]
-    if batch == 1 and spec.kernel == (1, 1) and spec.padding == (0, 0) and source.size == (1, 1):  # a plane is a number
+    if (
+        batch == 1 and spec.kernel == (1, 1) and spec.padding == (0, 0) and source.size == (1, 1)
+    ):  # one number per plane
         return [KernelChoice("vector")]
-    found = [KernelChoice("sparse", 8), KernelChoice("sparse", 12)]
+    choices = [KernelChoice("sparse", 8), KernelChoice("sparse", 12)]
     grouped = layer.spec.out_channels // layer.spec.groups % GROUP == 0
     if grouped and layer.density > 0.15:
-        found.append(KernelChoice("block"))
-    return found
+        choices.append(KernelChoice("block"))
+    return choices
 
 
 PackedWeights = dict[tuple[Convolution, KernelChoice], tuple[IndexStructure, Tensor]]
@@ -121,10 +123,10 @@ class Program:
 
     Args:
         segment: the steps.
-        choose: how to compute each layer.
-        batch: images that lie innermost in a plane: 1, or a multiple of the kernels' vector.
-        chain: compute consecutive 1x1 convolutions tile by tile.
-        kept: packed weights by layer and choice, for further programs of the same segment and batch.
+        choose: returns how to compute a layer.
+        batch: number of images that lie innermost in a plane: 1, or a multiple of the kernels' vector length.
+        chain: whether consecutive 1x1 convolutions are computed together, tile by tile.
+        kept: packed weights by layer and choice, shared by programs of the same segment and batch.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class Program:
         self._encode(choose, chain, {} if kept is None else kept)
 
     def _assign_lanes(self) -> None:
-        """Gives every value its lanes: layers of stride 1 and sums need the same lanes on both sides."""
+        """Gives every value its lanes. Layers of stride 1 and sums need the same lanes for their inputs and outputs."""
         parent: dict[Value, Value] = {}
 
         def root(value: Value) -> Value:
@@ -199,9 +201,9 @@ class Program:
             sources = [slot(v) for v in step.inputs]
             values = (step.out, *step.inputs)
             if isinstance(step, Input):
-                whole = self._constant(torch.zeros(2, dtype=torch.int32), "whole")
+                only_phase = self._constant(torch.zeros(2, dtype=torch.int32), "only phase")
                 number = self.inputs.index(step)
-                emit(encoding.PackStep(number, out, step.out.channels, *step.out.size, whole), step.out)
+                emit(encoding.PackStep(number, out, step.out.channels, *step.out.size, only_phase), step.out)
             elif isinstance(step, Convolution):
                 first = len(steps)
                 self._encode_layer(step, choose(step), slot, emit, kept)
@@ -218,12 +220,12 @@ class Program:
             dims = 2 if value.size == (1, 1) else 4
             emit(encoding.UnpackStep(slot(value), value.channels, *value.size, dims), value)
         links = self._links(steps) if chain else [0] * len(steps)
-        places, self.arena_floats = self._allocate(steps, links)
+        offsets, self.arena_floats = self._allocate(steps, links)
         rows = []
         for value in slots:
             lanes, blocks = self._lanes[value], -(-value.images // self.batch)
-            place = (lanes.pitch, self.batch, lanes.front, lanes.plane)
-            rows.append(encoding.SlotRow(places[value], value.channels, blocks, value.images, *value.size, *place))
+            layout = (lanes.pitch, self.batch, lanes.front, lanes.plane)
+            rows.append(encoding.SlotRow(offsets[value], value.channels, blocks, value.images, *value.size, *layout))
         numbers = encoding.encode(rows, [step for step, _ in steps], links)
         self.program = torch.tensor(numbers, dtype=torch.int64)
 
@@ -241,7 +243,7 @@ class Program:
         group = GROUP if kind == "block" else 1
         vectors = choice.vectors or (longest_block if kind == "block" else longest)
         lanes = self._lanes[step.out]
-        place = geometry(
+        layout = geometry(
             spec, source.images, source.size, vector=width, batch=self.batch, tile=vectors * width, lanes=lanes
         )
         chunks = torch.get_num_threads()
@@ -249,17 +251,17 @@ class Program:
             chunks -= 1
         if kind == "vector":
             chunks = 1
-            # Vectors are gathered from the planes first, so a plane is one float long.
-            place = geometry(spec, source.images, source.size, vector=width, lanes=Lanes(1, 0, 1), tile=width)
+            # The kernel first gathers the numbers of all planes into a vector, so a plane is one float long.
+            layout = geometry(spec, source.images, source.size, vector=width, lanes=Lanes(1, 0, 1), tile=width)
         blocks = 1 if kind == "vector" else None
         if (step, choice) not in kept:
-            structure = forward_structure(step.weight != 0, spec, place, group=group, chunks=chunks, blocks=blocks)
+            structure = forward_structure(step.weight != 0, spec, layout, group=group, chunks=chunks, blocks=blocks)
             kept[step, choice] = structure, step.weight.reshape(-1)[structure.index.long()].float().contiguous()
         structure, value = kept[step, choice]
         if step in self._split:
             split = self._split[step]
-            phases = torch.tensor(place.phases, dtype=torch.int32).reshape(-1)
-            number = self._constant(phases, "phases", place.phases)
+            phases = torch.tensor(layout.phases, dtype=torch.int32).reshape(-1)
+            number = self._constant(phases, "phases", layout.phases)
             emit(encoding.SplitStep(slot(source), slot(split), number, *spec.stride), split, source)
             source = split
         ptr, ids, offset, values = (self._constant(t) for t in (structure.ptr, structure.id, structure.offset, value))
@@ -282,7 +284,7 @@ class Program:
         emit(conv, step.out, source, *step.inputs[1:])
 
     def _keep(self, value: Value) -> int:
-        """The constant that is -1 at real positions and 0 in gaps and past the end."""
+        """Returns the number of the constant that is -1 at an image's positions, and 0 in gaps and after the end."""
         lanes = self._lanes[value]
         height, width = value.size
         keep = torch.zeros(height + 16, lanes.pitch, self.batch, dtype=torch.int32)
@@ -290,6 +292,7 @@ class Program:
         return self._constant(keep.reshape(-1)[: lanes.plane + 64].contiguous(), "keep", value.size, lanes.pitch)
 
     def _constant(self, tensor: Tensor, *key: object) -> int:
+        """Returns the number of a constant in the program. Constants of the same `key` are stored once."""
         if key and key in self._shared:
             return self._shared[key]
         self.constants.append(tensor)
@@ -298,9 +301,9 @@ class Program:
         return len(self.constants) - 1
 
     def _links(self, steps: list[tuple[encoding.AnyStep, list[Value]]]) -> list[int]:
-        """For each step, how many after it are computed with it, tile by tile, while a tile is in the cache.
+        """Returns, for each step, how many of the following steps are computed with it while a tile is in the cache.
 
-        Those are 1x1 convolutions: at every position they need nothing but that position of the one before.
+        These are 1x1 convolutions: an output position depends only on the same position of the input.
         """
         links = [0] * len(steps)
         pointwise = {
@@ -321,15 +324,16 @@ class Program:
     def _allocate(
         self, steps: list[tuple[encoding.AnyStep, list[Value]]], links: list[int]
     ) -> tuple[dict[Value, int], int]:
-        """Each value's place in the arena, reusing the memory of values that are no longer read.
+        """Returns each value's offset in the arena, and the arena's size, both in floats.
 
-        A sum with a residual that no later step reads takes the residual's place.
+        Memory of values that are no longer read is reused. A layer that adds a residual which no later step reads
+        writes its output over the residual.
         """
         born: dict[Value, int] = {}
         last: dict[Value, int] = {}
-        fed: set[tuple[int, Value]] = set()  # what convolutions read as their data, and when
-        read: dict[Value, int] = {}  # by which step, of those done in one go too, a value is read last
-        inherits: dict[Value, tuple[Value, int]] = {}
+        fed: set[tuple[int, Value]] = set()  # the values that convolutions read as their data, and when
+        read: dict[Value, int] = {}  # the last step that reads a value (steps computed together count separately)
+        inherits: dict[Value, tuple[Value, int]] = {}  # the residual that an output may overwrite, and the step
         now = end = 0
         for i, (step, values) in enumerate(steps):
             if i > end or i == 0:
@@ -342,14 +346,14 @@ class Program:
                 fed.add((now, values[1]))
                 if len(values) > 2 and step.kind != KINDS["vector"]:
                     inherits[values[0]] = values[2], i
-        places: dict[Value, int] = {}
+        offsets: dict[Value, int] = {}
         live: list[tuple[int, int, Value]] = []
         total = 0
         for value in sorted(born, key=born.get):
-            heir, reader = inherits.get(value, (None, -1))
-            if heir is not None and read[heir] == reader and (born[value], heir) not in fed:
-                places[value] = places[heir]
-                live = [(start, stop, value if v is heir else v) for start, stop, v in live]
+            residual, reader = inherits.get(value, (None, -1))
+            if residual is not None and read[residual] == reader and (born[value], residual) not in fed:
+                offsets[value] = offsets[residual]
+                live = [(start, stop, value if v is residual else v) for start, stop, v in live]
                 continue
             live = [entry for entry in live if last[entry[2]] >= born[value]]
             need = -(-value.images // self.batch) * value.channels * self._lanes[value].plane + 16 * LINE
@@ -358,25 +362,25 @@ class Program:
                 if start - at >= need:
                     break
                 at = max(at, stop)
-            places[value] = at
+            offsets[value] = at
             live.append((at, at + need, value))
             total = max(total, at + need)
-        return places, total
+        return offsets, total
 
     @property
     def nbytes(self) -> int:
-        """Bytes of packed weights and index structures."""
+        """Returns the bytes that the packed weights and index structures take."""
         return sum(t.numel() * t.element_size() for t in self.constants)
 
     def arena(self) -> Tensor:
-        """Fresh memory for the activations of one call, aligned to a cache line."""
+        """Returns new memory for the activations of one call, aligned to a cache line."""
         memory = torch.zeros(self.arena_floats + 2 * LINE, dtype=torch.float32, device="cpu")
         skip = -memory.data_ptr() % 64 // 4
         return memory[skip : skip + self.arena_floats + LINE]
 
     def run(self, inputs: list[Tensor], arena: Tensor, *, time: bool = False) -> list[Tensor]:
-        """The segment's outputs, in the order of `segment.outputs`; with `time` also the nanoseconds of each step."""
+        """Returns the tensors of `segment.outputs`, in order, and with `time` also the nanoseconds of each step."""
         inputs = [t.contiguous() for t in inputs]
-        found = torch.ops.granet.run(inputs, self.constants, arena, self.program, time)
-        shaped = [t.view(v.shape) for t, v in zip(found, self.segment.outputs, strict=False)]
-        return [*shaped, *found[len(shaped) :]]
+        results = torch.ops.granet.run(inputs, self.constants, arena, self.program, time)
+        outputs = [t.view(v.shape) for t, v in zip(results, self.segment.outputs, strict=False)]
+        return [*outputs, *results[len(outputs) :]]

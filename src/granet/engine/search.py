@@ -1,4 +1,4 @@
-"""Measuring, then choosing: the kernel and layout of every layer, and whether the whole is worth running at all."""
+"""Choice, by measurement, of the kernel and layout of every layer, and between the sparse and the dense model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from granet.engine.timing import Spread, interleaved, milliseconds, time_in_turn
 
 log = logging.getLogger(__name__)
 
-ROUNDS = 4  # timings of each step under each kernel; the shortest counts
+ROUNDS = 4  # timings of each step with each kernel, of which the shortest counts
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How the segments of a graph are computed, without the weights.
+    """How the segments of a graph are computed. It does not hold the weights.
 
     Attributes:
-        segments: for each segment the images innermost, whether 1x1 convolutions are chained, and the layers' kernels.
+        segments: for each segment the number of innermost images, whether 1x1 convolutions are chained, and kernels.
         report: what was measured.
     """
 
@@ -35,12 +35,12 @@ class Decision:
     report: InferenceReport
 
     def programs(self, stages: Stages) -> dict[Segment, Program]:
-        """The segments of stages, packed with the weights they have now."""
-        made = {}
+        """Returns the programs of the segments, packed with the current weights."""
+        programs = {}
         for segment, (batch, chain, kinds) in zip(stages.segments, self.segments, strict=True):
             picked = dict(zip(segment.layers, kinds, strict=True))
-            made[segment] = Program(segment, picked.__getitem__, batch, chain=chain)
-        return made
+            programs[segment] = Program(segment, picked.__getitem__, batch, chain=chain)
+        return programs
 
 
 def search(
@@ -50,43 +50,43 @@ def search(
     tolerance: float,
     names: dict[fx.Node, str],
 ) -> tuple[Decision, fx.GraphModule | None]:
-    """The fastest plan found for `stages` and its decision; None where dense wins or the outputs differ.
+    """Returns the decision for `stages` and the module that follows it (None if the dense model is to run).
 
     Args:
         stages: the stages.
-        dense: what computes the same on torch's kernels, from the same arguments.
-        cases: lists of arguments, on all of which the outputs are compared and on the first of which is measured.
-        tolerance: the largest difference of the outputs allowed, relative to the largest value.
-        names: the placeholders of parameters and their names.
+        dense: computes the same with torch's kernels, from the same arguments.
+        cases: lists of arguments. The outputs are compared on all of them, and times are measured on the first.
+        tolerance: the largest allowed difference of the outputs, relative to the largest value.
+        names: the name of each parameter, by its placeholder.
     """
     programs: dict[Segment, Program] = {}
     spent: dict[Convolution, tuple[float, str]] = {}
     segments = []
     for i, segment in enumerate(stages.segments):
         log.info("measuring the kernels of %d layers (part %d)", len(segment.layers), i + 1)
-        programs[segment], costs, how = fastest_program(segment)
+        programs[segment], costs, settings = fastest_program(segment)
         spent.update(costs)
-        segments.append(how)
+        segments.append(settings)
     fast = build(stages, programs)
     error = max(compare(dense, fast, case) for case in cases)
-    log.info("measuring the dense layers and the whole")
+    log.info("measuring the dense layers and the compiled model")
     known: dict[tuple, float] = {}
     dense_ms = {layer: _dense_ms(layer, known) for segment in stages.segments for layer in segment.layers}
-    whole = [lambda: dense(*cases[0]), lambda: fast(*cases[0])]
+    calls = [lambda: dense(*cases[0]), lambda: fast(*cases[0])]
     with torch.random.fork_rng(devices=[]):
-        dense_times, fast_times = time_in_turns(whole, repeats=3, enough=0.5)
+        dense_times, fast_times = time_in_turns(calls, repeats=3, enough=0.5)
     packed = sum(p.nbytes for p in programs.values()), sum(4 * p.arena_floats for p in programs.values())
     report = verdict(_rows(stages, dense_ms, spent, names), dense_times, fast_times, error, packed, tolerance)
     return Decision(tuple(segments), report), fast if report.chosen == "sparse" else None
 
 
 def compare(dense: Callable[..., object], fast: Callable[..., object], args: Sequence[object]) -> float:
-    """The largest difference of two functions' outputs on the same arguments, under the same randomness."""
-    found = []
+    """Returns the largest difference of two functions' outputs for the same arguments and the same random state."""
+    outputs = []
     for call in (dense, fast):
         with torch.random.fork_rng(devices=[]):
-            found.append(call(*args))
-    return difference(*found)
+            outputs.append(call(*args))
+    return difference(*outputs)
 
 
 def verdict(
@@ -97,7 +97,7 @@ def verdict(
     packed: tuple[int, int],
     tolerance: float,
 ) -> InferenceReport:
-    """Returns the report of a whole graph: sparse where that is faster and computes the same, else dense."""
+    """Returns the report of a graph: sparse if that is faster and computes the same, else dense."""
     wins = fast.is_faster_than(dense) and error <= tolerance
     why = "faster as a whole" if wins else not_faster(dense, fast)
     if not error <= tolerance:
@@ -121,9 +121,10 @@ def not_faster(dense: Spread, fast: Spread) -> str:
 
 
 def difference(expected: object, found: object) -> float:
-    """The largest difference between two nests of tensors, relative to the largest finite value expected.
+    """Returns the largest difference between two nests of tensors, relative to the largest finite expected value.
 
-    Infinite and undefined numbers must be the same; what is not floating-point must be equal.
+    The difference is infinite if shapes or types differ, if an infinity or NaN is not in the same place, or if integers
+    or bools differ.
     """
     worst = 0.0
     for a, b in zip(tensors_of([expected]), tensors_of([found]), strict=True):
@@ -140,7 +141,7 @@ def difference(expected: object, found: object) -> float:
 
 
 def _batches(segment: Segment) -> list[int]:
-    """How many images to lay innermost, the candidates worth measuring."""
+    """Returns the numbers of innermost images that are worth measuring."""
     width = ops.cpu()[0]
     if segment.images == 1:
         return [1]
@@ -153,8 +154,8 @@ def _batches(segment: Segment) -> list[int]:
 def fastest_program(
     segment: Segment, chains: tuple[bool, ...] = (True, False)
 ) -> tuple[Program, dict[Convolution, tuple[float, str]], tuple[int, bool, tuple[KernelChoice, ...]]]:
-    """The fastest program found for a segment, milliseconds and kernel of each of its layers, and how it is made."""
-    # a layer's speed does not depend on what its inputs hold
+    """Returns a segment's fastest program, the milliseconds and kernel of each layer, and the program's settings."""
+    # Random inputs will do: a layer's speed does not depend on their values.
     inputs = [torch.randn(s.out.shape, dtype=torch.float32) for s in segment.steps if not s.inputs]
     best: tuple[float, Program, dict, tuple] | None = None
     for batch in _batches(segment):
@@ -169,26 +170,26 @@ def fastest_program(
                 cost = sum(steps[s] for s in program.layer_steps[layer])
                 spent[layer][choice] = min(cost, spent[layer].get(choice, float("inf")))
         picked = {layer: min(costs, key=costs.get) for layer, costs in spent.items()}
-        found = [Program(segment, picked.__getitem__, batch, chain=chain, kept=kept) for chain in chains]
-        arenas = [program.arena() for program in found]
-        calls = [lambda p=p, a=a: p.run(inputs, a) for p, a in zip(found, arenas, strict=True)]
+        programs = [Program(segment, picked.__getitem__, batch, chain=chain, kept=kept) for chain in chains]
+        arenas = [program.arena() for program in programs]
+        calls = [lambda p=p, a=a: p.run(inputs, a) for p, a in zip(programs, arenas, strict=True)]
         totals = interleaved(calls, repeats=2, enough=0.2)
         costs = {layer: (spent[layer][choice], choice.kind) for layer, choice in picked.items()}
-        for total, program, chain in zip(totals, found, chains, strict=True):
+        for total, program, chain in zip(totals, programs, chains, strict=True):
             if best is None or total < best[0]:
                 best = (total, program, costs, (batch, chain, tuple(picked[layer] for layer in segment.layers)))
     return best[1], best[2], best[3]
 
 
 def step_times(program: Program, inputs: list[Tensor]) -> list[float]:
-    """The shortest time of each step of a program, in milliseconds, measured in place, as the whole runs."""
+    """Returns the shortest time of each step in milliseconds, measured while the whole program runs."""
     arena = program.arena()
     runs = [program.run(inputs, arena, time=True)[-1] for _ in range(ROUNDS + 1)]
     return (torch.stack(runs[1:]).min(dim=0).values.double() * 1e-6).tolist()
 
 
 def _dense_ms(layer: Convolution, known: dict[tuple, float]) -> float:
-    """Milliseconds torch's dense kernel takes for a layer, with bias and nothing else fused; `known` by shape."""
+    """Returns the milliseconds of torch's dense kernel for a layer with its bias. `known` keeps times by shape."""
     source, spec = layer.inputs[0], layer.spec
     key = (spec, source.images, source.size)
     if key not in known:
@@ -210,7 +211,7 @@ def _rows(
 ) -> list[LayerReport]:
     rows = []
     for layer, (sparse_ms, kind) in spent.items():
-        why = "faster" if sparse_ms < dense_ms[layer] else "kept in the kernels' layout, where leaving it costs more"
+        why = "faster" if sparse_ms < dense_ms[layer] else "kept in the kernels' layout, because leaving it costs more"
         shape = tuple(layer.weight.shape)
         rows.append(LayerReport(layer.name, shape, layer.density, dense_ms[layer], sparse_ms, kind, why))
     for item in stages.order:

@@ -12,7 +12,7 @@ import torch
 
 from granet.ranks import Ranks
 
-NOISE = 0.03  # a win must exceed this share of the time: repeated measurements on a quiet machine differ by as much
+NOISE = 0.03  # a smaller share of the time is no win: repeated measurements on a quiet machine differ by as much
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Spread:
     def is_faster_than(self, other: Spread) -> bool:
         """Returns whether both the shortest time and the median are below the other's by more than `NOISE`.
 
-        The shortest time alone is what a call takes at its luckiest. On a busy machine it may favour a call that is
-        usually the slower one, so where the two disagree there is no winner.
+        The shortest time alone is not enough: on a busy machine a call that is usually slower may be lucky once. If the
+        two disagree, neither call is the faster one.
         """
         share = 1 - NOISE
         return self.least < other.least * share and self.median < other.median * share
@@ -44,7 +44,7 @@ class Spread:
 
 
 def seconds() -> float:
-    """Returns the time on a clock: processor time where torch has one thread, so that other processes count little."""
+    """Returns the time on a clock: processor time if torch has one thread, which other processes hardly affect."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -59,7 +59,7 @@ def interleaved(calls: Sequence[Callable[[], object]], *, repeats: int = 5, enou
 
 
 def time_in_turns(calls: Sequence[Callable[[], object]], *, repeats: int = 5, enough: float = 0.05) -> list[Spread]:
-    """Returns the times of each call by the clock of `seconds`. The calls take turns, so that noise hits all alike.
+    """Returns the times of each call by the clock of `seconds`. The calls take turns, so that noise affects them alike.
 
     There are `repeats` rounds after one that is not measured, and up to ten times as many while they have taken less
     than `enough` seconds together, because a short call is more easily disturbed.
@@ -78,10 +78,10 @@ def time_in_turns(calls: Sequence[Callable[[], object]], *, repeats: int = 5, en
 
 
 class Timings:
-    """The times of calls, each under a key: calls of the same key are measured once.
+    """The times of calls, by key. Calls with the same key are measured once.
 
     Args:
-        ranks: the processes that must agree: they all take the first one's times.
+        ranks: the processes that must agree. All of them use the first one's times.
     """
 
     def __init__(self, ranks: Ranks | None = None):
@@ -89,11 +89,11 @@ class Timings:
         self._known: dict[Hashable, Spread] = {}
 
     def measure(self, calls: Mapping[Hashable, Callable[[], object]]) -> list[Spread]:
-        """Returns the times of the calls, in order. All that are not known yet are measured now, in turns."""
+        """Returns the times of the calls, in order. Those that are not known yet are measured now, in turns."""
         missing = [key for key in calls if key not in self._known]
         measure = functools.partial(time_in_turns, [calls[key] for key in missing], repeats=3, enough=0.02)
-        found = self._ranks.decide(measure)
-        self._known |= dict(zip(missing, found, strict=True))
+        measured = self._ranks.decide(measure)
+        self._known |= dict(zip(missing, measured, strict=True))
         return [self._known[key] for key in calls]
 
     def clear(self) -> None:
@@ -104,11 +104,11 @@ class Timings:
 def wall_times(
     calls: Mapping[str, Callable[[], object]], *, warm: int = 2, rounds: int = 5, enough: float = 0.2
 ) -> dict[str, Spread]:
-    """Returns the wall time of each call. All are treated alike: every one is warmed up, then they take turns.
+    """Returns the wall time of each call. Every call is warmed up, then they take turns.
 
-    A call in a fresh process pays for memory and plans that later ones find ready, up to twice its usual time, so the
-    first `warm` rounds are not measured. Each measured round begins with another call than the one before it. There are
-    `rounds` of them, and up to six times as many while they have taken less than `enough` seconds together.
+    The first calls in a process allocate memory and make plans, which takes up to twice the usual time, so the first
+    `warm` rounds are not measured. Each measured round begins with a different call. There are `rounds` of them, and up
+    to six times as many while they have taken less than `enough` seconds together.
     """
     for _ in range(warm):
         for call in calls.values():

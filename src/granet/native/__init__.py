@@ -1,12 +1,13 @@
-"""Compiling granet's kernels with the C++ compiler at hand, once per machine, and loading them.
+"""Compilation of granet's kernels with the machine's C++ compiler, once per machine, and loading of the result.
 
-The sources travel with the package. The first use compiles them (some ten seconds) into a per-user cache folder whose
-name is a hash of the sources, the flags, the compiler and torch's version, so that an upgrade of any of them compiles
-anew. Where no compiler is at hand, kernels that any compiler made from the same sources are used. The headers are those
-of the installed torch; the library binds to its Stable ABI only.
+The package contains the sources. At the first use they are compiled (in about ten seconds) into a cache folder of the
+user. The name of the library contains a hash of the sources, the flags, the compiler and torch's version, so that a
+change of any of them compiles again. If there is no compiler, a library that another compiler made from the same
+sources is used. The headers are those of the installed torch; the library uses only torch's Stable ABI.
 
-What lies in the cache is run, so it is used only where nobody but root and the user can have written it: folder and
-files belong to one of them and are writable by nobody else. A digest beside each library tells a damaged one.
+Libraries in the cache are code that will run. They are used only if nobody but root and the user can have written them:
+the folder and the files belong to root or the user, and nobody else can write to them. A digest beside each library
+reveals damaged files.
 """
 
 from __future__ import annotations
@@ -51,19 +52,23 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ),
 }
-WIDTHS = {"generic": 4, "avx2": 8, "avx512": 16}  # floats in a vector of what GRANET_ISA may name
+WIDTHS = {
+    "generic": 4,
+    "avx2": 8,
+    "avx512": 16,
+}  # floats in a vector, for each instruction set that GRANET_ISA may name
 
 
-class EngineUnavailable(RuntimeError):  # noqa: N818 - a state of the machine, read as one
-    """The native kernels cannot be had here; the message says why and what to do."""
+class EngineUnavailable(RuntimeError):  # noqa: N818 - the name describes a state of the machine
+    """The native kernels cannot be used on this machine. The message says why, and what to do."""
 
 
 class CacheRefused(EngineUnavailable):
-    """Others can write where the kernels are kept."""
+    """Other users can write to the folder or files of the compiled kernels."""
 
 
 def cache_dir() -> Path:
-    """The folder that holds compiled engines: $GRANET_CACHE, else $XDG_CACHE_HOME/granet, else ~/.cache/granet."""
+    """Returns the folder of compiled kernels: $GRANET_CACHE, else $XDG_CACHE_HOME/granet, else ~/.cache/granet."""
     named = os.environ.get("GRANET_CACHE")
     if named:
         return Path(named)
@@ -71,15 +76,15 @@ def cache_dir() -> Path:
 
 
 def compiler() -> str:
-    """The path of the C++ compiler ($CXX, else g++, else c++). Raises EngineUnavailable if there is none."""
+    """Returns the path of the C++ compiler ($CXX, else g++, else c++). Raises EngineUnavailable if there is none."""
     named = os.environ.get("CXX")
     for name in (named,) if named else ("g++", "c++"):
-        found = shutil.which(name)
-        if found:
-            return found
+        path = shutil.which(name)
+        if path:
+            return path
     if named:
         raise EngineUnavailable(
-            f"CXX={named} is no program that can be found: name a C++ compiler, or unset it to use g++ or c++"
+            f"CXX={named} cannot be found: set CXX to a C++ compiler, or unset it to use g++ or c++"
         )
     raise EngineUnavailable(
         "no C++ compiler found, so sparse layers run on torch's dense kernels; "
@@ -88,22 +93,22 @@ def compiler() -> str:
 
 
 def library(extra_flags: tuple[str, ...] = ()) -> Path:
-    """The path of the compiled kernels, compiling them if this machine has not yet.
+    """Returns the path of the compiled kernels, after compiling them if necessary.
 
     Raises:
-        EngineUnavailable: there are none and they cannot be compiled, or others can write where they are kept.
+        EngineUnavailable: if they cannot be compiled, or if other users can write to the folder or files.
     """
-    found = _compiled(extra_flags)
-    if found is not None:
-        return found
+    compiled = _compiled(extra_flags)
+    if compiled is not None:
+        return compiled
     cxx = compiler()
     target = _folder() / f"{_stem(extra_flags)}-{_version(cxx)}.so"
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _refuse_foreign(target.parent)
         with files.locked(target.with_suffix(".lock")):
-            if not _is_whole(target):
-                log.info("compiling the sparse kernels into %s (once, some ten seconds)", target)
+            if not _is_intact(target):
+                log.info("compiling the sparse kernels into %s (once, about ten seconds)", target)
                 _compile(cxx, target, extra_flags)
     except OSError as error:
         raise EngineUnavailable(f"the sparse kernels cannot be stored in {target.parent}: {error}") from error
@@ -115,7 +120,7 @@ def _folder() -> Path:
 
 
 def _compiled(extra_flags: tuple[str, ...]) -> Path | None:
-    """The kernels that lie compiled in the cache: this compiler's, or any other's where no compiler is at hand."""
+    """Returns the compiled kernels in the cache: those of this compiler, or of any other if there is none here."""
     folder, stem = _folder(), _stem(extra_flags)
     try:
         if not folder.exists():
@@ -125,37 +130,39 @@ def _compiled(extra_flags: tuple[str, ...]) -> Path | None:
             names = [f"{stem}-{_version(compiler())}.so"]
         except EngineUnavailable:
             names = sorted(path.name for path in folder.glob(f"{stem}-*.so"))
-        return next((folder / name for name in names if _is_whole(folder / name)), None)
+        return next((folder / name for name in names if _is_intact(folder / name)), None)
     except OSError as error:
-        raise EngineUnavailable(f"the sparse kernels cannot be looked for in {folder}: {error}") from error
+        raise EngineUnavailable(f"the folder of the sparse kernels, {folder}, cannot be read: {error}") from error
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raises CacheRefused where another user than root and this one can change the file or folder `path`."""
+    """Raises CacheRefused if anyone but root and this user can change the file or folder `path`."""
     users = {0, os.geteuid()} if hasattr(os, "geteuid") else None
-    if users is None:  # a system without owners of this kind
+    if users is None:  # a system whose files have no such owners
         return
-    found = path.lstat()
-    advice = "Code of others could be run from there. Name another folder by GRANET_CACHE, or "
-    if found.st_uid not in users:
+    status = path.lstat()
+    advice = "Somebody else's code could run from there. Set GRANET_CACHE to another folder, or "
+    if status.st_uid not in users:
         raise CacheRefused(
-            f"the sparse kernels in {path} are not used: it belongs to user {found.st_uid}, not to you. "
+            f"the sparse kernels in {path} are not used: it belongs to user {status.st_uid}, not to you. "
             f"{advice}remove it"
         )
-    if stat.S_ISLNK(found.st_mode):
+    if stat.S_ISLNK(status.st_mode):
         raise CacheRefused(f"the sparse kernels in {path} are not used: it is a symbolic link. {advice}remove it")
     for one in (path, *(path.parents if path.is_dir() else ())):
         mode = one.stat().st_mode
-        sticky = one != path and mode & stat.S_ISVTX  # as /tmp: everybody writes there, and only to what is his own
+        sticky = (
+            one != path and mode & stat.S_ISVTX
+        )  # like /tmp: everybody can write there, but only change their own files
         if mode & 0o022 and not sticky:
             raise CacheRefused(
                 f"the sparse kernels in {path} are not used: other users can write to {one}. {advice}chmod go-w {one}, "
-                "after removing what is in it"
+                "after removing its contents"
             )
 
 
-def _is_whole(target: Path) -> bool:
-    """Whether the kernels are there as they were compiled, by the digest beside them. Raises CacheRefused."""
+def _is_intact(target: Path) -> bool:
+    """Returns whether the library exists and matches the digest beside it. Raises CacheRefused."""
     digest = target.with_suffix(".sha256")
     if not target.exists() or not digest.exists():
         return False
@@ -163,12 +170,12 @@ def _is_whole(target: Path) -> bool:
         _refuse_foreign(path)
     if digest.read_text(errors="replace").strip() == hashlib.sha256(target.read_bytes()).hexdigest():
         return True
-    log.warning("%s is damaged: it is compiled anew", target)
+    log.warning("%s is damaged and is compiled again", target)
     return False
 
 
 def _stem(extra_flags: tuple[str, ...]) -> str:
-    """What names the kernels of these sources, flags, machine and torch, whichever compiler makes them."""
+    """Returns the part of the library's name that depends on the sources, flags, machine and torch."""
     digest = hashlib.sha256("\0".join((*FLAGS, *extra_flags, torch.__version__, platform.machine())).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
@@ -176,15 +183,15 @@ def _stem(extra_flags: tuple[str, ...]) -> str:
 
 
 def _version(cxx: str) -> str:
-    """What names the compiler. Raises EngineUnavailable if it cannot be run."""
+    """Returns the part of the library's name that depends on the compiler. Raises EngineUnavailable."""
     try:
         done = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False)
     except OSError as error:
         raise EngineUnavailable(f"the C++ compiler {cxx} cannot be run: {error}") from error
     if done.returncode:
         raise EngineUnavailable(
-            f"{cxx} is no C++ compiler: {cxx} --version ends with status {done.returncode}. "
-            "Name one by CXX, or unset it to use g++ or c++"
+            f"{cxx} is not a C++ compiler: {cxx} --version ends with status {done.returncode}. "
+            "Set CXX to one, or unset it to use g++ or c++"
         )
     return hashlib.sha256(done.stdout.encode()).hexdigest()[:8]
 
@@ -200,9 +207,9 @@ def _compile(cxx: str, target: Path, extra_flags: tuple[str, ...]) -> None:
                 raise EngineUnavailable(f"the sparse kernels do not compile with {cxx}: {done.stderr[-2000:]}")
 
         def compile_one(source: Path) -> str:
-            made = f"{folder}/{source.stem}.o"
-            run(*FLAGS, *extra_flags, *ISA_FLAGS.get(source.name, ()), *includes, "-c", str(source), "-o", made)
-            return made
+            compiled = f"{folder}/{source.stem}.o"
+            run(*FLAGS, *extra_flags, *ISA_FLAGS.get(source.name, ()), *includes, "-c", str(source), "-o", compiled)
+            return compiled
 
         sources = [s for s in sorted(SOURCES.glob("*.cpp")) if _is_x86() or s.name not in ISA_FLAGS]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -225,16 +232,18 @@ def load() -> None:
     """Loads the kernels into torch (torch.ops.granet), compiling them on first use. Raises EngineUnavailable."""
     forced = os.environ.get("GRANET_ISA")
     if forced and forced not in WIDTHS:
-        raise EngineUnavailable(f"GRANET_ISA={forced} is none of {', '.join(WIDTHS)}")
+        raise EngineUnavailable(f"GRANET_ISA={forced} must be one of {', '.join(WIDTHS)}, or unset")
     path = library(_extra_flags())
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise EngineUnavailable(f"the sparse kernels in {path} cannot be loaded: {error}. Remove that file") from error
-    if forced and torch.ops.granet.cpu()[0] != WIDTHS[forced]:
-        known = [name for name, width in WIDTHS.items() if width != WIDTHS[forced]]
         raise EngineUnavailable(
-            f"GRANET_ISA={forced}: this processor cannot run it; choose another of {', '.join(known)}, or unset it"
+            f"the sparse kernels in {path} cannot be loaded: {error}. Remove the file to compile them again"
+        ) from error
+    if forced and torch.ops.granet.cpu()[0] != WIDTHS[forced]:
+        others = [name for name, width in WIDTHS.items() if width != WIDTHS[forced]]
+        raise EngineUnavailable(
+            f"GRANET_ISA={forced}: this processor cannot run it; choose {' or '.join(others)}, or unset it"
         )
 
 
@@ -244,9 +253,10 @@ def _extra_flags() -> tuple[str, ...]:
 
 @functools.cache
 def ready() -> bool:
-    """True where the kernels were compiled before and load now: for what is faster with them and right without.
+    """Returns whether the kernels are compiled already and can be loaded.
 
-    Unlike `available`, this never compiles. `python -m granet.native` does, for a whole machine.
+    It is for code that is faster with the kernels and correct without them. Unlike `available`, it never compiles;
+    `python -m granet.native` compiles them in advance.
     """
     try:
         if _compiled(_extra_flags()) is None:
@@ -260,7 +270,7 @@ def ready() -> bool:
 
 @functools.cache
 def available() -> bool:
-    """True where the native kernels load; otherwise says why, once, through the module's logger."""
+    """Returns whether the native kernels can be loaded, compiling them if needed. If not, logs the reason once."""
     try:
         load()
     except EngineUnavailable as error:

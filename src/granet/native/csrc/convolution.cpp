@@ -1,4 +1,4 @@
-// The convolutions of a compiled program, tile by tile: linear layers are 1x1 convolutions of one position.
+// The convolutions of a compiled program, tile by tile. Linear layers are 1x1 convolutions of one position.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -11,8 +11,8 @@ using torch::stable::parallel_for;
 
 namespace {
 
-// Calls body(i) for every i below `count`, once. A thread takes its own share in order, which it finds in its cache
-// from layer to layer, then what others have left: processors of a shared machine are seldom equally fast.
+// Calls body(i) once for every i below `count`. A thread first takes its own share, in order, because the data is in
+// its cache from the layer before. Then it helps the others: processors of a shared machine are seldom equally fast.
 template <typename Body>
 void for_each(int64_t count, const Body& body) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
@@ -39,7 +39,7 @@ void for_each(int64_t count, const Body& body) {
   });
 }
 
-// A step with the memory that it names.
+// A step, with pointers to the memory that it names.
 struct Convolution {
   const Slot& in;
   const Slot& out;
@@ -65,7 +65,7 @@ struct Convolution {
                                     kind == kBlock ? kernels().max_block_vectors : kernels().max_vectors)),
         activation(static_cast<int32_t>(s.activation)) {}
 
-  // One position per plane: the planes are gathered into a plain vector first.
+  // There is one position per plane, so the planes are first gathered into a vector.
   void run_vector() const {
     float* const x = scratch(0, in.planes);
     float* const y = scratch(1, 2 * out.planes);
@@ -94,17 +94,17 @@ struct Convolution {
     }
   }
 
-  // The tiles of one block of images.
+  // Returns the tiles of one block of images.
   std::vector<Tile> cut() const {
     const int64_t threads = torch::stable::get_num_threads(), width = kernels().width;
-    // Tiles for every thread, unless that leaves them too short to keep the arithmetic units busy.
+    // There are tiles for every thread, unless they would be too short to keep the arithmetic units busy.
     const int64_t vectors = (out.layout.positions() + width - 1) / width;
     int64_t count = (vectors + longest - 1) / longest;
     if (out.blocks < threads && vectors >= 6 * threads) count = (count + threads - 1) / threads * threads;
     return tiles(out.layout.positions(), static_cast<int32_t>(longest), count);
   }
 
-  // Row chunks first..last of tile t of a block of images.
+  // Computes the row chunks first..last of tile t, for one block of images.
   void run_tile(int64_t block, const std::vector<Tile>& cut, int64_t t, int64_t first_chunk, int64_t last_chunk) const {
     const Kernels& k = kernels();
     const Tile& tile = cut[t];
@@ -123,7 +123,7 @@ struct Convolution {
         const int32_t first = static_cast<int32_t>((chunk * column_blocks + b) * rows);
         e.accumulate = b > 0;
         e.last = b + 1 == column_blocks;
-        e.residual = b == 0 ? addend : nullptr;  // before anything is written: the output may lie in its place
+        e.residual = b == 0 ? addend : nullptr;  // read before anything is written, because the output may overwrite it
         (kind == kBlock ? k.spmm_block : k.spmm)(matrix, first, first + static_cast<int32_t>(rows), x, y,
                                                  out.layout.stride, tile.vectors, e);
       }
@@ -152,7 +152,7 @@ void run_convolutions(const Machine& m, const int64_t* s, int64_t count) {
     for (int64_t i = 0; i < count; ++i) run_convolutions(m, s + i * kRow, 1);
     return;
   }
-  // Threads take tiles; chunks of rows only where there are too few tiles.
+  // Threads share the tiles, and chunks of rows only if there are too few tiles.
   const bool by_row =
       count == 1 && first.out.blocks * tile_count < 2 * threads && first.out.blocks * tile_count % threads != 0;
   const int64_t parts = by_row ? first.chunks : 1;

@@ -1,5 +1,5 @@
-// The index structures of one layer's mask, forward and backward: see granet.engine.index. They are built anew after
-// every update of the topology, for millions of weights.
+// The index structures of one layer's mask, forward and backward: see granet.engine.index. They are rebuilt after every
+// update of the topology, for millions of weights.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,28 +18,29 @@ using torch::stable::Tensor;
 namespace {
 
 struct Weight {
-  int32_t channel, plane, shift, index;  // output channel, input plane, shift in floats, place in the dense weight
+  int32_t channel, plane, shift, index;  // output channel, input plane, shift in floats, flat index in the dense weight
 };
 
 struct Where {
   int64_t row, column, offset;
 };
 
-// How the rows of one direction are cut: into chunks of rows, and blocks of columns.
+// How the matrix of one direction is divided: into chunks of rows and blocks of columns.
 struct Cut {
   int64_t rows, columns, chunks, blocks, per_block;
 
   int64_t per_chunk() const { return rows / chunks; }
 };
 
-// Appends ptr, id, offset and index. The weights come in the order that those of one row shall have.
+// Appends ptr, id, offset and index to `out`. The weights of a row keep the order in which they are passed.
 template <typename Find>
 void compress(const Tensor& like, const std::vector<Weight>& weights, const Cut& cut, const Find& where,
               std::vector<Tensor>& out) {
   const int64_t stored = cut.rows * cut.blocks, nonzeros = static_cast<int64_t>(weights.size());
   std::vector<int32_t> length(stored), cursor(stored), order(cut.per_chunk());
   std::vector<int32_t> places(weights.size());
-  // A weight's place is (chunk * blocks + block) * per_chunk + row within the chunk; divisions would cost the most.
+  // A weight belongs to the stored row (chunk * blocks + block) * per_chunk + row within the chunk. Tables hold its
+  // parts, because divisions for every weight would take most of the time.
   std::vector<int32_t> of_row(cut.rows), of_column(cut.columns);
   for (int64_t row = 0; row < cut.rows; ++row) {
     of_row[row] = static_cast<int32_t>(row % cut.chunks * cut.blocks * cut.per_chunk() + row / cut.chunks);
@@ -80,7 +81,7 @@ void compress(const Tensor& like, const std::vector<Weight>& weights, const Cut&
   out.insert(out.end(), {ptr, id, offsets, index});
 }
 
-// `taps` holds phase and shift of every position of the kernel; the blocks are those that Geometry.blocks() allows.
+// `taps` holds the phase and the shift of every kernel position. The numbers of blocks come from Geometry.blocks().
 std::vector<Tensor> index_structures(const Tensor& mask, std::vector<int64_t> taps, int64_t outputs, int64_t channels,
                                      int64_t phases, int64_t plane, int64_t chunks, int64_t forward_blocks,
                                      int64_t backward_blocks) {

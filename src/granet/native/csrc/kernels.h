@@ -1,6 +1,6 @@
-// The table of kernels that every instruction set provides, and the plain structures they take.
-// Only plain C here: this header is compiled once per instruction set, and an inline function of the
-// standard library compiled for AVX-512 could otherwise be picked by the linker for every machine.
+// The table of kernels that every instruction set provides, and the structures they take. This header is plain C: it is
+// compiled once per instruction set, and the linker could otherwise pick an inline function of the standard library
+// that was compiled for AVX-512 and use it on every machine.
 #pragma once
 #include <cstdint>
 
@@ -8,8 +8,8 @@ namespace granet {
 
 enum Activation : int32_t { kIdentity = 0, kRelu = 1, kRelu6 = 2, kSilu = 3, kActivations };
 
-// One sparse matrix in compressed rows. `id[r]` is the output plane of the r-th stored row: rows are sorted by
-// length, so that the exit of the inner loop is predicted.
+// A sparse matrix in compressed rows. `id[r]` is the output plane of the r-th stored row: rows are sorted by length, so
+// that the processor predicts the end of the inner loop.
 struct Rows {
   const int32_t* ptr;
   const int32_t* id;
@@ -17,10 +17,10 @@ struct Rows {
   const float* value;
 };
 
-// What happens to an output row once its sum is complete.
+// What is done with an output row after its sum is complete.
 struct Epilogue {
   const float* bias;      // per output plane, or null
-  const float* residual;  // same geometry as the output, moved to the tile's first position, or null
+  const float* residual;  // same geometry as the output, from the tile's first position on, or null
   int64_t residual_stride;
   const int32_t* keep;  // per position: -1 keeps, 0 writes a zero (the padding columns), or null
   int32_t activation;
@@ -48,7 +48,7 @@ struct Kernels {
   void (*add)(const float* a, const float* b, float* out, int64_t n, int32_t activation);
   // out[i] = max(out[i], a[i]).
   void (*maximum)(const float* a, float* out, int64_t n);
-  // to[x] = from[2 * x] for x < count; reads and writes whole vectors, so both need `width` floats to spare.
+  // to[x] = from[2 * x] for x < count. It reads and writes whole vectors, so both need `width` spare floats at the end.
   void (*take_even)(const float* from, float* to, int64_t count);
   // to[c * to_stride + r] = from[r * from_stride + c] for a rows x columns block.
   void (*transpose)(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,

@@ -34,7 +34,7 @@ struct Buffer {
   int64_t floats = 0;
 };
 
-// One row of a plane, `count` positions read from every sx-th column.
+// Fills one row of a plane: `count` positions, read from every sx-th column.
 void pack_row(const float* from, const Image& image, int64_t sx, int64_t count, int64_t batch, float* to) {
   if (batch == 1) {
     if (sx == 1) {
@@ -113,7 +113,7 @@ void pack(const float* from, const Image& image, float* planes, const Planes& la
           int64_t phase_count, int64_t sy, int64_t sx, int64_t first_channel, int64_t last_channel) {
   if (image.height == 1 && image.width == 1 && layout.batch > 1 && phase_count == 1 && phases->y == 0 &&
       phases->x == 0) {
-    // Features of a linear layer: one transpose of the whole block.
+    // The features of a linear layer need a single transpose of the whole block.
     for (int64_t c = first_channel; c < last_channel; ++c) {
       float* plane = planes + c * layout.stride;
       std::memset(plane, 0, sizeof(float) * layout.front);

@@ -1,12 +1,12 @@
-// Planes: the layout the kernels compute on, and the moves between it and a tensor's NCHW.
+// Planes, the layout that the kernels compute on, and conversions from and to the NCHW layout of tensors.
 //
-// A plane holds one channel (one phase of it, under a stride) of `batch` images, images innermost:
+// A plane holds one channel of `batch` images, images innermost (with a stride: one phase of a channel):
 //
 //   [front zeros][row 0: width x batch | gap zeros][row 1 ...]...[zeros up to stride]
 //
 // `pitch` - width columns of zeros separate the rows, so a convolution's tap is one fixed shift of the flat position,
-// and padding needs no branch. A stride of 2 splits the input into phases (even and odd rows and columns), each a
-// plane of its own, which makes the convolution one of stride 1.
+// and padding needs no branch. A stride of 2 splits the input into phases (even and odd rows and columns). Each phase
+// is a plane of its own, so the convolution becomes one of stride 1.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -25,7 +25,7 @@ struct Planes {
   int64_t positions() const { return height > 0 && width > 0 ? ((height - 1) * pitch + width) * batch : 0; }
 };
 
-// An NCHW tensor's part: `images` images (at most Planes::batch) of channels x height x width floats.
+// Part of an NCHW tensor: `images` images (at most Planes::batch) of channels x height x width floats.
 struct Image {
   int64_t channels, height, width;
   int64_t images;
@@ -43,24 +43,24 @@ struct Tile {
 
 const Kernels& kernels();
 
-// `positions` floats cut into tiles of about the same length, none longer than `longest` vectors.
+// Divides `positions` floats into tiles of about the same length, none longer than `longest` vectors.
 std::vector<Tile> tiles(int64_t positions, int32_t longest, int64_t at_least = 1);
 
-// Fills planes[(c * phases + f)] with every sy-th row and sx-th column of channel c from phase f on; the rest with 0.
+// Fills planes[c * phases + f] with every sy-th row and sx-th column of channel c from phase f on, and the rest with 0.
 void pack(const float* from, const Image& image, float* planes, const Planes& layout, const Phase* phases,
           int64_t phase_count, int64_t sy, int64_t sx, int64_t first_channel, int64_t last_channel);
 
-// The reverse; positions of `to` in no phase are left as they are.
+// The inverse of `pack`. Positions of `to` that are in no phase keep their values.
 void unpack(const float* planes, const Planes& layout, float* to, const Image& image, const Phase* phases,
             int64_t phase_count, int64_t sy, int64_t sx, int64_t first_channel, int64_t last_channel);
 
-// Zeros everywhere in a plane but in its first `rows` x `columns` positions.
+// Writes zeros everywhere in a plane except in its first `rows` x `columns` positions.
 void clear_around(float* plane, const Planes& layout, int64_t rows, int64_t columns);
 
-// to[x] = from[2 * x]: a step the compiler knows is one it can shuffle vectors for.
+// to[x] = from[2 * x]. The step is fixed, so that the compiler can shuffle vectors.
 void take_every_second(const float* from, float* to, int64_t count);
 
-// Memory of this thread, kept between calls, at least `floats` long and aligned to a cache line.
+// Returns memory of this thread, at least `floats` long and aligned to a cache line. It is reused by later calls.
 float* scratch(int slot, int64_t floats);
 
 }  // namespace granet

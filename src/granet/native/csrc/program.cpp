@@ -1,5 +1,5 @@
-// Compiled inference: a list of steps over planes, run in one call, so that activations stay in the kernels' layout
-// and in the cache from layer to layer.
+// Compiled inference: a list of steps over planes runs in one call, so that activations stay in the kernels' layout and
+// in the cache from layer to layer.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -16,8 +16,8 @@ using torch::stable::parallel_for;
 
 namespace {
 
-// Calls body(block, first channel, last channel) for all channels of all blocks, several at a time: a thread that
-// transposes needs neighbouring channels, or it would touch a cache line for every number.
+// Calls body(block, first channel, last channel) for all channels of all blocks, several at a time: a thread transposes
+// neighbouring channels, because it would otherwise touch a cache line for every number.
 template <typename Body>
 void each_channels(const Slot& slot, int64_t channels, int64_t positions, const Body& body) {
   const int64_t grain = std::max<int64_t>(16, 16384 / (positions * slot.layout.batch) / 16 * 16);
@@ -65,7 +65,7 @@ Tensor run_unpack(const Machine& m, const UnpackStep& s, const Tensor& like) {
   return y;
 }
 
-// Splits every plane into its phases, for a strided layer that follows.
+// Splits every plane into its phases, for the strided layer that follows.
 void run_split(const Machine& m, const SplitStep& s) {
   const Slot& in = m.slot(s.source);
   const Slot& out = m.slot(s.out);
@@ -80,7 +80,7 @@ void run_split(const Machine& m, const SplitStep& s) {
         const int64_t rows = (in.layout.height - phases[f].y + sy - 1) / sy;
         const int64_t columns = (in.layout.width - phases[f].x + sx - 1) / sx;
         if (nb == 1 && sx == 2) {
-          // A row's surplus is overwritten by the gap's zeros and the next row, the last one's by the zeros at the end.
+          // What is written too far is overwritten by the gap and the next row, or by the zeros at the end.
           float* to = plane + out.layout.front;
           std::fill(plane, to, 0.0f);
           for (int64_t y = phases[f].y; y < in.layout.height; y += sy, to += out.layout.pitch) {
@@ -144,7 +144,7 @@ void run_max_pool(const Machine& m, const MaxPoolStep& s) {
   });
 }
 
-// The mean over all positions.
+// Computes the mean over all positions.
 void run_avg_pool(const Machine& m, const AvgPoolStep& s) {
   const Slot& in = m.slot(s.source);
   const Slot& out = m.slot(s.out);
@@ -172,7 +172,7 @@ void run_avg_pool(const Machine& m, const AvgPoolStep& s) {
   });
 }
 
-// The slots share one geometry; gaps hold zeros, and every activation keeps 0.
+// Adds whole planes: the slots share one geometry, gaps hold zeros, and every activation maps 0 to 0.
 void run_add(const Machine& m, const AddStep& s) {
   const Slot& a = m.slot(s.source);
   const Slot& out = m.slot(s.out);
@@ -209,7 +209,7 @@ std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<Tensor> constant
     spent = torch::stable::new_empty(program, {step_count});
     nanoseconds = spent.mutable_data_ptr<int64_t>();
   }
-  int64_t taken = 1;  // the steps done in one go
+  int64_t taken = 1;  // the number of steps computed together
   for (int64_t i = 0; i < step_count; i += taken) {
     const int64_t* s = numbers + 2 + kRow * (slot_count + i);
     taken = 1 + s[kRow - 1];
@@ -235,7 +235,7 @@ std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<Tensor> constant
   return outputs;
 }
 
-// How programs are encoded: integers in a row, fields of a slot, fields of each step, activations, kinds of kernels.
+// Returns the encoding's sizes: integers in a row, fields of a slot and of each step, activations, kinds of kernels.
 std::vector<int64_t> encoding() {
   constexpr int64_t one = sizeof(int64_t);
   return {kRow,

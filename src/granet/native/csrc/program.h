@@ -1,5 +1,5 @@
-// What the steps of a compiled program share: its slots of planes and its constants. granet.engine.program writes
-// programs; the encoding is shared with it.
+// The data that the steps of a compiled program share: slots of planes, and constants. Programs are written by
+// granet.engine.program, in the encoding below.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,14 +13,14 @@ namespace granet {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kRow = 24;  // integers per slot and per step; the last one of a step counts those joined to it
+constexpr int64_t kRow = 24;  // integers per slot and per step; a step's last one counts the steps computed with it
 
 enum Op : int64_t { kPack = 0, kUnpack, kConv, kSplit, kMaxPool, kAvgPool, kAdd, kOps };
 enum Kind : int64_t { kSparse = 0, kBlock, kVector, kKinds };
 
-// The rows of a program. granet.engine.encoding has the same names and fields in the same order; `encoding()` tells how
-// many there are, so that a library of another version is found when it is loaded. Slots and constants are given by
-// their numbers, -1 where there is none.
+// The rows of a program. granet.engine.encoding has the same names and fields in the same order. `encoding()` returns
+// how many there are, so that a library of another version is noticed when it is loaded. Slots and constants are
+// referred to by number; -1 stands for none.
 struct SlotRow {
   int64_t place, planes, blocks, images, height, width, pitch, batch, front, stride;
 };
@@ -95,8 +95,8 @@ inline std::vector<Phase> phases_of(const Machine& m, int64_t index) {
   return result;
 }
 
-// `count` convolutions of which each but the first reads, at every position, only that position of the one before: a
-// tile goes through all of them while it is in the cache.
+// Runs `count` convolutions, tile by tile: a tile goes through all of them while it is in the cache. An output position
+// of each but the first depends only on the same position of the one before it.
 void run_convolutions(const Machine& m, const int64_t* s, int64_t count);
 
 }  // namespace granet

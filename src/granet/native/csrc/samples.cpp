@@ -1,4 +1,4 @@
-// The numbers that tell whether the weights of a compiled model are still the ones it was packed from.
+// A check, by samples, whether the weights of a compiled model are still those it was packed from.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -11,7 +11,7 @@ using torch::stable::Tensor;
 
 namespace {
 
-// Whether the 32-bit words at `addresses` are those in `expected`. The caller keeps the memory at the addresses alive.
+// Returns whether the 32-bit words at `addresses` equal `expected`. The caller keeps the memory there alive.
 bool words_are(const Tensor& addresses, const Tensor& expected) {
   STD_TORCH_CHECK(addresses.is_cpu() && addresses.scalar_type() == ScalarType::Long && addresses.is_contiguous() &&
                       expected.is_cpu() && expected.scalar_type() == ScalarType::Int && expected.is_contiguous() &&

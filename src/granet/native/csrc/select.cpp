@@ -1,4 +1,4 @@
-// One pass of the selection of the n best scores: what lies above the bracket is chosen, what lies inside is listed.
+// One pass of the selection of the n best scores: scores above a bracket are chosen, those inside it are listed.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,7 +25,7 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kBlock = 256;
-constexpr int64_t kShare = 1 << 15;  // fewer scores are not worth another thread
+constexpr int64_t kShare = 1 << 15;  // scores per thread, at least
 
 // Writes which of n scores are chosen (above high) and which lie between; returns how many are chosen, or -1 if a score
 // is not finite.
@@ -47,32 +47,32 @@ GRANET_CLONES int64_t compare(const float* scores, const uint8_t* among, int64_t
   return bad ? -1 : above;
 }
 
-// What one share of the scores holds: how many lie above the bracket, and the places of those inside it.
-struct Found {
-  std::vector<int64_t> places;
+// The result for one share of the scores: how many lie above the bracket, and the flat indices of those inside it.
+struct Share {
+  std::vector<int64_t> inside;
   int64_t above = 0;
   bool finite = true;
 };
 
 void search(const float* values, const uint8_t* flags, int64_t begin, int64_t end, bool absolute, float low, float high,
-            uint8_t* out, Found& found) {
+            uint8_t* out, Share& share) {
   alignas(64) uint8_t between[kBlock] = {};
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t length = std::min(kBlock, end - start);
     const int64_t more = compare(values + start, flags + start, length, absolute, low, high, out + start, between);
-    if (more < 0) found.finite = false;
-    found.above += more;
+    if (more < 0) share.finite = false;
+    share.above += more;
     if (length < kBlock) std::memset(between + length, 0, static_cast<size_t>(kBlock - length));
     for (int64_t i = 0; i < kBlock; i += 8) {
       uint64_t eight;
       std::memcpy(&eight, between + i, 8);
-      for (; eight; eight &= eight - 1) found.places.push_back(start + i + __builtin_ctzll(eight) / 8);
+      for (; eight; eight &= eight - 1) share.inside.push_back(start + i + __builtin_ctzll(eight) / 8);
     }
   }
 }
 
-// The places (flat index) and values of the scores inside the bracket, how many are above it, and whether all scores
-// are finite. `chosen` is overwritten with those above. With `absolute` a score is the absolute value.
+// Returns the flat indices and values of the scores inside the bracket, how many are above it, and whether all scores
+// are finite. `chosen` is overwritten with those above. With `absolute`, scores are absolute values.
 std::tuple<Tensor, Tensor, int64_t, bool> select_pass(const Tensor& scores, const Tensor& among, bool absolute,
                                                       double low, double high, const Tensor& chosen) {
   const int64_t n = scores.numel();
@@ -85,35 +85,35 @@ std::tuple<Tensor, Tensor, int64_t, bool> select_pass(const Tensor& scores, cons
   const float* values = scores.const_data_ptr<float>();
   const uint8_t* flags = static_cast<const uint8_t*>(among.const_data_ptr());
   uint8_t* out = static_cast<uint8_t*>(chosen.mutable_data_ptr());
-  // every share of the scores lists its own places, in order, so that the outcome does not depend on the threads
-  const int64_t shares = std::clamp<int64_t>(n / kShare, 1, torch::stable::get_num_threads());
-  std::vector<Found> found(static_cast<size_t>(shares));
-  torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
+  // Every share lists its own indices in order, so that the result does not depend on the threads.
+  const int64_t count = std::clamp<int64_t>(n / kShare, 1, torch::stable::get_num_threads());
+  std::vector<Share> shares(static_cast<size_t>(count));
+  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
-      const int64_t begin = n / kBlock * k / shares * kBlock;
-      const int64_t end = k + 1 == shares ? n : n / kBlock * (k + 1) / shares * kBlock;
+      const int64_t begin = n / kBlock * k / count * kBlock;
+      const int64_t end = k + 1 == count ? n : n / kBlock * (k + 1) / count * kBlock;
       search(values, flags, begin, end, absolute, static_cast<float>(low), static_cast<float>(high), out,
-             found[static_cast<size_t>(k)]);
+             shares[static_cast<size_t>(k)]);
     }
   });
   int64_t above = 0, total = 0;
   bool finite = true;
-  for (const Found& share : found) {
+  for (const Share& share : shares) {
     above += share.above;
     finite = finite && share.finite;
-    total += static_cast<int64_t>(share.places.size());
+    total += static_cast<int64_t>(share.inside.size());
   }
-  Tensor at = torch::stable::new_empty(scores, {total}, ScalarType::Long);
+  Tensor indices = torch::stable::new_empty(scores, {total}, ScalarType::Long);
   Tensor inside = torch::stable::new_empty(scores, {total});
-  int64_t* place = at.mutable_data_ptr<int64_t>();
-  float* kept = inside.mutable_data_ptr<float>();
-  for (const Found& share : found) {
-    for (const int64_t p : share.places) {
-      *place++ = p;
-      *kept++ = absolute ? std::fabs(values[p]) : values[p];
+  int64_t* next_index = indices.mutable_data_ptr<int64_t>();
+  float* next_value = inside.mutable_data_ptr<float>();
+  for (const Share& share : shares) {
+    for (const int64_t i : share.inside) {
+      *next_index++ = i;
+      *next_value++ = absolute ? std::fabs(values[i]) : values[i];
     }
   }
-  return {at, inside, above, finite};
+  return {indices, inside, above, finite};
 }
 
 }  // namespace
