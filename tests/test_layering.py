@@ -39,6 +39,7 @@ LAYERS = [  # a folder or module may import what stands before it; docs/architec
     "report",
     "lab",
     "cli",
+    "__main__",
 ]
 
 

@@ -8,6 +8,7 @@ import time
 import pytest
 import yaml
 
+from granet import __version__
 from granet.cli import COMMANDS
 from granet.cli.progress import stoppable
 from granet.train import checkpoint
@@ -264,6 +265,9 @@ def test_a_traceback_can_be_asked_for(say, monkeypatch):
 
 
 def test_version(say):
-    from granet import __version__
-
     assert say("--version") == (0, f"granet {__version__}\n", "")
+
+
+def test_the_package_itself_runs_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "granet", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == __version__

@@ -1,8 +1,8 @@
 """The optimizers attached to a sparsifier, and those inside them: what each holds, and which have stepped.
 
 Optimizers hold other optimizers (SAM, ZeroRedundancyOptimizer, lists of several), and a subclass calls the step of its
-parent. All that are real torch optimizers are hooked: gradients are readied before each step, and a step inside of
-another one is a part of that. With several optimizers, one step of the sparsifier is complete when each of them has
+parent. All that are real torch optimizers are hooked: gradients are prepared before each step, and a step inside
+another one is part of it. With several optimizers, one step of the sparsifier is complete when each of them has
 stepped at least once, in any order; what an optimizer steps beyond that belongs to the same step.
 """
 
@@ -23,14 +23,14 @@ from granet.names import described
 from granet.sparsifier import masking, stepping
 
 _STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # the function of torch's that calls the hooks
-_PATIENCE = 100  # steps of one optimizer, before it is said that another one does not come
+_PATIENCE = 100  # steps of one optimizer before a warning that another one does not step
 
 
-def family(given) -> list[Optimizer]:
-    """The torch optimizers that `given` is or has inside, outer ones first.
+def family(optimizer) -> list[Optimizer]:
+    """Returns `optimizer`, if it is one of torch's, and all torch optimizers inside it, outer ones first.
 
-    Found are those in attributes, and in lists, tuples and dicts that are attributes, at any depth. Of a wrapper that
-    shares its hooks with what it wraps (Fabric's), only the latter is there.
+    Found are those in attributes, and in lists, tuples and dicts that are attributes, at any depth. If a
+    wrapper shares its hooks with the optimizer that it wraps (Fabric's does), only the latter is returned.
     """
     found: dict[int, Optimizer] = {}
     seen: set[int] = set()
@@ -52,18 +52,18 @@ def family(given) -> list[Optimizer]:
                 if not isinstance(one, Tensor | nn.Module) and hasattr(one, "step") and hasattr(one, "param_groups"):
                     visit(one)
 
-    visit(given)
+    visit(optimizer)
     return list(found.values())
 
 
-def families(given: Iterable) -> tuple[Optimizer, ...]:
-    """All torch optimizers that those given are or have inside, each once.
+def families(optimizers: Iterable) -> tuple[Optimizer, ...]:
+    """Returns the torch optimizers among `optimizers` and inside them, each once.
 
     Raises:
-        TypeError: one is no optimizer, and has none inside.
+        TypeError: one of them is not an optimizer and contains none.
     """
     found: dict[int, Optimizer] = {}
-    for one in given:
+    for one in optimizers:
         members = [] if isinstance(one, nn.Module | Tensor | type) else family(one)
         if not members and isinstance(getattr(one, "optimizer", None), Optimizer):
             members = family(one.optimizer)
@@ -95,20 +95,20 @@ class Attachment:
     """The optimizers that a sparsifier acts around.
 
     Args:
-        given: optimizers, or wrappers around some.
+        optimizers: the optimizers, or wrappers around them.
         sparse: the sparse parameters by name.
         learned: more parameters that must be held, by name.
 
     Attributes:
-        optimizers: all torch optimizers among those given and inside of them.
+        optimizers: all torch optimizers among the arguments and inside them.
 
     Raises:
-        TypeError: what is given is no optimizer.
-        ValueError: a parameter that is trained is in none of them.
+        TypeError: an argument is not an optimizer.
+        ValueError: a trained parameter is in none of the optimizers.
     """
 
-    def __init__(self, given: Iterable, sparse: Mapping[str, Tensor], learned: Mapping[str, Tensor] | None = None):
-        self.optimizers = families(given)
+    def __init__(self, optimizers: Iterable, sparse: Mapping[str, Tensor], learned: Mapping[str, Tensor] | None = None):
+        self.optimizers = families(optimizers)
         if not self.optimizers:
             raise TypeError("attach(...) takes the optimizers of the model: sparsifier.attach(optimizer)")
         self._names = {id(p): name for name, p in sparse.items()}
@@ -117,7 +117,7 @@ class Attachment:
         self._watches: dict[int, masking.Watch] = {}
         self._stepped: set[int] = set()  # parameters, since the last step was complete
         self._awaited: frozenset[int] | None = None
-        self._repeated, self._told = 0, False
+        self._repeated, self._warned = 0, False
         self._handles: list = []
         self.outer = {id(optimizer) for optimizer in self.optimizers if len(family(optimizer)) > 1}
         held = {id(p) for p in stepping.parameters_of(self.optimizers)}
@@ -171,7 +171,7 @@ class Attachment:
         """Returns whether the optimizer has stepped since the last complete step."""
         return not self._stepped.isdisjoint(self._holding(optimizer)[1])
 
-    def completes(self, optimizer: Optimizer) -> bool:
+    def record_step(self, optimizer: Optimizer) -> bool:
         """Records that `optimizer` has stepped, and returns whether all have: then the step is complete."""
         held = self._holding(optimizer)[1]
         if self._awaited is None:
@@ -181,8 +181,8 @@ class Attachment:
         if self._awaited <= self._stepped:
             self.begin()
             return True
-        if self._repeated == _PATIENCE and not self._told:
-            self._told = True
+        if self._repeated == _PATIENCE and not self._warned:
+            self._warned = True
             late = [o for o in self.optimizers if not self._awaited.isdisjoint(self._holding(o)[1] - self._stepped)]
             which = next((f" (it holds {names[0]!r})" for o in late if (names := self.names(o))), "")
             warnings.warn(
@@ -200,11 +200,11 @@ class Attachment:
         self._stepped, self._awaited, self._repeated = set(), None, 0
 
     def watch(self, optimizer: Optimizer) -> masking.Watch:
-        """Whether this optimizer keeps inactive weights at zero."""
+        """Returns the record of whether this optimizer keeps inactive weights at zero."""
         return self._watches.setdefault(id(optimizer), masking.Watch())
 
-    def restart(self) -> None:
-        """Forgets which optimizers keep inactive weights at zero."""
+    def reset(self) -> None:
+        """Forgets which optimizers keep inactive weights at zero, and begins a new step."""
         self._watches = {}
         self.begin()
 
@@ -235,7 +235,7 @@ class Attachment:
 def _before(attachment: Attachment, sparsifier, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple | None:
     """The hook before `optimizer.step(*args, **kwargs)`; it makes the sparsifier act once gradients are final.
 
-    At once, unless the step is given a closure: the closure computes the gradients, so they are readied after it.
+    At once, unless the step is given a closure: the closure computes the gradients, so they are prepared after it.
     """
     inside = attachment.is_inside()
     closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer

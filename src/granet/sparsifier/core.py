@@ -61,7 +61,7 @@ class Sparsifier(Upkeep):
         last_update: what the latest update did, or None.
 
     Raises:
-        TypeError: something of another kind is given than is needed.
+        TypeError: an argument has the wrong type.
         ValueError: a filter matches nothing, no parameter is sparse, the sparsity would leave a layer empty, the
             method needs a probe, `masks` are of another model, the pattern cannot be obeyed, or another sparsifier is
             attached to weights of the model.
@@ -102,16 +102,16 @@ class Sparsifier(Upkeep):
         self._method = method
         self.step = self.version = 0
         self.last_update: Update | None = None
-        self._gradients: dict[str, Tensor] = {}  # dense, kept as the method's gradient_mix says, while it says so
-        self._taken: set[str] = set()  # whose gradients of the coming step are kept already
         self._folded = False
         self._verify_every, self._updates = verify_every, 0  # updates tried, by this object
         self._overdue = False  # an update could not be made and is tried again at the next step
         self._overflow = False  # the gradient scaler skips the step under way
         ownership.claim(self, self._parameters.values())
-        given = None if masks is None else state.checked_masks(masks, self._parameters, self.pattern, method)
-        probes = () if given else state.needed(probe, method, self._parameters)
-        self._set_masks(given or state.chosen(self._policy, layers_of(self._choices), self._rng, probes, verify_every))
+        own = None if masks is None else state.checked_masks(masks, self._parameters, self.pattern, method)
+        probes = () if own else state.probe_argument(probe, method, self._parameters)
+        self._set_masks(
+            own or state.initial_masks(self._policy, layers_of(self._choices), self._rng, probes, verify_every > 0)
+        )
         if method.reparameterizes:
             self._effective = Reparameterization(model, self._choices, method, self.masks)
             self._set_masks(self.masks)
@@ -140,7 +140,7 @@ class Sparsifier(Upkeep):
         return (0.0, 1.0) if late else mix
 
     def attach(self, *optimizers: Optimizer, hooks: bool = True) -> None:
-        """Tie the sparsifier to the optimizers of the model, so that the training loop stays as it is.
+        """Connect the sparsifier to the optimizers of the model, so that the training loop stays as it is.
 
         Several optimizers are stepped in any order; a step is complete, and counted, when each has stepped at least
         once. Nothing is cleared before the first step: a run's states may be loaded before or after this.
@@ -150,7 +150,7 @@ class Sparsifier(Upkeep):
             hooks: False for a loop that calls `before_step()` and `after_step()` itself, around the optimizer's step.
 
         Raises:
-            TypeError: what is given is no optimizer, and has none inside.
+            TypeError: an argument is not an optimizer and contains none.
             ValueError: a sparse parameter is in none of the optimizers, it was attached before, or another sparsifier
                 is attached to weights of the model.
             RuntimeError: the masks differ between ranks; see `verify`.
@@ -160,9 +160,10 @@ class Sparsifier(Upkeep):
         learned = {} if self._effective is None else self._effective.learned()
         attached = Attachment(optimizers, self._parameters, learned)
         ownership.claim(self, self._parameters.values())
-        self._attached, self._let_go = attached, False
-        self._by_hand, self._readied, self._heard = (0, 0), False, {}
-        self._place(self._state())  # the model may have moved to another device since
+        self._attached, self._detached = attached, False
+        self._by_hand, self._readied, self._calls_seen = (0, 0), False, {}
+        self._move()  # the model may have moved to another device since
+        self._overflow = False
         self._aside = self._aside or state.Aside()
         if self._verify_every:
             self.verify()
@@ -172,7 +173,7 @@ class Sparsifier(Upkeep):
     def __deepcopy__(self, memo):
         other = memo[id(self)] = object.__new__(type(self))
         other.__dict__ |= deepcopy(self.__dict__, memo)
-        if not other._let_go:
+        if not other._detached:
             ownership.claim(other, other._parameters.values())
         if self._attached is not None and self._attached.hooked:  # torch leaves hooks out of an optimizer's copy
             other._attached.hook(other)
@@ -189,10 +190,10 @@ class Sparsifier(Upkeep):
         )
 
     def detach(self) -> None:
-        """Let the optimizers go. The masks stay as they are, and nothing keeps the zeros from now on."""
+        """Disconnect from the optimizers. The masks stay as they are, but nothing keeps inactive weights at zero."""
         if self._attached is not None:
             self._attached.release()
-        self._attached, self._let_go = None, True
+        self._attached, self._detached = None, True
         ownership.release(self, self._parameters.values())
 
     def verify(self) -> None:
@@ -206,7 +207,7 @@ class Sparsifier(Upkeep):
         shards.verify(self.masks, counters, next(iter(self.masks.values())).device)
 
     def before_step(self) -> None:
-        """Ready the gradients for the optimizers: call it when they are final, right before `optimizer.step()`.
+        """Prepare the gradients for the optimizers: call it when they are final, right before `optimizer.step()`.
 
         Gradients of inactive weights become zero. If an update follows that needs them, they are kept aside first.
 
@@ -235,11 +236,11 @@ class Sparsifier(Upkeep):
 
     @torch.no_grad()
     def _ready(self, *optimizers: Optimizer, final: bool = True) -> None:
-        """Ready the gradients of what these optimizers hold: keep what an update needs, mask them.
+        """Prepare the gradients of what these optimizers hold: keep a copy of what an update needs, then mask them.
 
         Args:
             *optimizers: those that step now.
-            final: False inside of the step of another one, which has readied these gradients once.
+            final: False inside the step of another optimizer, which has prepared these gradients already.
         """
         if any(stepping.found_inf(optimizer) for optimizer in optimizers):
             return
@@ -262,14 +263,14 @@ class Sparsifier(Upkeep):
 
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer) -> None:
-        """Behind a step of one of the optimizers."""
+        """Runs after a step of one of the optimizers."""
         self._settle(optimizer)
-        if self._attached.completes(optimizer):
+        if self._attached.record_step(optimizer):
             self._count()
 
     @torch.no_grad()
     def _count(self) -> None:
-        """Behind a complete step."""
+        """Runs after a complete step: counts it, and updates the topology where an update is due."""
         due = self.update_due
         self.step += 1
         self._taken = set()
@@ -296,21 +297,21 @@ class Sparsifier(Upkeep):
         return layers_of(self._choices, self._gradients) if self._effective is None else self._effective.layers()
 
     def _update(self) -> None:
-        layers = self._informed(self._layers()) if self.method.needs_dense_grad else self._layers()
+        layers = self._without_masked_gradients(self._layers()) if self.method.needs_dense_grad else self._layers()
         try:
             if self.method.needs_grad and all(layer.grad is None for layer in layers.values()):
                 raise NonFiniteScores("no sparse parameter has a gradient at this step")
             memory = (self._memory,) if self.method.remembers else ()
             masks = self._policy.update(self.step, layers, self.masks, self._rng, *memory)
         except NonFiniteScores as error:
-            if not self._overdue:  # else it has been said
+            if not self._overdue:  # otherwise there was a warning already
                 text = f"topology update at step {self.step} skipped, to be tried again at each of the next: {error}"
                 warnings.warn(text, RuntimeWarning, stacklevel=4)
             self._overdue, self._gradients = True, {}
             return
         self._overdue = False
         self._apply(masks)
-        self._say_frozen()
+        self._warn_if_frozen_pruned()
 
     def _apply(self, masks: Mapping[str, Tensor]) -> None:
         """Take over new masks: clear what they drop, in the weights, the optimizers' buffers and the followers."""
@@ -346,7 +347,7 @@ class Sparsifier(Upkeep):
             fold(module)
         self._effective, self._folded, self._memory = None, True, {}
         if self._attached is not None:
-            self._attached.restart()
+            self._attached.reset()
         self._set_masks(self.masks)
         masking.clear(self._held())
 
@@ -356,43 +357,40 @@ class Sparsifier(Upkeep):
 
     def report(self) -> SparsityReport:
         """The network as it is now: per parameter the weights, the active ones, and those that are not zero."""
-        self._asked()
+        self._check_zeros()
         self.refresh()
         rows = tuple(LayerReport.from_layer(name, layer, self._active[name]) for name, layer in self._layers().items())
         return SparsityReport(self.method, self.step, self.exploration, rows, str(self.pattern))
 
     def state_dict(self) -> dict:
         """All that a resumed run needs: tensors, numbers and strings, to be saved beside model and optimizer."""
-        self._asked()
-        return self._state()
-
-    def _state(self) -> dict:
+        self._check_zeros()
         parts = {"masks": self.masks, "ever": self._ever, "gradients": self._gradients, "memory": self._memory}
         counters = {"step": self.step, "version": self.version, "overdue": self._overdue, "folded": self._folded}
         kind = {"method": repr(self.method), "pattern": str(self.pattern), "rng": self._rng.get_state()}
         return state.packed(parts, **kind, **counters)
 
     @torch.no_grad()
-    def load_state_dict(self, given: Mapping) -> None:
-        """Continue where `given` was taken. It is checked first and left as it is; weights are cleared to its masks.
+    def load_state_dict(self, state_dict: Mapping) -> None:
+        """Continue from a saved state. It is checked first and not changed; weights outside its masks become zero.
 
         Raises:
             ValueError: the state is of another method or another model, or incomplete.
         """
-        given = state.renamed(given, self._parameters)
-        state.refuse_foreign(given, self.method, self.masks, self.pattern, folded=self._folded)
+        saved = state.renamed(state_dict, self._parameters)
+        state.refuse_foreign(saved, self.method, self.masks, self.pattern, folded=self._folded)
         if self._aside is not None:
             self._aside.give_back(self._parameters)
-        self._place(given)
+        self._restore(saved)
         self._aside = state.Aside()
         self._clear_all()
 
-    def _place(self, given: Mapping) -> None:
-        """Take over the state `given`, on the devices of the parameters."""
-        self._rng.set_state(given["rng"].cpu())
-        masks, self._ever, self._gradients, self._memory = state.unpacked(given, self._parameters)
+    def _restore(self, saved: Mapping) -> None:
+        """Take over a saved state, on the devices of the parameters."""
+        self._rng.set_state(saved["rng"].cpu())
+        masks, self._ever, self._gradients, self._memory = state.unpacked(saved, self._parameters)
         self._set_masks(masks, self._memory)
-        self.step, self.version = int(given["step"]), int(given["version"])
-        self._overdue, self._overflow, self._taken = bool(given["overdue"]), False, set()
+        self.step, self.version = int(saved["step"]), int(saved["version"])
+        self._overdue, self._overflow, self._taken = bool(saved["overdue"]), False, set()
         if self._attached is not None:
-            self._attached.restart()
+            self._attached.reset()

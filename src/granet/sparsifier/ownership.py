@@ -16,13 +16,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 _owners: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> weak reference to its sparsifier
-_known: WeakKeyDictionary = WeakKeyDictionary()  # optimizer -> when it was found to be no stranger
+_known: WeakKeyDictionary = WeakKeyDictionary()  # optimizer -> the state of the records when it was last checked
 _watching: list = []
 _changes = 0
 
 
 def claim(sparsifier, parameters: Iterable[Tensor]) -> None:
-    """Take down that the parameters are the sparsifier's from now on.
+    """Record that the parameters belong to the sparsifier from now on.
 
     Raises:
         ValueError: another sparsifier is attached to an optimizer that trains one of them.
@@ -42,7 +42,7 @@ def claim(sparsifier, parameters: Iterable[Tensor]) -> None:
 
 
 def release(sparsifier, parameters: Iterable[Tensor]) -> None:
-    """The parameters are the sparsifier's no longer."""
+    """Record that the parameters no longer belong to the sparsifier."""
     for parameter in parameters:
         if parameter in _owners and _owners[parameter]() is sparsifier:
             del _owners[parameter]
@@ -50,7 +50,7 @@ def release(sparsifier, parameters: Iterable[Tensor]) -> None:
 
 
 def owners(parameters: Iterable[Tensor]) -> list:
-    """The sparsifiers that the parameters belong to, each once."""
+    """Returns the sparsifiers that the parameters belong to, each once."""
     found = {}
     for parameter in parameters:
         owner = _owners[parameter]() if parameter in _owners else None
@@ -65,12 +65,12 @@ def _changed() -> None:
 
 
 def _look(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    """The hook behind the step of any optimizer: whoever owns what it stepped hears of it."""
+    """Runs after every optimizer step: the sparsifiers that own the stepped parameters check the optimizer."""
     if torch.compiler.is_compiling():
         return
     now = _changes, len(optimizer.param_groups)
     if _known.get(optimizer) == now:
         return
     found = owners(p for group in optimizer.param_groups for p in group["params"])
-    if all(owner.knows(optimizer) for owner in found):
+    if all(owner.needs_no_more_checks(optimizer) for owner in found):
         _known[optimizer] = now

@@ -1,4 +1,4 @@
-"""Records: what the sparsifier tells of itself, as frozen values."""
+"""Records of updates and of the sparse network, as frozen values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class Update:
     def between(
         cls, step: int, old: Mapping[str, Tensor], new: Mapping[str, Tensor], active: Mapping[str, int]
     ) -> Update:
-        """The record of an update from masks to masks; one that is the same tensor has not changed."""
+        """Returns the record of an update from the masks `old` to `new`.
+
+        A mask that is the same tensor in both has not changed.
+        """
         pairs = {name: (old[name], new[name]) for name in new if new[name] is not old[name]}
         none = dict.fromkeys(new, 0)
         grown = none | {name: count(after > before) for name, (before, after) in pairs.items()}

@@ -1,4 +1,4 @@
-"""What an optimizer remembers of a weight that has just become active.
+"""Optimizer buffers of weights that have just become active.
 
 A grown weight has no past, and zero is not the same as none. An Adam whose second moment is zero while its step count
 is large takes the weight's first gradient for an enormous one: the first move is (1 - beta1) / sqrt(1 - beta2) = 3.2

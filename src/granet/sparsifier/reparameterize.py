@@ -50,8 +50,8 @@ class Reparameterization:
         self._aliases = {choice.name: (choice.name, *choice.aliases) for choice in choices}
         for name, parameter in self._parameters.items():
             self._refuse(name, parameter)
-        given = {name: Layer(parameter.detach()) for name, parameter in self._parameters.items()}
-        for name, tensors in method.companions(given, masks).items():
+        layers = {name: Layer(parameter.detach()) for name, parameter in self._parameters.items()}
+        for name, tensors in method.companions(layers, masks).items():
             self._install(name, tensors)
 
     def _refuse(self, name: str, parameter: nn.Parameter) -> None:

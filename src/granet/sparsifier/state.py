@@ -60,7 +60,7 @@ def checked_masks(
     return {name: masks[name].clone() for name in parameters}
 
 
-def needed(probe: Probe | None, method: Method, parameters: Mapping[str, Tensor]) -> tuple[Probe, ...]:
+def probe_argument(probe: Probe | None, method: Method, parameters: Mapping[str, Tensor]) -> tuple[Probe, ...]:
     """Returns the further arguments of the method's `init`: the probe if the method needs one, else none.
 
     Raises:
@@ -83,15 +83,21 @@ def needed(probe: Probe | None, method: Method, parameters: Mapping[str, Tensor]
     return (probe,)
 
 
-def chosen(
-    policy: Method, layers: Mapping[str, Layer], rng: torch.Generator, probes: tuple[Probe, ...], told: bool | int
+def initial_masks(
+    policy: Method, layers: Mapping[str, Layer], rng: torch.Generator, probes: tuple[Probe, ...], broadcast: bool
 ) -> dict[str, Tensor]:
     """Returns the initial masks, chosen by the method's `init`.
 
-    Those that come from a probe are `told`: gradients of other batches, or of the same ones summed in another order,
-    choose other weights. So the first rank alone looks, and the others take over its masks and its generator.
+    Args:
+        policy: the method, as the pattern has it choose.
+        layers: the sparse parameters.
+        rng: the random generator of the topology.
+        probes: the further arguments of `init`; see `probe_argument`.
+        broadcast: whether masks that come from a probe are those of the first rank on all ranks. Ranks may measure
+            other batches, or sum up the same ones in another order, and would then choose other weights. Only the first
+            rank measures, and the others take over its masks and the state of its generator.
     """
-    if not (probes and told):
+    if not (probes and broadcast):
         return policy.init(layers, rng, *probes)
 
     def answer():
@@ -188,16 +194,25 @@ def packed(parts: Mapping[str, Mapping[str, Tensor]], **rest: Any) -> dict[str, 
 
 
 def unpacked(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Copies of the masks, what was ever active, kept gradients and memory in `state`, placed as `parameters` are.
+    """Returns copies of the masks, the weights ever active, the kept gradients and the memory in `state`.
 
-    Whole tensors go into shards and shards into whole ones; for the latter all ranks must call this together.
+    They lie where their parameters lie; see `moved`.
+    """
+    parts = (moved(state[key], parameters) for key in _PARTS)
+    return [{name: value.clone() for name, value in part.items()} for part in parts]
+
+
+def moved(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors on the devices and in the shards of the parameters of the same name and shape.
+
+    Tensors that lie there already, and those without such a parameter, are returned as they are. To turn shards into
+    whole tensors, all ranks must call this together.
     """
 
-    def mine(name: str, value: Tensor) -> Tensor:
+    def move(name: str, value: Tensor) -> Tensor:
         p = parameters.get(name)
         if p is None or value.shape != p.shape:
-            return value.clone()
-        return (masking.like if value.dtype == torch.bool else shards.place_like)(value, p).clone()
+            return value
+        return masking.like(value, p) if value.dtype == torch.bool else shards.place_like(value, p)
 
-    parts = (state[key] for key in _PARTS)
-    return [{name: mine(name, value) for name, value in part.items()} for part in parts]
+    return {name: move(name, value) for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""What optimizers are asked for around their step: closures, buffers, and what a gradient scaler left with them."""
+"""Helpers around an optimizer's step: closures, buffers, learning rates, and marks of a gradient scaler."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -12,7 +12,7 @@ from granet.sparsifier.quantised import Codes
 
 
 def then(closure: Callable, after: Callable[[], None]):
-    """What `closure` returns, with `after` called behind it, gradients recorded in the one and not in the other."""
+    """Returns what `closure` returns, and calls `after` after it; only `closure` runs with gradients enabled."""
     with torch.enable_grad():
         loss = closure()
     after()
@@ -68,14 +68,14 @@ def mixed(kept: Tensor | None, grad: Tensor, keep: float, add: float) -> Tensor:
 def keep(
     kept: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], old: float, new: float, scale: Tensor | None
 ) -> None:
-    """Take the gradients of this step, unscaled, into those that are kept: `old * kept + new * grad`."""
+    """Update the kept gradients with those of this step, unscaled: `old * kept + new * grad`."""
     for name, p in parameters.items():
         if p.grad is not None:
             kept[name] = mixed(kept.get(name), p.grad if scale is None else p.grad / scale, old, new)
 
 
 def clip(parameters: Iterable[nn.Parameter], masks: Mapping[nn.Parameter, Tensor], max_norm: float) -> Tensor:
-    """The norm of the gradients, those that `masks` leaves out not counted; all are scaled down if it is too large."""
+    """Returns the norm of the gradients inside `masks`; scales all gradients down if it exceeds `max_norm`."""
     held = [p for p in parameters if p.grad is not None]
     # a product with the mask would keep what is not finite
     live = [p.grad.masked_fill(masks[p].logical_not(), 0) if p in masks else p.grad for p in held]

@@ -26,8 +26,8 @@ from granet.sparsifier.records import Update
 from granet.sparsifier.reparameterize import Reparameterization
 from granet.topology import count
 
-_AT_ONCE = 8  # parameters looked at in each step
-_STRANGE = 100  # looks at what optimizers that are not attached do
+_LOOKS_PER_STEP = 8  # parameters that are checked in each step
+_MAX_LOOKS = 100  # steps of optimizers that are not attached after which they are checked
 _NOT_ATTACHED = (
     "moved inactive weights away from zero and is not attached: nothing masks its gradients, and the model becomes "
     "dense. Call sparsifier.attach(optimizer) with every optimizer of the model before the first step, or "
@@ -36,7 +36,7 @@ _NOT_ATTACHED = (
 
 
 class Upkeep:
-    """The part of a `Sparsifier` that keeps inactive weights at zero. It never decides which weights are active."""
+    """The part of a `Sparsifier` that keeps inactive weights at zero. It applies masks, but never chooses them."""
 
     model: nn.Module
     _method: Method
@@ -50,18 +50,23 @@ class Upkeep:
         self.model, self.pattern, self._parameters = model, pattern, dict(parameters)
         self._attached: Attachment | None = None
         self._effective: Reparameterization | None = None  # of a method that reparameterizes, until it is folded
+        self._ever: dict[str, Tensor] = {}  # the weights that were active at any time so far
+        self._gradients: dict[str, Tensor] = {}  # dense ones, gathered from step to step by the method's gradient_mix
+        self._taken: set[str] = set()  # parameters whose gradients of the coming step are gathered already
         self._memory: dict[str, Tensor] = {}  # what the method remembers from update to update
         self._followers: list = []
         self._aside: state.Aside | None = state.Aside()  # None from the first step on
         self._trainable = [name for name, p in self._parameters.items() if p.requires_grad]  # at first
-        self._at = 0  # the place in `masks` from which some are looked at next
-        self._told: set[str] = set()  # kinds of warnings that were given
+        self._next_look = 0  # the position in `masks` at which the next check begins
+        self._warned: set[str] = set()  # kinds of warnings that were given
         self._by_hand = (0, 0)  # calls of before_step() and of after_step(), since the sparsifier was attached
         self._readied = False  # whether the latest of these calls was one of before_step()
-        self._heard: dict[int, tuple[int, int]] = {}  # those calls, as they were at each optimizer's last step
-        self._strangers, self._let_go = 0, False  # looks at optimizers that are not attached; whether all may do so
+        self._calls_seen: dict[int, tuple[int, int]] = {}  # those calls, as they were at each optimizer's last step
+        self._unattached_looks = 0  # checks of optimizers that are not attached, so far
+        self._detached = False  # whether detach() was called
 
     def _set_masks(self, masks: Mapping[str, Tensor], memory: Mapping[str, Tensor] | None = None) -> None:
+        """Makes `masks` the current ones, on the devices of the parameters; weights are not cleared yet."""
         self.masks = {name: masking.like(masks[name], p) for name, p in self._parameters.items()}
         self._active = {name: count(mask) for name, mask in self.masks.items()}
         if self._effective is not None:
@@ -69,6 +74,15 @@ class Upkeep:
         # where training moves weights: all else is kept clear of gradients, and of what optimizers remember
         self.trained = self.masks if self._effective is None else self._effective.trained()
         self._masked = {name: mask for name, mask in self.trained.items() if count(mask) < mask.numel()}
+
+    def _move(self) -> None:
+        """Moves masks, kept gradients and memory to where the parameters are now, after `model.to(device)` say."""
+        tensors = (self._ever, self._gradients, self._memory)
+        self._ever, self._gradients, self._memory = (state.moved(part, self._parameters) for part in tensors)
+        self._set_masks(self.masks, self._memory)
+        self._taken = set()
+        if self._attached is not None:
+            self._attached.reset()
 
     @property
     def method(self) -> Method:
@@ -106,7 +120,7 @@ class Upkeep:
     def sparsity(self) -> float:
         """The share of inactive weights among the sparse parameters."""
         if self._attached is None:
-            self._asked()
+            self._check_zeros()
         return 1 - self.active / self.total
 
     @property
@@ -115,7 +129,7 @@ class Upkeep:
         return self._attached is not None
 
     def follow(self, follower) -> None:
-        """Keep what stands for the sparse parameters in `follower`, an average of the weights say, sparse as well.
+        """Keep a copy or an average of the weights sparse as well.
 
         Args:
             follower: a copy of the model, `torch.optim.swa_utils.AveragedModel` or another wrapper around one; or a
@@ -123,8 +137,8 @@ class Upkeep:
                 a list as `shadow_params` (diffusers' EMAModel).
 
         Raises:
-            TypeError: it is none of these.
-            ValueError: it has not all of the sparse parameters, or not the effective weights that the model has.
+            TypeError: `follower` is none of these.
+            ValueError: `follower` lacks a sparse parameter, or the effective weights that the model has.
         """
         self._clear_copy(follower, only_look=self._aside is not None)
         self._followers.append(follower)
@@ -136,10 +150,10 @@ class Upkeep:
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """The norm of the live gradients of everything the optimizers hold, which are scaled to `max_norm` if above it.
+        """Scale all gradients down if the norm of those of active weights exceeds `max_norm`; returns that norm.
 
-        Gradients of inactive weights are left out; counted in, they would clip a sparse network several times too hard.
-        They are scaled alike and stay available to an update.
+        The norm leaves out gradients of inactive weights, which would clip a sparse network several times too hard.
+        They are scaled by the same factor and stay available to an update.
         """
         if self._attached is None:
             raise RuntimeError("attach(optimizer) comes first: it says which gradients to clip")
@@ -195,11 +209,11 @@ class Upkeep:
         """Checks that the parameters still belong to the model and the masks lie on their device, a few at each step.
 
         Raises:
-            RuntimeError: one was replaced.
+            RuntimeError: a parameter was replaced.
         """
         names = list(self._parameters)
-        some = names if everywhere else (names[self._at :] + names)[: min(_AT_ONCE, len(names))]
-        self._at = (self._at + len(some)) % len(names)
+        some = names if everywhere else (names[self._next_look :] + names)[: min(_LOOKS_PER_STEP, len(names))]
+        self._next_look = (self._next_look + len(some)) % len(names)
         for name in some:
             if not checks.holds(self.model, name, self._parameters[name]):
                 raise RuntimeError(
@@ -208,7 +222,7 @@ class Upkeep:
                     "detach() and make a new Sparsifier and optimizer (its masks= takes the masks that go on)"
                 )
         if any(self._parameters[name].device != self.masks[name].device for name in some):
-            self._place(self._state())
+            self._move()
 
     def _begin(self) -> None:
         """Runs before the first step: applies the current masks to weights that were loaded since they were made."""
@@ -224,7 +238,7 @@ class Upkeep:
             )
         self._clear_all()
 
-    def _informed(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    def _without_masked_gradients(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
         """Returns the layers, without gradients that are zero at all inactive weights and so cannot rank them."""
         grads = {name: layer.grad for name, layer in layers.items() if layer.grad is not None and name in self._masked}
         silent = [name for name, grad in grads.items() if not masking.leaks([(self._masked[name], [grad])])]
@@ -239,7 +253,7 @@ class Upkeep:
             )
         return dict(layers) | {name: replace(layers[name], grad=None) for name in (*nothing, *masked)}
 
-    def _say_frozen(self) -> None:
+    def _warn_if_frozen_pruned(self) -> None:
         """Warns if an update pruned a layer that has been frozen since: its other weights cannot adapt."""
         frozen = [name for name in self._trainable if not self._parameters[name].requires_grad]
         taken = [name for name in frozen if self.last_update is not None and self.last_update.dropped[name]]
@@ -250,27 +264,27 @@ class Upkeep:
                 "Make the sparsifier after freezing, which leaves frozen layers dense, or name the layer in skip=",
             )
 
-    def knows(self, optimizer: Optimizer) -> bool:
+    def needs_no_more_checks(self, optimizer: Optimizer) -> bool:
         """Returns whether steps of `optimizer`, which trains sparse parameters, need no more checks.
 
         Warns once if it is not attached and has moved inactive weights.
         """
-        known = self._attached is not None and any(optimizer is one for one in self._attached.optimizers)
-        if known and self._attached.hooked:
+        attached = self._attached is not None and any(optimizer is one for one in self._attached.optimizers)
+        if attached and self._attached.hooked:
             return True
-        self._strangers += 1
-        if known:
-            return self._misses_a_call(optimizer) or self._strangers > _STRANGE
+        self._unattached_looks += 1
+        if attached:
+            return self._misses_a_call(optimizer) or self._unattached_looks > _MAX_LOOKS
         if masking.leaks(self._weights(), together=False):
-            self._warn("stranger", f"{type(optimizer).__name__} {_NOT_ATTACHED}")
+            self._warn("unattached", f"{type(optimizer).__name__} {_NOT_ATTACHED}")
             return True
-        return self._strangers > _STRANGE
+        return self._unattached_looks > _MAX_LOOKS
 
     def _called_by_hand(self, verb: str) -> None:
         """Counts a call of `before_step` or `after_step`.
 
         Raises:
-            RuntimeError: it has no place here: nothing is attached, hooks do the same, or the other one is missing.
+            RuntimeError: nothing is attached, hooks make the same call already, or the other call is missing.
         """
         if self._attached is None:
             if verb == "after_step":
@@ -293,8 +307,8 @@ class Upkeep:
         """Returns whether a loop without hooks has left out `before_step` or `after_step`, and warns once if so."""
         if stepping.found_inf(optimizer):  # it was called and did nothing
             return False
-        before, after = self._heard.get(id(optimizer), (0, -1))
-        self._heard[id(optimizer)] = now = self._by_hand
+        before, after = self._calls_seen.get(id(optimizer), (0, -1))
+        self._calls_seen[id(optimizer)] = now = self._by_hand
         missing = "before_step" if now[0] == before else "after_step" if now[1] == after else ""
         if missing:
             self._warn(
@@ -305,18 +319,18 @@ class Upkeep:
             )
         return bool(missing)
 
-    def _asked(self) -> None:
+    def _check_zeros(self) -> None:
         """Warns if weights that the masks call inactive are not zero."""
-        if self._let_go or (self._attached is not None and self._aside is not None):  # or states are being loaded
+        if self._detached or (self._attached is not None and self._aside is not None):  # or states are being loaded
             return
         self._look(everywhere=True)
-        if "stranger" not in self._told and masking.leaks(self._weights(), together=False):
-            self._warn("stranger", "An optimizer " + _NOT_ATTACHED)
+        if "unattached" not in self._warned and masking.leaks(self._weights(), together=False):
+            self._warn("unattached", "An optimizer " + _NOT_ATTACHED)
 
     def _warn(self, kind: str, message: str) -> None:
         """Warns once for each kind of warning."""
-        if kind not in self._told:
-            self._told.add(kind)
+        if kind not in self._warned:
+            self._warned.add(kind)
             warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
