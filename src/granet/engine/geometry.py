@@ -64,7 +64,9 @@ class Geometry:
         """
         per_plane = 4 * (min(self.tile, self.positions) + self.spread)
         wanted = -(-columns * per_plane // FIRST_LEVEL)
-        affordable = nonzeros // (6 * rows)
+        affordable = nonzeros // (
+            (12 if self.height == self.width == 1 else 6) * rows
+        )  # tiles of linear layers are short
         return max(1, min(wanted, affordable, columns))
 
     @property

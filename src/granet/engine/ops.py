@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from granet import native
-from granet.engine import eager, encoding, reference
+from granet.engine import eager, encoding, gradients, reference
 from granet.engine.geometry import Geometry, geometry
 from granet.engine.index import IndexStructure, index_structures
 from granet.engine.spec import Spec
@@ -132,6 +132,8 @@ def _backward(ctx, dy):
     else:
         arguments = (_plain(dy), _plain(x), weight.contiguous(), *structure, ctx.numbers)
         dx, dw = torch.ops.granet.conv_backward(*arguments, need_x, need_weight and not whole)
+        if need_weight and not whole:
+            dw = gradients.dense(dw, structure[3], weight)
         if need_x:
             dx = dx.to(x.dtype).contiguous(memory_format=_format(x, weight))
     if whole and need_weight:
@@ -162,11 +164,9 @@ def prepare() -> None:
         lambda x, weight, bias, ptr, id_, offset, index, numbers: x.new_empty(_output_shape(x, numbers))
     )
 
-    def gradients(dy, x, weight, *rest):
+    def backward_shapes(dy, x, weight, ptr, id_, offset, index, *rest):
         need_x, need_weight = rest[-2:]
-        return torch.empty_like(x) if need_x else x.new_empty(0), (
-            torch.empty_like(weight) if need_weight else weight.new_empty(0)
-        )
+        return torch.empty_like(x) if need_x else x.new_empty(0), weight.new_empty(len(index) if need_weight else 0)
 
-    torch.library.register_fake("granet::conv_backward")(gradients)
+    torch.library.register_fake("granet::conv_backward")(backward_shapes)
     torch.library.register_autograd("granet::conv", _backward, setup_context=_setup)

@@ -280,14 +280,15 @@ struct Backward {
   }
 };
 
-// Writes the sum of the parts' gradients to the places of the active weights.
-void scatter(const std::vector<std::unique_ptr<float[]>>& parts, const IndexStructure& structure, float* to) {
-  torch::stable::parallel_for(0, structure.nonzeros, 32768, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      float sum = 0;
-      for (const auto& part : parts) sum += part[k];
-      to[structure.index[k]] = sum;
-    }
+// Writes the values to their places in a dense tensor, and leaves the rest of it as it is.
+void place_values(const Tensor& out, const Tensor& values, const Tensor& index) {
+  check_float(out, out.numel(), "the gradient");
+  check_float(values, index.numel(), "the values");
+  const int32_t* const places = ints(index);
+  const float* const from = values.const_data_ptr<float>();
+  float* const to = out.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, index.numel(), 32768, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) to[places[k]] = from[k];
   });
 }
 
@@ -303,10 +304,13 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor& x, cons
   const IndexStructure forward(ptr, id, offset, index, g.o * g.forward_blocks);
   const IndexStructure backward(back_ptr, back_id, back_offset, back_index, g.planes() * g.backward_blocks);
   Tensor dx = need_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  Tensor dw = need_weight ? torch::stable::new_zeros(weight, weight.sizes()) : torch::stable::new_empty(weight, {0});
+  Tensor dw = torch::stable::new_empty(weight, {need_weight ? forward.nonzeros : 0});
   const bool covered = static_cast<int64_t>(g.phases.size()) == g.sy * g.sx;
   if (need_x && !covered) torch::stable::zero_(dx);
-  if (g.n == 0) return {dx, dw};
+  if (g.n == 0) {
+    if (need_weight) torch::stable::zero_(dw);
+    return {dx, dw};
+  }
 
   std::unique_ptr<float[]> values;
   if (need_x) values = gather(weight.const_data_ptr<float>(), backward);
@@ -325,7 +329,16 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor& x, cons
       }
     }
   });
-  if (need_weight) scatter(sums, forward, dw.mutable_data_ptr<float>());
+  if (need_weight) {
+    float* const total = dw.mutable_data_ptr<float>();
+    torch::stable::parallel_for(0, forward.nonzeros, 32768, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        float sum = 0;
+        for (const auto& part : sums) sum += part[k];
+        total[k] = sum;
+      }
+    });
+  }
   return {dx, dw};
 }
 
@@ -341,12 +354,14 @@ STABLE_TORCH_LIBRARY(granet, m) {
       "conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor ptr, Tensor id, Tensor offset, Tensor index, "
       "Tensor back_ptr, Tensor back_id, Tensor back_offset, Tensor back_index, int[] geometry, bool need_x, "
       "bool need_weight) -> (Tensor, Tensor)");
+  m.def("place_values(Tensor(a!) out, Tensor values, Tensor index) -> ()");
   m.def("cpu() -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet, CPU, m) {
   m.impl("conv_forward", TORCH_BOX(&conv_forward));
   m.impl("conv_backward", TORCH_BOX(&conv_backward));
+  m.impl("place_values", TORCH_BOX(&place_values));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet, CompositeExplicitAutograd, m) { m.impl("cpu", TORCH_BOX(&cpu)); }
