@@ -92,7 +92,9 @@ def test_a_tied_weight_has_one_mask():
 
 def test_what_does_not_fit_is_refused_by_name():
     _, masks, _ = pruned()
-    with pytest.raises(ValueError, match=r"'0.wieght' is of no parameter of the model; near it: 0.weight"):
+    with pytest.raises(
+        ValueError, match=r"'0.wieght' is of no parameter of the model; the nearest names are: 0.weight"
+    ):
         import_masks(mlp(), {"0.wieght": masks["0.weight"]})
     with pytest.raises(ValueError, match=r"mask of '2.weight' has shape \(12, 4\), the parameter \(4, 12\)"):
         import_masks(mlp(), {"2.weight": masks["2.weight"].T})

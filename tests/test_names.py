@@ -1,4 +1,4 @@
-"""What a message says of a name that there is not."""
+"""Messages for unknown names: they list the choices and suggest the nearest."""
 
 from granet.names import did_you_mean, unknown
 

@@ -366,7 +366,7 @@ def test_an_output_that_is_no_tensor_is_named(question):
 
 
 def test_what_is_no_pair_is_named():
-    with pytest.raises(ValueError, match=r"batch 0 is no pair"):
+    with pytest.raises(ValueError, match=r"batch 0 must be a pair"):
         Probe(nn.Linear(2, 2), [(torch.ones(1, 2),)]).gradients()
 
 

@@ -135,7 +135,8 @@ def _named(key: str, known: Mapping[str, Any]) -> str:
         return f"{name}.weight"
     near = nearest(name, known, 3)
     raise ValueError(
-        f"the mask {key!r} is of no parameter of the model" + (f"; near it: {', '.join(near)}" if near else "")
+        f"the mask {key!r} is of no parameter of the model"
+        + (f"; the nearest names are: {', '.join(near)}" if near else "")
     )
 
 

@@ -1,10 +1,10 @@
-"""The probe: what a few batches say about a network's weights before it is trained.
+"""The probe: measurements on a network before it is trained, from a few batches.
 
 The methods that prune at initialisation ask it for gradients (SNIP), the Hessian times the gradient (GraSP) and the
-flow through the network without any data (SynFlow). It calls the model with other tensors under the names of its
-parameters and buffers, so the model itself stays as it is: weights, gradients, batch-norm statistics, modes. The random
-generators are put back as well; inside, they start from the same seed every time, so that dropout and a shuffling
-loader are the same in every pass and the answer depends on nothing but the model and the batches.
+synaptic flow, which needs no data (SynFlow). The probe calls the model with other tensors in place of its parameters
+and buffers, so weights, gradients, batch-norm statistics and modes of the model do not change. Random generators start
+from the same seed in every measurement, so that dropout and a shuffling loader are the same in each, and get their
+earlier state back afterwards. The results thus depend only on the model and the batches.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,18 +24,18 @@ Masks = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A model with batches to look at it through.
+    """A model together with the batches on which it is measured.
 
-    Every question takes `masks`, parameter name to bool tensor: the answer is about these parameters, with their
-    inactive weights at zero; without masks it is about all of them, dense.
+    Every measurement takes `masks`, a mapping from parameter names to bool tensors, and returns a result for these
+    parameters, measured with their inactive weights at zero. Without masks it returns one for every parameter, dense.
 
     Attributes:
         model: the model. Nothing in it changes.
         batches: pairs `(inputs, targets)` on the model's device, a list or a loader; `inputs` may be a tuple of
-            arguments. They are gone through again for every question. `synaptic_flow` needs none.
-        loss: `loss(output, targets)`, a scalar, the mean over the targets.
+            arguments. Every measurement iterates over them anew. `synaptic_flow` needs no batches.
+        loss: a function `loss(output, targets)` that returns a scalar, the mean over the targets.
         example: inputs `(n, ...)` of the shape that the model takes, for `synaptic_flow`; by default those of the first
-            batch. Its values do not matter.
+            batch. Only the shape matters.
 
     Raises:
         ValueError: `batches` is an iterator, which gives its batches only once.
@@ -60,35 +60,34 @@ class Probe:
             )
 
     def gradients(self, masks: Masks | None = None, *, training: bool = True) -> dict[str, Tensor]:
-        """The mean gradient of the loss over all examples, by parameter, float32 at least.
+        """Returns the mean gradient of the loss over all examples, by parameter, in float32 or float64.
 
-        Inactive weights have a gradient too: the one they would feel at zero.
+        Inactive weights have a gradient too, taken where they are zero.
 
         Args:
-            masks: the parameters with their active weights.
-            training: the model's mode. In evaluation mode batch norm uses the statistics that it keeps.
+            masks: the active weights of the parameters to measure.
+            training: True for training mode, False for evaluation mode, where batch norm uses its running statistics.
 
         Raises:
-            ValueError: there are no batches, a loss or gradient is not finite, or the output is no tensor.
+            ValueError: there are no batches, a loss or gradient is not finite, or the output is not a tensor.
         """
         with _undisturbed(self.model, training=training):
             return self._mean(self._tensors(masks), self.loss, _gradient)
 
     def hessian_gradient(self, masks: Masks | None = None, temperature: float = 200.0) -> dict[str, Tensor]:
-        """The Hessian of the mean loss times its gradient, `H g`, in training mode, by parameter (GraSP).
+        """Returns the Hessian of the mean loss times its gradient, `H g`, in training mode, by parameter (GraSP).
 
-        It is half the gradient of the gradient flow `g . g`. Only the parameters asked about, and their active weights,
-        count in `g`.
+        It is half the gradient of the gradient flow `g . g`. Of `masks`, only the active weights count in `g`.
 
         Args:
-            masks: the parameters with their active weights.
-            temperature: what the model's output is divided by before the loss.
+            masks: the active weights of the parameters to measure.
+            temperature: the number by which the model's output is divided before the loss is computed.
 
         Raises:
-            ValueError: as `gradients`, or the temperature is not positive.
+            ValueError: as for `gradients`, or the temperature is not positive.
         """
         if not temperature > 0:
-            raise ValueError(f"temperature={temperature} is not positive: the output is divided by it")
+            raise ValueError(f"temperature={temperature} must be positive, because the output is divided by it")
 
         def cooled(output: Tensor, targets: Tensor) -> Tensor:
             return self.loss(output / temperature, targets)
@@ -108,15 +107,18 @@ class Probe:
             return self._mean(tensors, cooled, product)
 
     def synaptic_flow(self, masks: Masks | None = None) -> dict[str, Tensor]:
-        """The synaptic flow through every weight, float64, by parameter: `|w * dR/d|w||` (SynFlow).
+        """Returns the synaptic flow through every weight, `|w * dR/d|w||`, in float64, by parameter (SynFlow).
 
         R is the sum of the outputs for one input of ones, in evaluation mode, with the absolute values of all
-        parameters and buffers: in a network of linear layers and ReLU the sum over all paths of the product of their
-        weights. No data is looked at.
+        parameters and buffers. In a network of linear layers and ReLU, it is the sum over all paths of the product of
+        the absolute weights along the path. No data is used.
+
+        Args:
+            masks: the active weights of the parameters to measure.
 
         Raises:
-            ValueError: there is neither an example nor a batch, the example is not of floating-point numbers, a flow is
-                not finite, or the output is no tensor.
+            ValueError: there is neither an example nor a batch, the example does not consist of floating-point numbers,
+                a flow is not finite, or the output is not a tensor.
         """
         with _undisturbed(self.model, training=False):
             example = self._example()
@@ -134,6 +136,7 @@ class Probe:
             )
 
     def _names(self, masks: Masks | None) -> list[str]:
+        """Returns the names of the parameters to measure."""
         parameters = dict(self.model.named_parameters())
         if masks is None:
             return [name for name, p in parameters.items() if p.is_floating_point()]
@@ -144,7 +147,10 @@ class Probe:
         return list(masks)
 
     def _tensors(self, masks: Masks | None) -> dict[str, Tensor]:
-        """All that the model computes with: its parameters, masked and ready for a gradient, and copies of buffers."""
+        """Returns the tensors for the model to compute with: masked parameters that require gradients, and buffers.
+
+        Buffers are copies, so that the model's own do not change.
+        """
         tensors = {name: p.detach() for name, p in self.model.named_parameters()}
         for name in self._names(masks):
             masked = tensors[name] if masks is None else tensors[name] * masks[name].to(tensors[name].device)
@@ -152,7 +158,7 @@ class Probe:
         return tensors | {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
     def _mean(self, tensors: dict[str, Tensor], loss: Callable, quantity: Callable) -> dict[str, Tensor]:
-        """The mean over all targets of `quantity(loss, leaves)`, by parameter."""
+        """Returns the mean over all targets of `quantity(loss, leaves)`, by parameter."""
         leaves = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
         mean: dict[str, Tensor] = {}
         seen = 0
@@ -161,19 +167,19 @@ class Probe:
             if isinstance(batch, Mapping):
                 keys = ", ".join(map(repr, list(batch)[:3]))
                 raise ValueError(
-                    f"Probe: batch {i} is a dict with the keys {keys}, not a pair (inputs, targets): make pairs of it, "
-                    "[(batch['x'], batch['y']) for batch in batches] say"
+                    f"Probe: batch {i} is a dict with the keys {keys}, not a pair (inputs, targets): make pairs of the "
+                    "batches, for example [(batch['x'], batch['y']) for batch in batches]"
                 )
             try:
                 inputs, targets = batch
             except (TypeError, ValueError):
                 raise ValueError(
-                    f"Probe: batch {i} is no pair (inputs, targets) but a {type(batch).__name__}"
+                    f"Probe: batch {i} must be a pair (inputs, targets), not a {type(batch).__name__}"
                 ) from None
             value = loss(self._output(tensors, inputs), targets)
             if not torch.isfinite(value).all():
                 raise ValueError(
-                    f"Probe: the loss of batch {i} is {value.item()}: look at its inputs and at the model's weights"
+                    f"Probe: the loss of batch {i} is {value.item()}: check its inputs and the model's weights"
                 )
             found = quantity(value, list(leaves.values()))
             seen += len(targets)
@@ -181,40 +187,45 @@ class Probe:
                 tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
                 mean[name] = mean[name].lerp(tensor, len(targets) / seen) if name in mean else tensor
         if not seen:
-            raise ValueError("Probe: there are no batches: give it a list of pairs (inputs, targets)")
+            raise ValueError("Probe: there are no batches: pass a list of pairs (inputs, targets)")
         return _finite(mean)
 
     def _output(self, tensors: dict[str, Tensor], inputs: Tensor | tuple) -> Tensor:
+        """Returns the output of the model, computed with `tensors` as its parameters and buffers."""
         output = called_with(self.model, tensors, inputs)
         if not isinstance(output, Tensor):
             raise ValueError(
-                f"Probe: the output of {type(self.model).__name__} is a {type(output).__name__}, not a tensor: probe "
-                "a module that holds it under the same names and returns the tensor that the loss looks at"
+                f"Probe: the output of {type(self.model).__name__} is a {type(output).__name__}, not a tensor: pass a "
+                "model whose forward returns the tensor that the loss takes; its parameters must keep their names"
             )
         return output
 
     def _example(self) -> Tensor:
+        """Returns inputs of the shape that the model takes: `example`, or the inputs of the first batch."""
         example = self.example
         if example is None:
             first = next(iter(self.batches), None)
             if first is None:
                 raise ValueError(
-                    "Probe: the synaptic flow needs the shape of the model's input: give Probe(...) an "
-                    "example=torch.ones(1, 3, 32, 32), say, or batches"
+                    "Probe: the synaptic flow needs the shape of the model's input: pass batches, or an example such "
+                    "as Probe(..., example=torch.ones(1, 3, 32, 32))"
                 )
             example = first[0]
         if not isinstance(example, Tensor) or not example.is_floating_point():
             kind = example.dtype if isinstance(example, Tensor) else type(example).__name__
             raise ValueError(
-                f"Probe: the example is of {kind}: the synaptic flow starts from an input of ones, which a model has "
-                "that takes one tensor of floating-point numbers"
+                f"Probe: the example is of {kind}: the synaptic flow starts from an input of ones, so the model must "
+                "take one tensor of floating-point numbers"
             )
         return example
 
 
 @contextmanager
 def _undisturbed(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The model in training or evaluation mode, with gradients recorded; afterwards all is as it was."""
+    """Puts the model into training or evaluation mode and enables gradients in the `with` block.
+
+    Afterwards, modes and random generators are as they were.
+    """
     modes = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices), torch.enable_grad():
@@ -227,27 +238,29 @@ def _undisturbed(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def _seed(tensors: Mapping[str, Tensor]) -> None:
-    """Start the generators of the CPU and of the devices in use from one seed; those of other devices go on."""
+    """Seeds the random generators of the CPU and of the devices that hold `tensors`; others are left alone."""
     torch.default_generator.manual_seed(0)
     for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
         torch.cuda.set_rng_state(torch.Generator(device).manual_seed(0).get_state(), device)
 
 
 def _gradient(value: Tensor, leaves: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
-    """The gradient of `value`, zero for leaves that it does not depend on."""
+    """Returns the gradient of `value`, which is zero for leaves that it does not depend on."""
     found = torch.autograd.grad(value, leaves, create_graph=create_graph, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
 
 
 def _positive(tensor: Tensor) -> Tensor:
+    """Returns the absolute values in float64; tensors of integers are returned unchanged."""
     return tensor.detach().to(torch.float64).abs() if tensor.is_floating_point() else tensor.detach()
 
 
 def _finite(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns `scores` as they are, or raises ValueError if one is not finite."""
     for name, tensor in scores.items():
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise ValueError(
-                f"Probe: what was measured at {name} is not finite: its weights, or the activations that reach it, are "
-                "too large; look at how the model is initialised"
+                f"Probe: the result for {name} is not finite: its weights, or the activations that reach it, are too "
+                "large; check how the model is initialised"
             )
     return scores

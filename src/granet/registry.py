@@ -5,7 +5,7 @@ A plugin is a module that registers something when it is imported. Plugins are f
 
 - the entry point group `granet` of an installed package, each entry of which names a module,
 - the environment variable `GRANET_PLUGINS`, names of modules or paths of Python files (`./mine.py`) separated by
-  commas, for scripts that are no package.
+  commas, for scripts that do not belong to a package.
 """
 
 import os
@@ -35,12 +35,12 @@ class PluginError(ValueError):
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping from names to things of one kind, in the order in which they were added.
+    """A mapping from names to entries of one kind, in the order in which they were added.
 
     Args:
-        kind: what the things are, in one word, for messages.
-        home: the module that adds the built-in things when it is imported.
-        check: called with the name and the thing before it is added; raises ValueError or TypeError to reject it.
+        kind: one word for the entries in messages, "method" for example.
+        home: the module that adds the built-in entries when it is imported.
+        check: called with the name and the entry before it is added; raises ValueError or TypeError to reject it.
 
     >>> fruits = Registry("fruit", home="granet.registry")
     >>> @fruits.add("apple")
@@ -57,14 +57,14 @@ class Registry(Mapping[str, T], Generic[T]):
         self._places: dict[str, tuple[str, str] | None] = {}  # where each entry is defined
 
     def add(self, name: str, *, defined_by: object = None) -> Callable[[Added], Added]:
-        """Returns a decorator that adds what it decorates under `name`, and gives it back as it is.
+        """Returns a decorator that adds a class or function under `name` and returns it unchanged.
 
         A class or function that is defined again in the same place, as in a notebook cell that is run twice,
         replaces the earlier one.
 
         Args:
-            name: in lower case.
-            defined_by: the class or function that stands for the thing where it is neither itself.
+            name: the name of the entry, in lower case.
+            defined_by: a class or function whose definition identifies an entry that is neither.
 
         Raises:
             ValueError: `name` is not a usable name, or is taken already.
@@ -89,7 +89,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Takes away, at the end of the `with` block, what was added in it; for tests."""
+        """Removes, at the end of the `with` block, the entries that were added in it; for tests."""
         before = dict(self._filled()), dict(self._places)
         try:
             yield
@@ -97,6 +97,7 @@ class Registry(Mapping[str, T], Generic[T]):
             self._entries, self._places = before
 
     def _filled(self) -> dict[str, T]:
+        """Returns all entries, after the built-in ones and those of plugins were added."""
         import_module(self._home)
         load_plugins()
         return self._entries
@@ -122,7 +123,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 class UnknownNameError(KeyError, ValueError):
-    """A name that is not registered; the message lists the names there are and suggests the nearest."""
+    """A name that is not registered; the message lists the registered names and suggests the nearest."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -132,21 +133,21 @@ ALLOWED = set("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 
 
 def _place(thing: object) -> tuple[str, str] | None:
-    """Returns the module and the qualified name of a class or function, None for anything else."""
+    """Returns the module and the qualified name of a class or function, or None for anything else."""
     name = getattr(thing, "__qualname__", None)
     return None if name is None else (getattr(thing, "__module__", ""), name)
 
 
 _lock = threading.RLock()
-_state: dict[str, str | bool] = {}  # "done" once plugins were imported (or are being imported), "failed" with the error
+_state: dict[str, str | bool] = {}  # "done": the import of plugins has begun; "failed": the message of its error
 
 
 def load_plugins() -> None:
     """Imports all plugins, once; does nothing afterwards, nor when a plugin itself reads a registry.
 
     Raises:
-        PluginError: a plugin cannot be imported. It is raised again at each call: nothing of granet's command line
-            works with half of what was asked for.
+        PluginError: a plugin cannot be imported. It is raised again at each call, so that no command runs with only
+            some of the plugins.
     """
     with _lock:
         if "failed" in _state:
@@ -163,10 +164,10 @@ def load_plugins() -> None:
 
 
 def _plugins() -> Iterator[tuple[str, str]]:
-    """Yields the modules to import, each with the place that lists it."""
+    """Yields the modules to import, each with a description of where it is listed."""
     for entry in entry_points(group=GROUP):
-        of = f" of the package {entry.dist.name}" if entry.dist is not None else ""
-        yield entry.module, f"the entry point {GROUP}.{entry.name}{of}"
+        package = f" of the package {entry.dist.name}" if entry.dist is not None else ""
+        yield entry.module, f"the entry point {GROUP}.{entry.name}{package}"
     for module in os.environ.get(VARIABLE, "").split(","):
         if module.strip():
             yield module.strip(), f"the environment variable {VARIABLE}"
@@ -180,7 +181,7 @@ def _import(plugin: str) -> None:
     path = Path(plugin).expanduser().resolve()
     spec = spec_from_file_location(path.stem, path)
     if path.stem in sys.modules or spec is None or spec.loader is None:
-        raise ImportError(f"a module named {path.stem!r} is imported already: rename the file")
+        raise ImportError(f"another module named {path.stem!r} is imported already: rename the file")
     module = sys.modules[path.stem] = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -190,6 +191,7 @@ def _import(plugin: str) -> None:
 
 
 def _reason(error: Exception) -> str:
+    """Returns the text of an error in importing a plugin; if a module is missing, it says where modules are found."""
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if isinstance(error, ModuleNotFoundError):
         reason += f" (a module must be installed or on PYTHONPATH; {VARIABLE} also takes a path such as ./mine.py)"

@@ -2,18 +2,18 @@
 
 By default the weights of linear, convolution, recurrent and attention layers are sparse; biases, norms, embeddings and
 parameters that a module defines for itself stay dense, and so does what is frozen while other parameters are trained:
-it could not adapt. `only` and `skip` are filters, or lists of them:
+its other weights could not adapt. `only` and `skip` are filters, or lists of them:
 
 - `"linear"`, `"conv"`, `"attention"`, `"recurrent"`, `"embedding"`, `"norm"`: the weights of modules of that kind;
 - a parameter's or a module's exact name, `"head.weight"` or `"head"`;
-- a pattern with wildcards, `"layer1.*"`, which matches among those that are sparse by default, and if none of them
-  fits, among the matrices that modules define for themselves (`"experts.*"`, a ParameterList) or that are frozen;
+- a pattern with wildcards, `"layer1.*"`, which matches parameters that are sparse by default. If it matches none of
+  them, it matches the matrices that modules define for themselves (`"experts.*"`, a ParameterList) or that are frozen;
 - a module class, `torch.nn.Conv1d`;
-- a function of `(name, module, parameter)` that says yes or no.
+- a function of `(name, module, parameter)` that returns True or False.
 
-A kind, an exact parameter name or a class in `only` also brings in what would stay dense by default.
+A kind, an exact parameter name or a class in `only` also includes parameters that would stay dense by default.
 
-With a pattern (`granet.pattern`), a sparse weight must have a shape that can obey it; `unfit` gives the filters that
+With a pattern (`granet.pattern`), a sparse weight must have a shape that can obey it; `unfit` returns the filters that
 leave the others dense. Under "channel" the last layer stays dense, because its outputs are the network's.
 """
 
@@ -36,14 +36,14 @@ from granet.text import columns
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided about one parameter.
+    """The decision whether one parameter is sparse.
 
     Attributes:
         name: the name in `model.named_parameters()`.
-        aliases: the other names of the same parameter, where it is tied or its module is shared.
+        aliases: the other names of the same parameter, if it is tied or its module is shared.
         parameter: the parameter itself.
-        sparse: whether it takes part.
-        reason: why, in a few words.
+        sparse: whether it is sparse.
+        reason: the reason for the decision, in a few words.
     """
 
     name: str
@@ -59,12 +59,12 @@ def select(
     skip: Filters = (),
     pattern: Pattern | str | None = None,
 ) -> list[Choice]:
-    """Returns a choice for every parameter of `model`, as `named_parameters()` orders them; a tied one comes once.
+    """Returns a choice for every parameter of `model`, in the order of `named_parameters()`; a tied one appears once.
 
     Raises:
-        TypeError: `only` or `skip` is no filter.
-        ValueError: a filter matches nothing, a parameter has no shape yet, no parameter is sparse at all, or one that
-            is cannot obey the pattern, has sparse gradients, or is what torch's pruning makes a weight of.
+        TypeError: `only` or `skip` is not a filter.
+        ValueError: a filter matches nothing, a parameter has no shape yet, no parameter is sparse at all, or a sparse
+            parameter cannot obey the pattern, has sparse gradients, or belongs to a weight that torch's pruning masks.
     """
     wanted, unwanted = listed("only", only), listed("skip", skip)
     owners = _owners(model)
@@ -85,25 +85,32 @@ def select(
             if id(one) not in used:
                 known = [name for names in owners.values() for name, *_ in names]
                 near = nearest(one, [*known, *KINDS], 3)
-                hint = f"; near it: {', '.join(near)}" if near else f"; kinds: {', '.join(KINDS)}"
+                hint = f"; the nearest names are: {', '.join(near)}" if near else f"; the kinds are: {', '.join(KINDS)}"
                 raise ValueError(f"{kind}={one!r} matches no parameter of the model{hint}")
     choices = _obeying(choices, parse(pattern))
     if not any(choice.sparse for choice in choices):
         reasons = dict.fromkeys(choice.reason for choice in choices if choice.parameter.ndim > 1)
-        because = f": {'; '.join(list(reasons)[:4])}" if reasons else ": it has no matrices"
+        because = f": {'; '.join(list(reasons)[:4])}" if reasons else ": the model has no matrices"
         raise ValueError(f"no parameter of {type(model).__name__} is sparse with only={only!r}, skip={skip!r}{because}")
     return choices
 
 
 def _obeying(choices: list[Choice], pattern: Pattern) -> list[Choice]:
-    """Returns the choices with the last layer dense where the pattern spares it; rejects weights that cannot obey."""
+    """Returns the choices after the pattern is applied: if it spares the last layer, that layer is dense.
+
+    Raises:
+        ValueError: a sparse weight cannot obey the pattern.
+    """
     last = [choice for choice in choices if choice.sparse][-1:] if pattern.spares_last else []
     if last and last[0].reason != f"only={last[0].name!r}":
         reason = f"the last layer's {pattern.unit} are the network's outputs; name it in only= to prune them"
         choices = [replace(choice, sparse=False, reason=reason) if choice is last[0] else choice for choice in choices]
     for choice in choices:
         if choice.sparse and str(pattern) != "unstructured" and shards.is_sharded(choice.parameter):
-            raise ValueError(f"{choice.name!r} is sharded: only pattern 'unstructured' is there for sharded parameters")
+            raise ValueError(
+                f"{choice.name!r} is sharded, and sharded parameters allow only the pattern 'unstructured', "
+                f"not {pattern}: leave it dense with skip={choice.name!r}, or choose that pattern"
+            )
         why = pattern.misfit(tuple(choice.parameter.shape)) if choice.sparse else None
         if why:
             raise ValueError(
@@ -115,7 +122,7 @@ def _obeying(choices: list[Choice], pattern: Pattern) -> list[Choice]:
 
 @dataclass(frozen=True)
 class _Unfit:
-    """The filter of the weights whose shapes cannot obey a pattern."""
+    """The filter that matches the weights whose shapes cannot obey a pattern."""
 
     pattern: Pattern
     names: tuple[str, ...]
@@ -133,7 +140,7 @@ def unfit(
     only: Filters = None,
     skip: Filters = (),
 ) -> tuple[Filter, ...]:
-    """The filters, to be added to `skip`, that leave dense what cannot obey `pattern`; none where everything can.
+    """Returns filters for `skip` that leave dense the weights that cannot obey `pattern`; none if all can obey it.
 
     >>> model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
     >>> [choice.sparse for choice in select(model, skip=unfit(model, "2:4"), pattern="2:4")]
@@ -146,19 +153,20 @@ def unfit(
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, nn.Parameter]]]:
-    """Returns, for each parameter, all its names with the module that holds it under that name."""
+    """Returns, by the id of each parameter, all its names, each with the module that holds it under that name."""
     owners: dict[int, list[tuple[str, nn.Module, nn.Parameter]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{path}.{leaf}" if path else leaf
             if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise ValueError(f"{name} has no shape yet: run the model once before it is made sparse")
+                raise ValueError(f"{name} has no shape yet: run the model on an input once before you make it sparse")
             owners.setdefault(id(parameter), []).append((name, module, parameter))
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {key: sorted(owners[key], key=lambda entry, key=key: entry[0] != first[key]) for key in first}
 
 
 def _choose(names, default: Default, wanted, unwanted, wide, used) -> Choice:
+    """Returns the choice for one parameter, given all its names, its default, and the filters of `only` and `skip`."""
     name, module, parameter = names[0]
     aliases = tuple(dict.fromkeys(alias for alias, *_ in names[1:] if alias != name))
 
@@ -173,11 +181,11 @@ def _choose(names, default: Default, wanted, unwanted, wide, used) -> Choice:
     if not parameter.is_floating_point():
         return say(False, f"{parameter.dtype} is not a real floating-point type")
     if not parameter.numel():
-        return say(False, "it has no weights")
+        return say(False, "it is empty")
     if left_out:
         return say(False, f"skip={left_out[0]!r}")
     if wanted is None:
-        refuse_pruned(name, module)  # also where it is dense by default: another weight would be sparse than was meant
+        refuse_pruned(name, module)  # also if it is dense by default, because then another weight becomes sparse
         return say(default.sparse, default.reason)
     frozen = ", frozen" if default.reason.startswith("frozen") else ""
     return say(True, f"only={asked_for[0]!r}{frozen}") if asked_for else say(False, "not in only=")
@@ -190,11 +198,11 @@ class PlanRow:
     Attributes:
         name: the name in `model.named_parameters()`.
         shape: the shape of the weight.
-        sparse: whether it takes part.
-        reason: why, in a few words.
+        sparse: whether it is sparse.
+        reason: the reason for that, in a few words.
         initial: the budget before training, in units of the pattern: weights, blocks or channels.
-        final: the budget after training. Either is None where layers compete for it or the network decides.
-        units: how many units there are.
+        final: the budget after training. Both budgets are None if layers compete for them or the network decides.
+        units: the number of units, active or not.
     """
 
     name: str
@@ -210,24 +218,24 @@ class PlanRow:
 class Plan:
     """What a method will do to a model. `str(plan)` is a table, `plan.rows` the data behind it.
 
-    Budgets are in units of the pattern: weights, or blocks, or channels. In the table, "global" is a budget that layers
-    compete for, and "found" one that nothing asks for: it is what the network has, or gets by training.
+    Budgets are in units of the pattern: weights, blocks or channels. In the table, "global" means that layers compete
+    for a common budget, and "found" that no budget is set: the number is what the network has, or gets by training.
     """
 
     method: Method
     rows: tuple[PlanRow, ...]
-    initial_active: int | None  # None where the network decides
+    initial_active: int | None  # None if the network decides
     final_active: int | None
     pattern: Pattern
 
     @property
     def sparse_total(self) -> int:
-        """The number of weights that take part, active or not."""
+        """The number of weights in sparse parameters, active or not."""
         return sum(prod(row.shape) for row in self.rows if row.sparse)
 
     @property
     def sparse_units(self) -> int:
-        """The number of units that take part, active or not."""
+        """The number of units in sparse parameters, active or not."""
         return sum(row.units for row in self.rows if row.sparse)
 
     def __str__(self) -> str:
@@ -250,9 +258,10 @@ class Plan:
         return f"{self.method!r}" + f", pattern {self.pattern}" * bool(self.pattern.order) + f"\n\n{table}"
 
     @staticmethod
-    def _budget(row: PlanRow, count: int | None, whole: int | None) -> str:
+    def _budget(row: PlanRow, count: int | None, total: int | None) -> str:
+        """Returns the text of one budget of a row; `total` is that of all layers together."""
         if row.sparse and count is None:
-            return "found" if whole is None else "global"
+            return "found" if total is None else "global"
         return _share(count, row.units)
 
 
@@ -264,13 +273,14 @@ def plan(
     Args:
         model: the model; nothing in it changes.
         method: the method with its hyper-parameters.
-        only: filters of what is sparse; see this module.
-        skip: filters of what stays dense.
-        pattern: what every mask obeys; see `granet.pattern`.
+        only: filters that match the sparse parameters; see `granet.selection`.
+        skip: filters that match parameters to leave dense.
+        pattern: the pattern that every mask obeys; see `granet.pattern`.
 
     Raises:
-        TypeError: something of another kind is given than is needed.
-        ValueError: as `select`, the sparsity leaves a layer without any weight, or the method cannot obey the pattern.
+        TypeError: an argument has the wrong type.
+        ValueError: as for `select`; or the sparsity leaves a layer without any weight, or the method cannot obey the
+            pattern.
 
     >>> import granet, torch
     >>> print(granet.plan(torch.nn.Sequential(torch.nn.Linear(8, 4)), granet.Static(sparsity=0.75)))
@@ -306,23 +316,32 @@ def plan(
 
 
 def refuse(method: Method, pattern: Pattern, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError if the method cannot obey the pattern, or a shared budget leaves a layer empty."""
+    """Reject a method that cannot obey the pattern, or whose common budget leaves a layer empty.
+
+    Args:
+        method: the method with its hyper-parameters.
+        pattern: the pattern that every mask obeys.
+        shapes: the shape of every sparse parameter, in units of the pattern.
+
+    Raises:
+        ValueError: says which of the two it is, and what to change.
+    """
     pattern.refuse(method, shapes)
     final = method.final_counts(shapes)
     if isinstance(final, int) and final < len(shapes):
         raise ValueError(
-            f"{method!r} leaves {final} active {pattern.unit} for {len(shapes)} layers, and each needs one: choose a "
-            "lower sparsity, or leave layers dense with skip="
+            f"{method!r} leaves {final} active {pattern.unit} for {len(shapes)} layers, but each layer needs at least "
+            "one: choose a lower sparsity, or leave layers dense with skip="
         )
 
 
 def units_of(choices: Iterable[Choice], pattern: Pattern) -> dict[str, tuple[int, ...]]:
-    """The shape of every sparse parameter in units of the pattern."""
+    """Returns the shape of every sparse parameter in units of the pattern."""
     return {choice.name: pattern.shape(tuple(choice.parameter.shape)) for choice in choices if choice.sparse}
 
 
 def layers_of(choices: Iterable[Choice], gradients: Mapping[str, torch.Tensor] | None = None) -> dict[str, Layer]:
-    """The sparse parameters as layers, with the gradients of that name where there are any."""
+    """Returns the sparse parameters as layers, each with the gradient of the same name, if there is one."""
     gradients = gradients or {}
     return {
         choice.name: Layer(choice.parameter.detach(), gradients.get(choice.name)) for choice in choices if choice.sparse
@@ -330,4 +349,5 @@ def layers_of(choices: Iterable[Choice], gradients: Mapping[str, torch.Tensor] |
 
 
 def _share(count: int | None, size: int) -> str:
+    """Returns a count with its share of `size` in percent, or "dense" for None."""
     return "dense" if count is None else f"{count:,} {count / size:6.1%}"

@@ -71,9 +71,9 @@ def lightning(problem, shard, folder):
         resumed, _ = fit(folder / "saved", max_epochs=2)
         assert resumed.step == uncut.step == problem.steps and resumed.version == uncut.version
         for name, mask in uncut.masks.items():
-            assert torch.equal(whole(mask), whole(resumed.masks[name]))
+            assert torch.equal(unsharded(mask), unsharded(resumed.masks[name]))
         for mine, theirs in zip(resumed.model.parameters(), uncut.model.parameters(), strict=True):
-            assert torch.equal(whole(mine), whole(theirs))
+            assert torch.equal(unsharded(mine), unsharded(theirs))
     return sparsifier
 
 
@@ -177,7 +177,7 @@ def timm(problem, shard, folder):
     return sparsifier
 
 
-def whole(tensor):
+def unsharded(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -187,8 +187,8 @@ if __name__ == "__main__":
     for run in sys.argv[1:-1]:
         stack, way = run.split("-")
         sparsifier = globals()[stack](Problem(torch.float64), way == "fsdp2", folder)
-        weights = {name: whole(p.detach()) for name, p in sparsifier.model.named_parameters()}
-        masks = {name: whole(mask) for name, mask in sparsifier.masks.items()}
+        weights = {name: unsharded(p.detach()) for name, p in sparsifier.model.named_parameters()}
+        masks = {name: unsharded(mask) for name, mask in sparsifier.masks.items()}
         shards = sum(hasattr(p, "full_tensor") for p in sparsifier.model.parameters())
         found = {"masks": masks, "weights": weights, "step": sparsifier.step, "shards": shards}
         torch.save(found, folder / f"{run}-{torch.distributed.get_rank()}.pt")

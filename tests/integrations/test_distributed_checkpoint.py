@@ -54,12 +54,12 @@ class Run:
         assert self.sparsifier.version == other.sparsifier.version
         assert self.sparsifier.exploration == other.sparsifier.exploration
         for name, mask in self.sparsifier.masks.items():
-            assert torch.equal(whole(mask), whole(other.sparsifier.masks[name])), (self.name, name)
+            assert torch.equal(unsharded(mask), unsharded(other.sparsifier.masks[name])), (self.name, name)
         for a, b in zip(self.model.parameters(), other.model.parameters(), strict=True):
-            torch.testing.assert_close(whole(a.detach()), whole(b.detach()), rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(unsharded(a.detach()), unsharded(b.detach()), rtol=1e-9, atol=1e-11)
 
 
-def whole(tensor):
+def unsharded(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -93,7 +93,7 @@ def write(rank, world, folder):
             for part in ("masks", "ever", "gradients", "memory"):
                 expected, found = alone.sparsifier.state_dict()[part], one.sparsifier.state_dict()[part]
                 assert expected.keys() == found.keys()
-                assert all(torch.equal(whole(found[key]), value) for key, value in expected.items())
+                assert all(torch.equal(unsharded(found[key]), value) for key, value in expected.items())
         assert type(back.sparsifier.masks["0.weight"]) is torch.Tensor
     leave()
 

@@ -114,7 +114,7 @@ def test_gradients_of_half_precision_are_averaged_in_float32():
         ({"growth": "gradeint"}, "did you mean 'gradient'"),
         ({"accumulate": 9}, "accumulate=9 is more than the interval=8"),
         ({"accumulate": 0}, "accumulate=0 is not a positive"),
-        ({"accumulate": 2, "growth": "random"}, "accumulate=2 belongs to"),
+        ({"accumulate": 2, "growth": "random"}, "accumulate=2 requires growth="),
     ],
 )
 def test_nonsense_is_refused(name, more, message):

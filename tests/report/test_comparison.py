@@ -32,7 +32,7 @@ def run(label, method="granet", accuracy=0.5, finished=True, **changes):
     return RunData(Path(label), recipe, {}, (), summary if finished else None)
 
 
-def of(*runs):
+def by_name(*runs):
     return {run.name: run for run in runs}
 
 
@@ -41,34 +41,34 @@ def of(*runs):
     [("data_name", "fashion-mnist"), ("data_validation", 0.2), ("model_name", "mlp"), ("train_epochs", 3)],
 )
 def test_another_task_is_another_group(key, value):
-    runs = of(run("a"), run("b", **{key: value}), run("twin", "dense"))
+    runs = by_name(run("a"), run("b", **{key: value}), run("twin", "dense"))
     assert [list(group) for group in comparison.groups(runs)] == [["a", "twin"], ["b"]]
     assert comparison.pair(comparison.groups(runs)[1]) == ("b", None)
 
 
 def test_what_differs_is_named_and_the_method_is_no_difference():
-    group = of(run("a"), run("b", "rigl", train_lr=0.5, seed=3), run("c", "dense", train_log="3it"))
+    group = by_name(run("a"), run("b", "rigl", train_lr=0.5, seed=3), run("c", "dense", train_log="3it"))
     differs = comparison.differences(group)
     lr = group["a"].settings["train"]["lr"]
     assert differs == {"a": f"lr {lr}, seed 0", "b": "lr 0.5, seed 3", "c": f"lr {lr}, seed 0"}
-    assert not any(comparison.differences(of(run("a"), run("c", "dense"))).values())
+    assert not any(comparison.differences(by_name(run("a"), run("c", "dense"))).values())
 
 
 def test_a_headline_compares_twins_and_no_others():
-    assert comparison.pair(of(run("d", "dense"), run("a"))) == ("a", "d")
-    assert comparison.pair(of(run("a", seed=1), run("b"), run("d", "dense"))) == ("b", "d")
-    assert comparison.pair(of(run("a", seed=1), run("d", "dense"))) == ("a", "d")
-    assert comparison.pair(of(run("a"), run("d", "dense", train_lr=0.5))) == ("a", None)
-    assert comparison.pair(of(run("d", "dense"))) == ("d", None)
-    assert comparison.pair(of(run("a", finished=False))) == (None, None)
+    assert comparison.pair(by_name(run("d", "dense"), run("a"))) == ("a", "d")
+    assert comparison.pair(by_name(run("a", seed=1), run("b"), run("d", "dense"))) == ("b", "d")
+    assert comparison.pair(by_name(run("a", seed=1), run("d", "dense"))) == ("a", "d")
+    assert comparison.pair(by_name(run("a"), run("d", "dense", train_lr=0.5))) == ("a", None)
+    assert comparison.pair(by_name(run("d", "dense"))) == ("d", None)
+    assert comparison.pair(by_name(run("a", finished=False))) == (None, None)
 
 
 def test_a_headline_is_about_the_run_that_is_asked_for(tmp_path):
     levels = [run("dense", "dense"), run("level1", accuracy=0.6), run("level2", accuracy=0.7)]
-    assert comparison.pair(of(*levels)) == ("level1", "dense")
-    assert comparison.pair(of(*levels), "level2") == ("level2", "dense")
-    assert comparison.pair(of(*levels), "dense") == ("dense", None)
-    assert comparison.pair(of(*levels), "of another group") == ("level1", "dense")
+    assert comparison.pair(by_name(*levels)) == ("level1", "dense")
+    assert comparison.pair(by_name(*levels), "level2") == ("level2", "dense")
+    assert comparison.pair(by_name(*levels), "dense") == ("dense", None)
+    assert comparison.pair(by_name(*levels), "of another group") == ("level1", "dense")
     text = write_report(levels, tmp_path / "page.html", subject="level2").read_text()
     assert "<b>level2</b>" in text and "+20.00 points to dense" in text and "<b>level1</b>" not in text
 
@@ -76,7 +76,7 @@ def test_a_headline_is_about_the_run_that_is_asked_for(tmp_path):
 def test_runs_of_other_budgets_are_marked():
     longer = run("longer", seed=1)
     longer.summary["steps"] = 1200
-    differs = comparison.differences(of(run("a"), longer, run("unfinished", finished=False)))
+    differs = comparison.differences(by_name(run("a"), longer, run("unfinished", finished=False)))
     assert differs == {"a": "seed 0, 20 steps", "longer": "seed 1, 1,200 steps", "unfinished": "seed 0"}
 
 

@@ -32,7 +32,7 @@ def read(kind: type[T], words: list[str], *, prog: str, description: str, also: 
         also: further options of the command, which it has read by itself; they are named where they are nearest.
 
     Raises:
-        UsageError: an option that there is not (the message names the nearest one), or a value that does not fit.
+        UsageError: an unknown option (the message names the nearest one), or a value that does not fit.
         ValidationError: a pydantic model among the fields refuses its values.
         SystemExit: the words ask for help, which is printed.
     """
@@ -64,7 +64,7 @@ def options(kind: type) -> list[str]:
 
 
 def unknown(flag: str, known: Iterable[str], prog: str) -> UsageError:
-    """The error for an option that there is not: names the one that is spelt most like it."""
+    """Returns the error for an unknown option; it names the known option whose spelling is nearest."""
     known = list(known)
     name = flag.rpartition(".")[2].lstrip("-")
     same = [one for one in known if one.rpartition(".")[2].lstrip("-") == name]

@@ -1,7 +1,8 @@
-"""What a method is: a frozen value with the paper's hyper-parameters, asked at given moments for masks.
+"""The base class of methods, and what several methods share.
 
-A method keeps no state and touches no tensor that it is given: `init` and `update` return new masks, the `Sparsifier`
-applies them. Steps are optimizer steps, counted from 1.
+A method is a frozen value: a paper's hyper-parameters, and functions that choose masks. It keeps no state and changes
+none of its arguments: `init` and `update` return new masks, and the `Sparsifier` applies them. Steps are optimizer
+steps, counted from 1.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-_NEEDED: dict[type, tuple[str, Callable[[object], bool]]] = {  # by annotation: what is needed, and whether it is given
+_NEEDED: dict[type, tuple[str, Callable[[object], bool]]] = {  # annotation -> the words for it, and a check of values
     float: ("a number", _is_number),
-    int: ("a number", _is_number),  # whether it is whole is looked at with its value
+    int: ("a number", _is_number),  # whether it is whole is checked together with its range
     str: ("a text", lambda value: isinstance(value, str)),
     bool: ("True or False", lambda value: isinstance(value, bool)),
     NoneType: ("None", lambda value: value is None),
@@ -42,7 +43,7 @@ _NEEDED: dict[type, tuple[str, Callable[[object], bool]]] = {  # by annotation: 
 
 @cache
 def _types(kind: type) -> dict[str, tuple[type, ...]]:
-    """The types that each field of a method may have; none of a field whose annotation cannot be read."""
+    """Returns the types that each field of a method may have; an empty dict if an annotation cannot be resolved."""
     try:
         hints = get_type_hints(kind)
     except NameError:
@@ -55,18 +56,18 @@ def _types(kind: type) -> dict[str, tuple[type, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to choose which weights are active, from its paper.
+    """A way to choose which weights are active, with the hyper-parameters of its paper.
 
-    Class attributes say what a method needs, so that nobody has to ask for its name:
+    Class attributes say what a method needs, so that other code never has to check for a particular method:
 
-    - `needs_dense_grad`: its updates look at the gradient of inactive weights too; hyper-parameters may decide it.
-    - `needs_grad`: they look at the gradient of active weights at least.
-    - `replaces_step`: the optimizer does not step where the topology is updated.
-    - `needs_probe`: its `init` looks at gradients on a few batches, `init(layers, rng, probe)`.
-    - `remembers`: its `update` is given a dict of tensors that lasts from one to the next, `update(..., memory)`.
-    - `drifts`: it moves active weights itself after the optimizer's step; see `drift`.
-    - `reparameterizes`: the network computes with effective weights, made of those that are trained; see `effective`.
-    - `decays`: it penalises the weights itself (`penalty`), so that an optimizer should not decay the sparse ones too.
+    - `needs_dense_grad`: updates use the gradients of inactive weights too; this may depend on hyper-parameters.
+    - `needs_grad`: updates use at least the gradients of active weights.
+    - `replaces_step`: at a topology update, the optimizer does not step.
+    - `needs_probe`: `init` measures the network on a few batches by a `granet.Probe`: `init(layers, rng, probe)`.
+    - `remembers`: `update` has a dict of tensors that lasts from one update to the next: `update(..., memory)`.
+    - `drifts`: the method itself moves active weights after the optimizer's step; see `drift`.
+    - `reparameterizes`: the network computes with effective weights, made from the trained ones; see `effective`.
+    - `decays`: the method penalises weights itself (`penalty`), so the optimizer should not decay the sparse ones too.
     """
 
     needs_dense_grad: ClassVar[bool] = False
@@ -77,40 +78,42 @@ class Method:
     reparameterizes: ClassVar[bool] = False
     decays: ClassVar[bool] = False
 
-    def __new__(cls, *given, **fields):
-        """Refuse settings of the wrong type, by the annotations of the fields, before their values are looked at."""
+    def __new__(cls, *unnamed, **fields):
+        """Reject settings of the wrong type, by the annotations of the fields, before their values are checked."""
         kind = cls.__name__
-        if given:
+        if unnamed:
             names = ", ".join(list(_types(cls))[:2])
-            raise TypeError(f"{kind} takes its settings by name ({names}, ...), and {described(given[0])} has none")
+            raise TypeError(f"{kind} takes its settings by name ({names}, ...), and {described(unnamed[0])} has none")
         for name, value in fields.items():
             allowed = _types(cls).get(name, ())
-            right = [_NEEDED[one][1](value) for one in allowed if one in _NEEDED]
-            if right and not any(right):
+            fits = [_NEEDED[one][1](value) for one in allowed if one in _NEEDED]
+            if fits and not any(fits):
                 needed = " or ".join(_NEEDED[one][0] for one in allowed if one in _NEEDED)
                 raise TypeError(f"{kind}: {name} is {described(value)}, and {needed} is needed")
         return super().__new__(cls)
 
     def initial_counts(self, shapes: distribution.Shapes) -> dict[str, int] | int | None:
-        """The number of active weights of each layer before training.
+        """Returns the number of active weights of each layer before training.
 
-        One number in total where the layers compete for them, None where the network decides it.
+        It is one number in total if the layers compete for them, and None if the network decides it.
         """
         return distribution.uniform(shapes, 1.0)
 
     def final_counts(self, shapes: distribution.Shapes) -> dict[str, int] | int | None:
-        """The same after training."""
+        """Returns the number of active weights after training, in the same form as `initial_counts`."""
         return self.initial_counts(shapes)
 
     def init(self, layers: Mapping[str, Layer], rng: torch.Generator) -> dict[str, Tensor]:
-        """The masks to start from: `initial_counts` at random places."""
+        """Returns the initial masks: `initial_counts` active weights at random places, unless a method differs."""
         shapes = topology.shapes_of(layers)
         return topology.random_masks(self.initial_counts(shapes), shapes, rng)
 
     def gradient_mix(self, step: int) -> tuple[float, float] | None:
-        """How the dense gradient of `step` is taken in: `kept = keep * kept + add * grad`, as `(keep, add)`.
+        """Returns the factors `(keep, add)` by which the dense gradient of `step` is added to the kept one.
 
-        None where nobody looks at it. What is kept when an update comes is the layers' `grad` there.
+        The new kept gradient is `keep * kept + add * grad`; an update reads it as the `grad` of its layers. None means
+        that no update uses the gradient of this step, and nothing is kept. `(0.0, 1.0)` keeps the gradient of this step
+        alone, and `(0.9, 0.1)` an exponential mean.
         """
         return (0.0, 1.0) if self.needs_grad and self.is_update(step) else None
 
@@ -127,44 +130,62 @@ class Method:
         lr: Mapping[str, float],
         memory: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """What is added to the active weights after optimizer step `step`, for methods that say `drifts`."""
+        """Returns what is added to the weights after optimizer step `step`, by layer, for methods that set `drifts`.
+
+        Args:
+            step: the number of the step.
+            layers: the sparse parameters.
+            masks: the current masks. Changes of inactive weights are ignored.
+            rng: the random generator of the topology.
+            lr: the learning rate of each layer at this step.
+            memory: the dict of tensors that lasts from step to step, and that `update` has as well.
+        """
         return {}
 
     def companions(self, layers: Mapping[str, Layer], masks: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """What each effective weight is made of beside the weight, for methods that say `reparameterizes`.
+        """Returns further tensors that each effective weight is made from, by layer and name.
 
-        A floating-point tensor is learned from there on. A bool tensor is a set of places of the weight's shape, asked
-        for anew with new masks; `trained` is by its name the set that gradients reach.
+        This is for methods that set `reparameterizes`; `effective` takes the tensors as keyword arguments. A
+        floating-point tensor is a new parameter, trained with the model. A bool tensor has the shape of the weight and
+        is a set of entries; it is computed again whenever the masks change. The set named `trained` contains the
+        weights that receive gradients.
         """
         return {}
 
     def effective(self, weight: Tensor, **companions: Tensor) -> Tensor:
-        """What the network computes with in place of `weight`; gradients flow back through it."""
+        """Returns the tensor that the network uses in place of `weight`; gradients flow back through it."""
         return weight
 
     def penalty(self, weight: Tensor, **companions: Tensor) -> Tensor | None:
-        """What is added to the gradient of `weight` before a step, for methods that say `decays`."""
+        """Returns what is added to the gradient of `weight` before a step, for methods that set `decays`."""
         return None
 
     def is_update(self, step: int) -> bool:
-        """Whether the masks change after optimizer step `step`."""
+        """Returns whether the masks change after optimizer step `step`."""
         return False
 
     def update(
         self, step: int, layers: Mapping[str, Layer], masks: Mapping[str, Tensor], rng: torch.Generator
     ) -> dict[str, Tensor]:
-        """The masks after optimizer step `step`, from the weights after it and the dense gradients of it."""
+        """Returns the masks after optimizer step `step`.
+
+        Args:
+            step: the number of the step.
+            layers: the sparse parameters after the step, with the gradients kept as `gradient_mix` says.
+            masks: the masks before the update.
+            rng: the random generator of the topology.
+        """
         return dict(masks)
 
     def sparsity_at(self, step: int) -> float | None:
-        """The sparsity that the schedule asks for at `step`; a network has it from the last update up to then.
+        """Returns the sparsity that the schedule sets at `step`; the network reaches it at the latest update before.
 
-        None where nothing asks for it: it is an outcome of training, or of what the network was before.
+        None means that no sparsity is set: it results from training, or from the masks that the network had before.
         """
         return 0.0
 
     def regeneration_at(self, step: int) -> float:
-        """The share of its active weights that a layer exchanges in an update at `step`."""
+        """Returns the share of its active weights that each layer exchanges in an update at `step`."""
         return 0.0
 
 
@@ -185,7 +206,7 @@ METHODS: Registry[type[Method]] = Registry("method", home="granet.methods", chec
 
 @dataclass(frozen=True, kw_only=True)
 class AtInitialization(Method):
-    """What methods share that choose the topology of the whole network before training, from a probe, and keep it."""
+    """The base of methods that choose the masks of all layers before training, by a probe, and then keep them."""
 
     sparsity: float
 
@@ -200,7 +221,13 @@ class AtInitialization(Method):
     def pruned(
         self, layers: Mapping[str, Layer], scores: Callable[[dict[str, Tensor]], Mapping[str, Tensor]], rounds: int = 1
     ) -> dict[str, Tensor]:
-        """The masks of the highest scores: asked for anew in each round, whose densities fall exponentially."""
+        """Returns masks of the weights with the highest scores, pruned to the sparsity in `rounds` rounds.
+
+        Args:
+            layers: the sparse parameters.
+            scores: a function from the current masks to the scores of all weights; it is called in each round.
+            rounds: the number of rounds. The density falls by the same factor in each.
+        """
         masks = {name: layer.weight.new_ones(layer.shape, dtype=bool) for name, layer in layers.items()}
         for t in range(1, rounds + 1):
             scored = {name: criterion.Layer(score) for name, score in scores(masks).items()}
@@ -210,11 +237,11 @@ class AtInitialization(Method):
 
 
 class Grows:
-    """What methods share whose updates exchange weights; they come with the fields `growth`, `accumulate`, `interval`.
+    """The base of methods whose updates exchange weights; these have the fields `growth`, `accumulate` and `interval`.
 
-    `growth="gradient"` grows where the dense gradient is steepest, the mean over the `accumulate` steps up to the
-    update; `"momentum"` where the exponential mean of the dense gradients of all steps is; `"random"` anywhere, for
-    which no dense gradient is needed.
+    `growth="gradient"` grows the weights with the largest dense gradient, averaged over the last `accumulate` steps
+    up to the update. `"momentum"` grows those with the largest exponential mean of the dense gradients of all steps.
+    `"random"` grows weights at random places and needs no dense gradient.
     """
 
     @property
@@ -241,9 +268,9 @@ class Grows:
     def exchanged(
         self, masks: Mapping[str, Tensor], layers: Mapping[str, Layer], ratio: float, rng: torch.Generator
     ) -> dict[str, Tensor]:
-        """`masks` after a share `ratio` of each layer's active entries was dropped by magnitude and as many were grown.
+        """Returns `masks` after each layer dropped a share `ratio` of its active entries by magnitude and grew as many.
 
-        A layer without a gradient, frozen or in no path from the loss, keeps its mask where growth is by gradients.
+        If growth is by gradients, a layer without one (frozen, or not used by the loss) keeps its mask.
         """
         lose = criterion.magnitude
         if self.growth == "random":
@@ -262,7 +289,7 @@ GROWTHS = ("gradient", "momentum", "random")
 
 
 def require_growth(method: Method) -> None:
-    """Reject an unknown `growth`, and gradients gathered over more steps than lie between two updates."""
+    """Reject an unknown `growth`, and an `accumulate` of more steps than there are between two updates."""
     kind, growth, n = type(method).__name__, method.growth, method.accumulate
     if growth not in GROWTHS:
         raise ValueError(f"{kind}: {unknown('growth', growth, GROWTHS)}")
@@ -270,13 +297,13 @@ def require_growth(method: Method) -> None:
     if n > method.interval:
         raise ValueError(f"{kind}: accumulate={n} is more than the interval={method.interval} between two updates")
     if n > 1 and growth != "gradient":
-        raise ValueError(f'{kind}: accumulate={n} belongs to growth="gradient", not to {growth!r}')
+        raise ValueError(f'{kind}: accumulate={n} requires growth="gradient", not {growth!r}')
 
 
 def require(
     method: Method, *, sparsity: tuple[str, ...] = (), share: tuple[str, ...] = (), steps: tuple[str, ...] = ()
 ):
-    """Refuse hyper-parameters that mean nothing.
+    """Reject hyper-parameters outside their range.
 
     Args:
         method: the method that is being constructed.
@@ -285,13 +312,13 @@ def require(
         steps: names of fields that must be positive whole numbers.
 
     Raises:
-        ValueError: names the field, what was given and what is allowed.
+        ValueError: the message has the field, its value and what is allowed.
     """
     kind = type(method).__name__
     for name in sparsity:
         if not 0 <= getattr(method, name) < 1:
             raise ValueError(
-                f"{kind}: {name}={getattr(method, name)} is outside [0, 1): it is the share of inactive weights"
+                f"{kind}: {name}={getattr(method, name)} is outside [0, 1): it must be the share of inactive weights"
             )
     for name in share:
         if not 0 <= getattr(method, name) <= 1:
@@ -303,24 +330,26 @@ def require(
 
 
 def require_at_least(method: Method, least: float, *names: str) -> None:
-    """Refuse numbers below `least`, infinite ones and NaN."""
+    """Reject numbers below `least`, infinite ones and NaN."""
     for name in names:
         if not least <= getattr(method, name) < float("inf"):
             kind = type(method).__name__
-            raise ValueError(f"{kind}: {name}={getattr(method, name)}: a number from {least} up is needed")
+            raise ValueError(f"{kind}: {name}={getattr(method, name)} must be a finite number of at least {least}")
 
 
 def require_order(method: Method, *names: str) -> None:
-    """Refuse steps that do not follow one another: `begin <= end <= total`, say."""
+    """Reject steps that are not in ascending order, `begin <= end <= total` for example."""
     values = [getattr(method, name) for name in names]
     if any(isinstance(value, bool) or not isinstance(value, int) or value < 0 for value in values) or values != sorted(
         values
     ):
-        given = ", ".join(f"{name}={value!r}" for name, value in zip(names, values, strict=True))
-        raise ValueError(f"{type(method).__name__}: {given}: whole steps with 0 <= {' <= '.join(names)} are needed")
+        settings = ", ".join(f"{name}={value!r}" for name, value in zip(names, values, strict=True))
+        raise ValueError(
+            f"{type(method).__name__}: {settings} must be whole numbers of steps with 0 <= {' <= '.join(names)}"
+        )
 
 
 def require_scope(method: Method) -> None:
-    """Refuse a `scope` that is neither of the two there are."""
+    """Reject a `scope` other than "global" and "layerwise"."""
     if method.scope not in ("global", "layerwise"):
-        raise ValueError(f"{type(method).__name__}: scope={method.scope!r}: choose 'global' or 'layerwise'")
+        raise ValueError(f"{type(method).__name__}: scope={method.scope!r} must be 'global' or 'layerwise'")

@@ -289,8 +289,8 @@ class Sparsifier(Upkeep):
     def _drift(self) -> None:
         """Move the active weights as the method says."""
         lr = stepping.learning_rates(self._attached.optimizers, self._parameters)  # of a frozen parameter 0
-        given = layers_of(self._choices), self.masks, self._rng, lr, self._memory
-        for name, change in self.method.drift(self.step, *given).items():
+        arguments = layers_of(self._choices), self.masks, self._rng, lr, self._memory
+        for name, change in self.method.drift(self.step, *arguments).items():
             self._parameters[name].detach().add_(change.mul(self.masks[name]))
 
     def _layers(self):
