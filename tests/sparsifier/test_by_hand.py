@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from small_training import granet_method, three_layers
 from torch import nn
 
 import granet
@@ -110,3 +111,23 @@ def test_an_update_that_cannot_be_made_for_long_is_said_once():
     text = "topology update at step {} skipped, to be tried again at each of the next"
     assert messages == [text.format(5), text.format(10)]
     assert sparsifier.last_update.step == 20
+
+
+def test_the_explicit_verbs_give_what_the_hooks_give():
+    models = []
+    for hooks in (True, False):
+        model = three_layers()
+        sparsifier = Sparsifier(model, granet_method())
+        optimizer = torch.optim.AdamW(model.parameters())
+        sparsifier.attach(optimizer, hooks=hooks)
+        for step in range(30):
+            model(torch.randn(16, 12, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            if not hooks:
+                sparsifier.before_step()
+            optimizer.step()
+            if not hooks:
+                sparsifier.after_step()
+            optimizer.zero_grad()
+        assert sparsifier.step == 30
+        models.append(model)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))

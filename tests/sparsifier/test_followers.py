@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from small_training import granet_method, three_layers, train_steps
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import granet
 from granet import RigL, Sparsifier, Static
+from granet.sparsifier.masking import leaks
 
 
 class Named(nn.Module):
@@ -114,3 +116,24 @@ def test_what_is_no_copy_is_refused():
         sparsifier.follow([torch.ones(40, 20)])
     with pytest.raises(TypeError, match=r"takes a module, a dict.*int is none"):
         sparsifier.follow(3)
+
+
+def test_an_average_of_the_weights_stays_sparse():
+    model = three_layers()
+    sparsifier = Sparsifier(model, granet_method())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    averages = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99)), copy.deepcopy(model)]
+    for average in averages:
+        sparsifier.follow(average)
+    for step in range(30):
+        train_steps(model, optimizer, 1, seed=step)
+        averages[0].update_parameters(model)
+        for mine, theirs in zip(averages[1].parameters(), model.parameters(), strict=True):
+            mine.detach().lerp_(theirs.detach(), 0.01)
+        for average in averages:
+            named = {name.removeprefix("module."): p for name, p in average.named_parameters()}
+            assert not leaks((mask, [named[name]]) for name, mask in sparsifier.masks.items())
+    assert sparsifier.version > 3
+    with pytest.raises(ValueError, match="no copy of the model"):
+        sparsifier.follow(nn.Linear(2, 2))

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from small_training import three_layers, train_steps
 from torch import nn
 
 import granet
+from granet import RigL, Sparsifier
 from granet.sparsifier import quantised, regrowth, stepping
 from granet.sparsifier.regrowth import Start
+from granet.topology import count
 
 
 class Lion(torch.optim.Optimizer):
@@ -230,3 +233,56 @@ def test_codes_without_scales_are_left_alone():
     optimizer.state[p] = {"state2": state, "qmap2": torch.linspace(0, 1, 256)}
     regrowth.warm([optimizer], {"p": p}, {"p": OLD}, {"p": NEW}, {})
     assert state.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_regrown_weight_starts_from_zero_with_moments_of_its_layers_size():
+    model = three_layers()
+    sparsifier = Sparsifier(model, RigL(sparsity=0.7, end=100, interval=5))
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    sparsifier.attach(optimizer)
+    train_steps(model, optimizer, 4)
+    before = dict(sparsifier.masks)
+    train_steps(model, optimizer, 1)
+    grown = {name: sparsifier.masks[name] & ~before[name] for name in before}
+    assert sum(map(count, grown.values())) > 10
+    for name, new in grown.items():
+        p = sparsifier._parameters[name]
+        assert not p.detach()[new].any()
+        assert not optimizer.state[p]["exp_avg"][new].any()
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            held = optimizer.state[p][key]
+            usual = held[sparsifier.masks[name] & before[name]].mean() * 0.01  # (1 - beta1) ** 2
+            assert (held[new] > usual / 2).all() and (held[new] < usual * 1000).all()
+
+
+@pytest.mark.parametrize("method", ["rigl", "granet", "set", "mest", "snfs", "dsr"])
+def test_a_weight_dropped_and_grown_in_one_update_keeps_its_value_and_state(method):
+    """At 20 % sparsity nine of ten weights that go come back at once: to the optimizer they were never inactive."""
+    torch.manual_seed(0)
+    model = nn.Linear(40, 30)
+    share = "regeneration" if method == "granet" else "drop_fraction"
+    more = {
+        "rigl": {"end": 100},
+        "granet": {"initial_sparsity": 0.2, "end": 5, "total": 100},
+        "mest": {"halve": 50, "end": 100},
+        "dsr": {"total": 100, "threshold": 0.1},
+    }.get(method, {"total": 100})
+    sparsifier = Sparsifier(model, granet.METHODS[method](sparsity=0.2, interval=5, **{share: 0.9}, **more))
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    sparsifier.attach(optimizer, hooks=False)
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        model(torch.randn(8, 40, generator=rng)).square().mean().backward()
+        sparsifier.before_step()
+        optimizer.step()
+        before, mask = model.weight.detach().clone(), sparsifier.masks["weight"]
+        moments = {key: optimizer.state[model.weight][key].clone() for key in ("exp_avg", "exp_avg_sq")}
+        sparsifier.after_step()
+        optimizer.zero_grad()
+    assert sparsifier.version == 1
+    both = mask & sparsifier.masks["weight"]
+    active = count(mask)
+    assert count(both) > 0.5 * active  # only a tenth was never dropped (DSR: what is above its threshold)
+    assert torch.equal(model.weight.detach()[both], before[both])
+    for key, moment in moments.items():
+        assert torch.equal(optimizer.state[model.weight][key][both], moment[both])

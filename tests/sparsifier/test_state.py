@@ -1,6 +1,10 @@
+"""Masks to start from, and states that are loaded."""
+
 import pytest
 import torch
+from small_training import three_layers, train_steps
 
+import granet
 from granet import GMP, Dense, Sparsifier, Static
 from granet.sparsifier.state import checked_masks
 
@@ -60,3 +64,17 @@ def test_a_state_without_some_of_its_parts_is_refused():
     del damaged["ever"], damaged["memory"]
     with pytest.raises(ValueError, match="it has no ever, memory"):
         sparsifier.load_state_dict(damaged)
+
+
+def test_masks_that_a_method_cannot_start_from():
+    masks = Sparsifier(three_layers(), Static(sparsity=0.8)).masks
+    with pytest.raises(ValueError, match="STR finds its masks by training: it cannot start from masks="):
+        Sparsifier(three_layers(), granet.STR(), masks=masks)
+    full = {name: torch.ones_like(mask) if name == "2.weight" else mask for name, mask in masks.items()}
+    method = granet.MEST(sparsity=0.8, halve=5, end=10, interval=3, soft_bound=True)
+    model = three_layers()
+    sparsifier = Sparsifier(model, method, masks=full)  # more in one layer than its budget
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sparsifier.attach(optimizer)
+    train_steps(model, optimizer, 12)
+    assert sparsifier.active == granet.distribution.budget(sparsifier.total, 0.2)

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from small_training import nonzero_inactive, three_layers, train_steps
 from torch import nn
 from torch.nn import functional as F
 
@@ -273,3 +274,18 @@ def test_every_piece_of_a_large_weight_is_looked_at_within_some_steps(monkeypatc
         for _ in range(32):
             once()
     assert dirt(sparsifier) == 0
+
+
+def test_dense_weights_that_are_loaded_are_cleared_at_the_next_step():
+    model = three_layers()
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    sparsifier = Sparsifier(model, Static(sparsity=0.8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparsifier.attach(optimizer)
+    train_steps(model, optimizer, 10)
+    model.load_state_dict(dense)
+    with pytest.warns(RuntimeWarning, match="at step 11 inactive weights.*If dense weights were loaded"):
+        train_steps(model, optimizer, 1)
+    assert nonzero_inactive(sparsifier, optimizer) == 0
+    train_steps(model, optimizer, 100)
+    assert sparsifier._attached.kept is True  # the optimizer was not to blame
