@@ -7,21 +7,19 @@
     python benchmarks/engine_training.py chart --out runs.jsonl --figure runs.svg
 
 `layers` times forward + backward of the convolutions of a CIFAR ResNet-50, `linear` of linear layers; `steps` whole
-training steps, with the optimizer and a fixed mask; `memory` takes the most memory that steps hold; `run` trains a
-network by a recipe on a part of its dataset, from 50 % to 95 % sparsity, and notes time and accuracy after every epoch;
-`chart` draws such runs. sparseprop and SparseLab take part where installed. Dense PyTorch is the faster of its two
-layouts.
+training steps, with the optimizer and a fixed mask, in float32 and under bfloat16 autocast, contiguous and
+channels_last; `memory` takes the most memory that steps hold; `run` trains a network by a recipe on a part of its
+dataset, from 50 % to 95 % sparsity, and notes time and accuracy after every epoch; `chart` draws such runs. sparseprop
+and SparseLab take part where installed. Dense PyTorch is the faster of its two layouts in `layers`.
 THP_MEM_ALLOC_ENABLE=1 in the environment makes torch ask for huge pages, which spares all contenders most of the page
 faults that the large outputs of thin layers cost.
 """
 
 import argparse
-import copy
 import datetime
 import itertools
 import json
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +32,7 @@ import granet
 from granet.engine import ops, reference
 from granet.engine.spec import Spec
 from granet.engine.training import accelerate
+from granet.lab.speed import bench_training
 from granet.report.charts import COLOURS, DENSE_COLOUR
 from granet.train import recipes
 from granet.train.models import build
@@ -175,47 +174,25 @@ def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def steps(settings: argparse.Namespace, clock: Callable[[], float]) -> None:
-    print("| model | batch | sparsity | dense ms | granet ms | medians | vs dense | layers sparse |")
-    print("|---|---|---|---|---|---|---|---|")
+    """Whole training steps in every precision and memory format that a user could run, with granet's plan and without.
+
+    The losses of the first steps are compared before the timing.
+    """
+    print("| model | batch | sparsity | step | least ms | median ms | layers sparse |\n|---|---|---|---|---|---|---|")
     for name in settings.model:
         for sparsity in settings.sparsity:
             torch.manual_seed(0)
-            base, shape = network(name)
-            x, y = torch.randn(settings.batch, *shape), torch.randint(0, 10, (settings.batch,))
-
-            def make(fast: bool, layout: torch.memory_format, base=base, x=x, y=y, sparsity=sparsity):
-                model = copy.deepcopy(base).to(memory_format=layout)
-                inputs = x.to(memory_format=layout) if x.dim() == 4 else x
-                sparsifier = granet.Sparsifier(model, granet.Static(sparsity=sparsity, distribution="uniform"))
-                optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-                sparsifier.attach(optimizer)
-                plan = accelerate(sparsifier, inputs) if fast else None
-
-                def step():
-                    optimizer.zero_grad()
-                    loss = nn.functional.cross_entropy(model(inputs), y)
-                    loss.backward()
-                    optimizer.step()
-                    return loss.item()
-
-                return step, plan
-
-            calls = {"dense": make(False, torch.contiguous_format)[0]}
-            if x.dim() == 4:
-                calls["dense last"] = make(False, torch.channels_last)[0]
-            calls["granet"], plan = make(True, torch.contiguous_format)
-            first = [call() for call in calls.values()]
-            if max(first) - min(first) > 1e-3 * abs(first[0]):
-                raise SystemExit(f"the losses differ: {first}")
-            spent = turns(calls, settings.seconds, clock)
-            dense = min((times for n, times in spent.items() if n != "granet"), key=min)
-            ours, rows = spent["granet"], plan.report().layers
-            print(
-                f"| {name} | {settings.batch} | {sparsity:.0%} | {min(dense):.1f} | {min(ours):.1f} "
-                f"| {statistics.median(dense):.1f} / {statistics.median(ours):.1f} | {min(dense) / min(ours):.2f}x "
-                f"| {sum(r.chosen == 'sparse' for r in rows)} of {len(rows)} |",
-                flush=True,
-            )
+            model, shape = network(name)
+            granet.Sparsifier(model, granet.Static(sparsity=sparsity, distribution=settings.distribution))
+            report = bench_training(model, torch.randn(settings.batch, *shape), repeats=settings.repeats)
+            for step, spread in report.steps.items():
+                kind, setting = step.split(", ", maxsplit=1)
+                rows = report.plans[setting].layers
+                sparse = sum(row.chosen == "sparse" for row in rows) if kind == "granet" else "-"
+                cells = [name, settings.batch, f"{sparsity:.0%}", step, f"{spread.least:.1f}", f"{spread.median:.1f}"]
+                print("|", " | ".join(map(str, [*cells, sparse])), "|", flush=True)
+            ratio = report.dense_ms / report.fast_ms
+            print(f"| {name} | {settings.batch} | {sparsity:.0%} | fastest dense / fastest granet | {ratio:.2f}x | | |")
 
 
 def peak(name: str, batch: int, sparsity: float | None) -> tuple[float, float]:
@@ -364,6 +341,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10, help="for each table row")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--repeats", type=int, default=5, help="of steps: rounds that are measured")
+    parser.add_argument("--distribution", default="erk", help="of steps: how the sparsity is distributed over layers")
     parser.add_argument("--cpu-time", action="store_true", help="processor time: for one thread on a busy machine")
     of_run = parser.add_argument_group("run and chart")
     of_run.add_argument("--recipe", default="fashion")
@@ -379,9 +358,10 @@ def main() -> None:
     settings = parser.parse_args()
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    processor_time = settings.cpu_time or (settings.what == "steps" and torch.get_num_threads() == 1)
     print(
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {processor()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {'processor' if settings.cpu_time else 'wall'} time\n"
+        f"torch {torch.__version__}, {'processor' if processor_time else 'wall'} time\n"
     )
     if settings.what == "run":
         return run(settings)
