@@ -1,12 +1,11 @@
 """Golden values: what each method did when it was right, so that a change of behaviour is seen.
 
-A new method has no entry yet: `python tests/test_golden.py NAME` adds it, on the settings that the contract's table
-(`test_every_method.py`) has for it unless SETTINGS has others. To accept a change on purpose, the same writes an entry
-anew (without names, all of them); say why in the commit.
+A new method has no entry yet: `python tests/test_golden.py NAME` adds it, with the settings of `method_settings.py`
+unless SETTINGS here has others. To accept a change on purpose, the same command writes an entry anew (without names,
+all of them); say why in the commit.
 """
 
 import hashlib
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+import method_settings
 from granet import METHODS, Probe, Sparsifier
 from granet.criterion import Layer
 
@@ -45,13 +45,10 @@ SETTINGS = {
 
 
 def make(name):
-    """The method with its settings here, or else those of the contract's table."""
+    """Returns the method with its settings here, or else with those in `method_settings.py`."""
     if name in SETTINGS:
         return METHODS[name](**SETTINGS[name])
-    spec = importlib.util.spec_from_file_location("contract", Path(__file__).with_name("test_every_method.py"))
-    contract = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(contract)
-    return contract.make(name)
+    return method_settings.make(name)
 
 
 def recorded(name):

@@ -1,9 +1,8 @@
-"""The contract: what holds for every method with every optimizer. A new method adds one line to SETTINGS."""
+"""What holds when any method trains a network: clean state, exact counts, exact resuming."""
 
 import copy
 import io
 import pickle
-import typing
 from math import prod
 
 import pytest
@@ -11,106 +10,19 @@ import torch
 from torch import nn
 
 import granet
-from granet import METHODS, Probe, Sparsifier
-from granet.criterion import Layer
+from granet import Probe, Sparsifier
 from granet.selection import unfit
 from granet.topology import count
+from method_settings import PATTERNED, VARIANTS, every, make
 
-SETTINGS = {
-    "dense": {},
-    "static": {"sparsity": 0.8},
-    "gmp": {"sparsity": 0.9, "begin": 3, "end": 20, "interval": 4},
-    "granet": {"sparsity": 0.9, "initial_sparsity": 0.4, "end": 17, "total": 30, "interval": 4},
-    "rigl": {"sparsity": 0.8, "end": 25, "interval": 4},
-    "set": {"sparsity": 0.8, "total": 30, "interval": 4},
-    "snfs": {"sparsity": 0.8, "total": 30, "interval": 4},
-    "deep-r": {"sparsity": 0.8, "l1": 0.01, "temperature": 1e-5},
-    "dsr": {"sparsity": 0.8, "total": 30, "interval": 4, "threshold": 0.02},
-    "mest": {"sparsity": 0.8, "halve": 9, "end": 18, "interval": 4},
-    "ac-dc": {"sparsity": 0.8, "begin": 4, "interval": 4, "end": 23},
-    "rigl-itop": {"sparsity": 0.8, "total": 30, "interval": 4},
-    "snip": {"sparsity": 0.8},
-    "grasp": {"sparsity": 0.8},
-    "synflow": {"sparsity": 0.8, "rounds": 10},
-    "str": {"s_init": -3.0, "interval": 4},
-    "top-kast": {"sparsity": 0.8, "interval": 4},
-    "fixed": {},
-}
-VARIANTS = {
-    **SETTINGS,
-    "gmp layerwise": {**SETTINGS["gmp"], "scope": "layerwise"},
-    "granet layerwise": {**SETTINGS["granet"], "scope": "layerwise"},
-    "granet dense-to-sparse": {**SETTINGS["granet"], "initial_sparsity": 0.0},
-    "gmp gale": {**SETTINGS["gmp"], "scope": "layerwise", "last_sparsity": 0.8, "schedule": "sigmoid"},
-    "granet random": {**SETTINGS["granet"], "growth": "random", "schedule": "linear"},
-    "granet momentum": {**SETTINGS["granet"], "growth": "momentum", "schedule": "cosine"},
-    "granet accumulate": {**SETTINGS["granet"], "accumulate": 3},
-    "rigl random": {**SETTINGS["rigl"], "growth": "random"},
-    "rigl momentum": {**SETTINGS["rigl"], "growth": "momentum"},
-    "rigl accumulate": {**SETTINGS["rigl"], "accumulate": 4},
-    "mest soft": {**SETTINGS["mest"], "soft_bound": True, "distribution": "erk"},
-    "ac-dc layerwise": {**SETTINGS["ac-dc"], "scope": "layerwise"},
-    "rigl-itop random": {**SETTINGS["rigl-itop"], "growth": "random"},
-    "set by-sign": {**SETTINGS["set"], "by_sign": True},
-    "snip iterative": {**SETTINGS["snip"], "rounds": 5},
-    "top-kast global": {**SETTINGS["top-kast"], "scope": "global", "distribution": "erk", "backward_sparsity": 0.5},
-}
-PATTERNED = {
-    f"{variant} {pattern}": (variant, pattern)
-    for variant, patterns in {
-        "gmp": ("2:4", "4x1", "channel"),
-        "gmp layerwise": ("2:4",),
-        "granet": ("2:4", "4x1", "channel"),
-        "granet dense-to-sparse": ("1:4",),
-        "rigl": ("2:4", "4x1", "channel"),
-        "set": ("2:4", "4x1", "channel"),
-        "snfs": ("2:4",),
-        "deep-r": ("2:4",),
-        "dsr": ("channel",),
-        "mest soft": ("1:4",),
-        "ac-dc": ("2:4",),
-        "snip iterative": ("2:4",),
-        "synflow": ("2:4",),
-    }.items()
-    for pattern in patterns
-}
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
 }
 STEPS = 30
-
 KEPT = ("dense", "static", "snip", "grasp", "synflow", "fixed")  # methods whose topology training does not change
-
 both = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-every = pytest.mark.parametrize("variant", VARIANTS)
 trained = pytest.mark.parametrize("variant", [*VARIANTS, *PATTERNED])
-
-
-def make(variant, **more):
-    variant, _ = PATTERNED.get(variant, (variant, None))
-    return METHODS[variant.split()[0]](**VARIANTS[variant], **more)
-
-
-class Bag(nn.Module):
-    """Layers of any shapes as one network, so that a probe can look at them: the loss is half the sum of g * w ** 2."""
-
-    def __init__(self, layers):
-        super().__init__()
-        for name, layer in layers.items():
-            self.register_parameter(name, nn.Parameter(layer.weight.clone()))
-            grad = torch.ones_like(layer.weight) if layer.grad is None else layer.grad
-            self.register_buffer(f"{name}_grad", grad.clone())
-
-    def forward(self, x):
-        return torch.cat([(self.get_buffer(f"{n}_grad") * w**2 / 2).flatten() for n, w in self.named_parameters()])
-
-
-def start(method, layers, rng):
-    """The masks that the method starts from."""
-    if not method.needs_probe:
-        return method.init(layers, rng)
-    return method.init(layers, rng, Probe(Bag(layers), [(torch.ones(1), torch.ones(1))], lambda y, _: y.sum()))
 
 
 def network():
@@ -183,19 +95,10 @@ class Run:
         return [v for v in self.optimizer.state[p].values() if torch.is_tensor(v) and v.shape == p.shape]
 
 
-def updated(method, step, layers, masks, rng):
-    """`method.update`, with an empty memory if it takes one."""
-    return method.update(step, layers, masks, rng, *([{}] if method.remembers else []))
-
-
 def same(a, b):
     return all(
         torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
     ) and all(torch.equal(a.sparsifier.masks[n], b.sparsifier.masks[n]) for n in a.sparsifier.masks)
-
-
-def test_every_method_is_under_contract():
-    assert set(SETTINGS) == set(METHODS)
 
 
 @both
@@ -258,24 +161,6 @@ def test_the_topology_changes_where_the_method_says_and_nowhere_else(variant):
     assert changes
     assert all(run.sparsifier.method.is_update(step) for step in changes)
     assert run.sparsifier.version == len(changes)
-
-
-@every
-def test_update_is_pure_and_deterministic(variant):
-    method = make(variant)
-    rng = torch.Generator().manual_seed(3)
-    layers = {
-        k: Layer(torch.randn(n, 12, generator=rng), torch.randn(n, 12, generator=rng)) for k, n in (("a", 9), ("b", 30))
-    }
-    kept = copy.deepcopy([(layer.weight, layer.grad) for layer in layers.values()])
-    masks = start(method, layers, torch.Generator().manual_seed(1))
-    before = {name: mask.clone() for name, mask in masks.items()}
-    first, second = (updated(method, 8, layers, masks, torch.Generator().manual_seed(2)) for _ in range(2))
-    for i, (name, layer) in enumerate(layers.items()):
-        assert torch.equal(first[name], second[name])
-        assert torch.equal(masks[name], before[name])
-        assert torch.equal(layer.weight, kept[i][0]) and torch.equal(layer.grad, kept[i][1])
-        assert first[name].dtype == torch.bool and first[name].shape == layer.shape
 
 
 @both
@@ -364,20 +249,6 @@ def test_a_nan_gradient_at_an_inactive_place_does_not_spread(variant):
 
 
 @every
-def test_equal_scores_give_equal_masks_in_half_precision(variant):
-    """bfloat16 weights and gradients that float32 holds exactly: the method must see the same scores."""
-    method = make(variant)
-    rng = torch.Generator().manual_seed(5)
-    half = {
-        k: Layer(*(torch.randn(n, 16, generator=rng).bfloat16() for _ in range(2))) for k, n in (("a", 10), ("b", 31))
-    }
-    full = {name: Layer(layer.weight.float(), layer.grad.float()) for name, layer in half.items()}
-    masks = start(method, full, torch.Generator().manual_seed(1))
-    a, b = (updated(method, 12, layers, masks, torch.Generator().manual_seed(2)) for layers in (half, full))
-    assert all(torch.equal(a[name], b[name]) for name in masks)
-
-
-@every
 def test_accumulated_gradients_give_the_masks_of_the_whole_batch(variant):
     def train(pieces):
         torch.manual_seed(1)
@@ -398,71 +269,6 @@ def test_accumulated_gradients_give_the_masks_of_the_whole_batch(variant):
     one, four = train(1), train(4)
     assert one.step == four.step == STEPS
     assert all(torch.equal(one.masks[name], four.masks[name]) for name in one.masks)
-
-
-@every
-def test_nonsense_is_refused_by_name(variant):
-    kind, settings = METHODS[variant.split()[0]], VARIANTS[variant]
-    for name, bad in {
-        "sparsity": (1.0, -0.1),
-        "initial_sparsity": (1.0, 0.95),
-        "interval": (0, -3, 1.5),
-        "end": (-1, 0),
-        "total": (0,),
-        "drop_fraction": (1.5,),
-        "regeneration": (-0.1,),
-        "distribution": ("erq",),
-        "scope": ("local",),
-        "halve": (0, 19),
-        "l1": (-0.1,),
-        "threshold": (0.0,),
-        "tolerance": (1.5,),
-        "gradient_weight": (-1.0, float("nan")),
-        "rounds": (0, 2.5),
-        "temperature": (-1.0, float("nan"), *([0.0] if kind is METHODS["grasp"] else [])),
-        "s_init": (float("inf"), float("nan")),
-        "backward_sparsity": (-0.1, 0.95),
-        "decay": (-1.0, float("nan")),
-    }.items():
-        if name not in kind.__dataclass_fields__:
-            continue
-        for value in bad:
-            with pytest.raises(ValueError, match=name if name != "distribution" else "erq"):
-                kind(**{**settings, name: value})
-    with pytest.raises(TypeError, match="sparsty"):
-        kind(**settings, sparsty=0.5)
-
-
-@every
-def test_a_method_is_a_value(variant):
-    a, b = make(variant), make(variant)
-    assert a == b and hash(a) == hash(b) and repr(a) == repr(b)
-    assert eval(repr(a), vars(granet) | {type(a).__name__: type(a)}) == a
-    with pytest.raises(AttributeError):
-        a.sparsity = 0.1
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_fields_measured_in_steps_say_so(name):
-    hints = typing.get_type_hints(METHODS[name], include_extras=True)
-    steps = {
-        field for field in METHODS[name].__dataclass_fields__ if getattr(hints[field], "__metadata__", ()) == ("steps",)
-    }
-    all_of_them = {"accumulate", "begin", "dense_interval", "end", "halve", "interval", "total"}
-    assert steps == all_of_them & set(METHODS[name].__dataclass_fields__)
-
-
-@every
-def test_declared_needs_are_true(variant):
-    """A method that says it needs no dense gradient gives the same masks without one; one that says so fails."""
-    method = make(variant)
-    layers = {"a": Layer(torch.randn(20, 20))}
-    masks = start(method, layers, torch.Generator())
-    if method.needs_grad:
-        with pytest.raises(ValueError, match="gradient"):
-            updated(method, 4, layers, masks, torch.Generator())
-    else:
-        updated(method, 4, layers, masks, torch.Generator())
 
 
 def test_a_method_that_replaces_the_step_leaves_weights_and_biases_where_they_were():
