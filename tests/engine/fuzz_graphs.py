@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from granet.engine import inference, search, timing
+from granet.engine.capture import CaptureSettings
 from granet.engine.graph import tensors_of
 
 WIDTH = 8
@@ -159,7 +160,7 @@ def check(seed: int) -> str:
         example = tuple(torch.zeros_like(t) for t in example)
     before = copy.deepcopy((example, model.state_dict(), model.calls, model.kept))
     if named:
-        fast = inference.CompiledModel(model, tolerance=1e-3, shapes=8)
+        fast = inference.CompiledModel(model, CaptureSettings(), shapes=8)
     else:
         fast = inference.compile(model, example)
         for a, b in zip(

@@ -24,6 +24,11 @@ def test_operations_have_the_header_s_numbers():
     assert [f"k{step.__name__.removesuffix('Step')}" for step in encoding.STEPS] == names
     kinds = re.search(r"enum Kind : int64_t \{ (.*), kKinds \}", HEADER)[1].replace(" = 0", "").split(", ")
     assert [f"k{kind.title()}" for kind in encoding.KINDS] == kinds
+    header = (native.SOURCES / "reduced.h").read_text()
+    precisions = (
+        re.search(r"enum Precision : int64_t \{ (.*), kPrecisions \}", header)[1].replace(" = 0", "").split(", ")
+    )
+    assert [f"k{precision.title()}" for precision in encoding.PRECISIONS] == precisions
 
 
 def test_kernels_of_another_version_are_refused_when_they_are_loaded():
@@ -38,4 +43,4 @@ def test_a_program_is_its_counts_and_its_rows():
     slot = encoding.SlotRow(0, 1, 1, 1, 2, 2, 2, 1, 0, 16)
     numbers = encoding.encode([slot], [encoding.AddStep(0, 0, -1, 1)], [0])
     assert numbers[:2] == [1, 1] and len(numbers) == 2 + 2 * encoding.ROW_LENGTH
-    assert numbers[2:12] == list(slot) and numbers[2 + encoding.ROW_LENGTH :][:5] == [6, 0, 0, -1, 1]
+    assert numbers[2 : 2 + len(slot)] == list(slot) and numbers[2 + encoding.ROW_LENGTH :][:5] == [6, 0, 0, -1, 1]

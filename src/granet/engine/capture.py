@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import register_backend
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch.utils._pytree import tree_map
 
 from granet import native
 from granet.engine.graph import Stages, lower
+from granet.engine.quantise import Ranges
+from granet.engine.reduction import choose_reduction
 from granet.engine.report import InferenceReport
 from granet.engine.runtime import build
 from granet.engine.search import Decision, compare, search
@@ -29,7 +32,9 @@ from granet.engine.weights import Constants, WeightCheck
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-3
+TOLERANCES = {"float32": 1e-3, "bfloat16": 3e-2, "int8": 1e-1}
+TOLERANCE = TOLERANCES["float32"]
+CASES = 4  # calibration calls on which results are compared
 _calls = threading.local()
 
 
@@ -39,11 +44,15 @@ class CaptureSettings:
 
     Attributes:
         tolerance: the largest difference of outputs allowed, relative to the largest value.
+        precision: "float32", "bfloat16" or "int8".
+        calibrating: whether calls only collect the ranges of values and run dense.
         decisions: how each graph is computed, by the graph's text. A graph that was seen before is packed without
             measuring it again.
     """
 
     tolerance: float = TOLERANCE
+    precision: str = "float32"
+    calibrating: bool = False
     decisions: dict[str, Decision] = field(default_factory=dict)
 
 
@@ -66,6 +75,8 @@ class Part:
         self._packed: tuple[WeightCheck, fx.GraphModule] | None = None
         self._places: set[int] = set()  # positions of the arguments that are packed
         self._stale: WeightCheck | None = None  # the weights that were new at the last call
+        self._ranges: Ranges | None = None
+        self._calibration: list[tuple[object, ...]] = []  # the first lists of arguments
         self.decision: Decision | None = None
         self._lock = threading.Lock()
 
@@ -78,6 +89,8 @@ class Part:
         """Returns the graph's outputs."""
         arguments = tuple(args)
         args.clear()
+        if self.settings.calibrating:
+            return self._calibrate(arguments)
         if self.decision is None:
             with self._lock:
                 if self.decision is None:
@@ -135,12 +148,30 @@ class Part:
         stages, constants = self.stages(args)
         if not any(segment.layers for segment in stages.segments):
             return self._dense(args, "it has no layer that the kernels compute")
-        inputs = set(range(len(args))) - set(self._weights.values())
-        cases = [args, tuple(_random_like(a) if i in inputs else a for i, a in enumerate(args))]
-        decision, fast = search(stages, self.module, cases, self.settings.tolerance, self._names)
+        precision, tolerance, reduction = self.settings.precision, self.settings.tolerance, None
+        if precision == "float32":
+            inputs = set(range(len(args))) - set(self._weights.values())
+            cases = [args, tuple(_random_like(a) if i in inputs else a for i, a in enumerate(args))]
+        elif precision == "int8" and self._ranges is None:
+            return self._dense(args, "it was not calibrated for inputs of this shape")
+        else:
+            cases = [args, *self._calibration]
+            reduction, error = choose_reduction(stages, self.module, cases, precision, tolerance, self._ranges)
+            if not error <= tolerance:
+                return self._dense(args, f"in {precision} the outputs differ by {error:.1e}, beyond {tolerance:.1e}")
+        decision, fast = search(stages, self.module, cases, tolerance, self._names, reduction)
         if fast is not None:
             self._keep(args, constants, fast)
         return decision
+
+    def _calibrate(self, args: tuple[object, ...]) -> object:
+        """Returns the graph's outputs, having seen what its values are."""
+        with self._lock, torch.no_grad():
+            if self._ranges is None:
+                self._ranges = Ranges(self.module, [n for n in self.module.graph.nodes if n.op != "output"])
+            if len(self._calibration) < CASES:
+                self._calibration.append(tree_map(_copy, args))
+            return self._ranges.see(args)
 
     def _keep(self, args: tuple[object, ...], constants: Constants, fast: fx.GraphModule) -> None:
         self._places = constants.used
@@ -163,10 +194,11 @@ class Part:
         try:
             with torch.no_grad(), _on_cpu():
                 stages, constants = self.stages(args)
+                stages = self.decision.reduced(stages)
                 fast = build(stages, self.decision.programs(stages))
-                error = compare(self.module, fast, args)
+                error = compare(self.module, fast, args, self.decision.reduction)
             if not error <= self.settings.tolerance:
-                raise ValueError(f"the outputs differ by {error:.1e} of the largest value")
+                raise ValueError(f"the outputs differ by {error:.1e}")
             self._keep(args, constants, fast)
         except Exception as error:  # as in _prepare
             log.warning("weights that have changed were not packed: the dense model runs", exc_info=True)
@@ -179,6 +211,10 @@ def _on_cpu() -> AbstractContextManager:
     Where that is the CPU the context does nothing, since any other one makes each call of torch slower.
     """
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
+def _copy(leaf: object) -> object:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter) else leaf
 
 
 def _random_like(value: object) -> object:

@@ -7,12 +7,16 @@ A slot is a set of planes in the arena. Slots and constants are given by their n
 from typing import NamedTuple
 
 ROW_LENGTH = 24  # integers in a row; the last one of a step counts the following steps that are computed with it
-KINDS = {"sparse": 0, "block": 1, "vector": 2}
+KINDS = {"sparse": 0, "block": 1, "vector": 2, "words": 3}
 ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2, "silu": 3}
+PRECISIONS = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 
 class SlotRow(NamedTuple):
-    """A set of planes in the arena: `blocks` times `planes` planes of `stride` floats, starting at float `place`."""
+    """A set of planes in the arena: `blocks` times `planes` planes of `stride` words, starting at word `place`.
+
+    A word holds one float32 number, two bfloat16 numbers, or four bytes. `fill` is the byte that stands for zero.
+    """
 
     place: int
     planes: int
@@ -24,6 +28,8 @@ class SlotRow(NamedTuple):
     batch: int
     front: int
     stride: int
+    precision: int = 0
+    fill: int = 0
 
 
 class PackStep(NamedTuple):
@@ -50,7 +56,11 @@ class UnpackStep(NamedTuple):
 
 
 class ConvStep(NamedTuple):
-    """A convolution with its bias, residual and activation. The fields from `ptr` to `keep` are constants."""
+    """A convolution with its bias, residual and activation. The fields from `ptr` to `keep` are constants.
+
+    At reduced precision there are two more constants: `scale` for each output channel, and the `factors` of the
+    residual and the output (residual_scale, out_scale, out_zero; see reduced.h).
+    """
 
     source: int
     out: int
@@ -66,6 +76,8 @@ class ConvStep(NamedTuple):
     activation: int
     kind: int
     tile: int
+    scale: int = -1
+    factors: int = -1
 
 
 class SplitStep(NamedTuple):
@@ -92,23 +104,47 @@ class MaxPoolStep(NamedTuple):
 
 
 class AvgPoolStep(NamedTuple):
-    """A mean over all positions."""
+    """A mean over all positions, in float32. `factors` are the scale and zero point of bytes."""
 
     source: int
     out: int
+    factors: int = -1
 
 
 class AddStep(NamedTuple):
-    """A sum of one or two slots, followed by an activation."""
+    """A sum of one or two slots, followed by an activation.
+
+    At reduced precision, `factors` is a constant of five numbers (a_scale, b_scale, shift, out_scale, out_zero; see
+    reduced.h).
+    """
 
     source: int
     out: int
     other: int
     activation: int
+    factors: int = -1
 
 
-STEPS = (PackStep, UnpackStep, ConvStep, SplitStep, MaxPoolStep, AvgPoolStep, AddStep)  # by operation number
-AnyStep = PackStep | UnpackStep | ConvStep | SplitStep | MaxPoolStep | AvgPoolStep | AddStep
+class ConvertStep(NamedTuple):
+    """A step that converts planes of float32 numbers to words, or the reverse. `factors` are a scale and zero point."""
+
+    source: int
+    out: int
+    factors: int = -1
+
+
+# By operation number.
+STEPS = (
+    PackStep,
+    UnpackStep,
+    ConvStep,
+    SplitStep,
+    MaxPoolStep,
+    AvgPoolStep,
+    AddStep,
+    ConvertStep,
+)  # by operation number
+AnyStep = PackStep | UnpackStep | ConvStep | SplitStep | MaxPoolStep | AvgPoolStep | AddStep | ConvertStep
 
 
 def encode(slots: list[SlotRow], steps: list[AnyStep], links: list[int]) -> list[int]:
@@ -128,7 +164,7 @@ def check(found: list[int]) -> None:
     """
     # a step's row begins with its operation number
     sizes = [1 + len(step._fields) for step in STEPS]
-    mine = [ROW_LENGTH, len(SlotRow._fields), *sizes, len(ACTIVATIONS), len(KINDS)]
+    mine = [ROW_LENGTH, len(SlotRow._fields), *sizes, len(ACTIVATIONS), len(KINDS), len(PRECISIONS)]
     if list(found) != mine:
         raise RuntimeError(
             f"the compiled kernels belong to another version of granet (they encode programs as {list(found)}, this "

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from granet.engine.program import Add, AvgPool, Convolution, Input, MaxPool, Segment, Step, Value
 from granet.engine.spec import Spec
+from granet.engine.steps import Add, AvgPool, Convolution, Input, MaxPool, Segment, Step, Value
 from granet.engine.weights import Constants
 from granet.names import described
 
@@ -30,11 +30,15 @@ class Stages:
         graph: the graph.
         order: segments and nodes of the graph, each after everything it depends on.
         results: for each segment and each of its outputs, the nodes whose results the output stands for.
+        nodes: for each value, the last node whose result it is.
+        layers: for each layer, its node.
     """
 
     graph: fx.Graph
     order: list[Segment | fx.Node] = field(default_factory=list)
     results: dict[Segment, list[list[fx.Node]]] = field(default_factory=dict)
+    nodes: dict[Value, fx.Node] = field(default_factory=dict)
+    layers: dict[Convolution, fx.Node] = field(default_factory=dict)
 
     @property
     def segments(self) -> list[Segment]:
@@ -109,6 +113,8 @@ class _Lowering:
     def _alias(self, node: fx.Node, value: Value) -> None:
         value.shape = shape_of(node)
         self.values[node] = value
+        if isinstance(node.meta["val"], Tensor):
+            self.stages.nodes[value] = node
         self.names.setdefault(value, []).append(node)
 
     # Nodes
@@ -172,7 +178,9 @@ class _Lowering:
     def _layer(self, node: fx.Node, source: Value, spec: Spec, weight: Tensor, bias: Tensor | None, name: str) -> None:
         out = Value(source.images, spec.out_channels, spec.output_size(source.size), shape_of(node))
         weight = weight.reshape(spec.weight_shape)
-        self._add(node, Convolution(out, [source], name=name, spec=spec, weight=weight, bias=bias))
+        layer = Convolution(out, [source], name=name, spec=spec, weight=weight, bias=bias)
+        self.stages.layers[layer] = node
+        self._add(node, layer)
 
     def _convolution(self, node: fx.Node) -> bool:
         x, w, b, stride, padding, dilation, transposed, _, groups = node.args

@@ -51,6 +51,14 @@ def cpu() -> tuple[int, int, int]:
     return width, tile, block_tile
 
 
+@functools.cache
+def reduced_cpu() -> tuple[int, int]:
+    """Returns the words in a vector and the longest tile in vectors, of the kernels at reduced precision."""
+    prepare()
+    _, width, tile = torch.ops.granet.reduced_cpu()
+    return width, tile
+
+
 def layout(mask: Tensor, spec: Spec, shape: tuple[int, ...], batch: int | None = None) -> Layout:
     """The layout of a layer with this mask for inputs of `shape` (NCHW, or (rows, features)).
 

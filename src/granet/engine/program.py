@@ -1,9 +1,10 @@
-"""Segments of compiled inference (steps over planes of activations) and their encoding for the native `run`."""
+"""The encoding of a segment of steps for the native operator `run`, and the packing of its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,85 +13,13 @@ from granet.engine import encoding, ops
 from granet.engine.encoding import ACTIVATIONS, KINDS
 from granet.engine.geometry import LINE, Lanes, geometry, kernel_taps, least_lanes
 from granet.engine.index import IndexStructure, forward_structure
+from granet.engine.precision import FLOAT32, WordStructure
+from granet.engine.reduced import applies_activation, from_int8, packed_words, sum_factors, to_int8
 from granet.engine.spec import Spec
+from granet.engine.steps import Add, AvgPool, Convert, Convolution, Input, MaxPool, Segment, Value
 
+WORD_TILES = (8, 6, 4)  # lengths of tiles at reduced precision, in vectors
 GROUP = 4  # output channels with the same positions of non-zeros, in the "block" kernel
-
-
-@dataclass(eq=False)
-class Value:
-    """Activations inside a segment: `images` of `channels` x `size`. `shape` is the shape of the tensor they form."""
-
-    images: int
-    channels: int
-    size: tuple[int, int]
-    shape: tuple[int, ...]
-
-
-@dataclass(eq=False)
-class Step:
-    """One operation of a segment. `out` is its result."""
-
-    out: Value
-    inputs: list[Value]
-
-
-@dataclass(eq=False)
-class Input(Step):
-    """A tensor that enters the segment. `key` identifies it for the caller, who passes the tensor."""
-
-    key: object = None
-
-
-@dataclass(eq=False)
-class Convolution(Step):
-    """A convolution or linear layer with the operations fused into it. Inputs are the data and maybe a residual."""
-
-    name: str = ""
-    spec: Spec | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    activation: str = ""
-
-    @property
-    def density(self) -> float:
-        """Returns the share of weights that are not zero."""
-        return self.weight.count_nonzero().item() / max(1, self.weight.numel())
-
-
-@dataclass(eq=False)
-class MaxPool(Step):
-    """A maximum over windows."""
-
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-
-
-@dataclass(eq=False)
-class AvgPool(Step):
-    """The mean over all positions."""
-
-
-@dataclass(eq=False)
-class Add(Step):
-    """The sum of one or two values, then an activation."""
-
-    activation: str = ""
-
-
-@dataclass(eq=False)
-class Segment:
-    """Steps that run in one native call. `outputs` are the values that the call returns."""
-
-    images: int
-    steps: list[Step] = field(default_factory=list)
-    outputs: list[Value] = field(default_factory=list)
-
-    @property
-    def layers(self) -> list[Convolution]:
-        """Returns the segment's convolution and linear layers."""
-        return [s for s in self.steps if isinstance(s, Convolution)]
 
 
 @dataclass(frozen=True)
@@ -104,6 +33,8 @@ class KernelChoice:
 def kernel_choices(layer: Convolution, batch: int) -> list[KernelChoice]:
     """Returns the ways to compute `layer` that are worth measuring, the most promising first."""
     spec, source = layer.spec, layer.inputs[0]
+    if source.format != FLOAT32:
+        return [KernelChoice("words", vectors) for vectors in WORD_TILES if vectors <= ops.reduced_cpu()[1]]
     if (
         batch == 1 and spec.kernel == (1, 1) and spec.padding == (0, 0) and source.size == (1, 1)
     ):  # one number per plane
@@ -115,7 +46,7 @@ def kernel_choices(layer: Convolution, batch: int) -> list[KernelChoice]:
     return choices
 
 
-PackedWeights = dict[tuple[Convolution, KernelChoice], tuple[IndexStructure, Tensor]]
+PackedWeights = dict[tuple[Convolution, KernelChoice | str], tuple[IndexStructure | WordStructure, Any]]
 
 
 class Program:
@@ -164,11 +95,12 @@ class Program:
                 if step.spec.stride != (1, 1):
                     phases = len({phase for phase, _ in kernel_taps(step.spec)})
                     size = tuple(-(-n // s) for n, s in zip(source.size, step.spec.stride, strict=True))
-                    source = self._split[step] = Value(source.images, source.channels * phases, size, ())
+                    channels = source.planes * phases * source.format.channels
+                    source = self._split[step] = Value(source.images, channels, size, (), source.format)
                 needs.append((step.out, step.spec, step.inputs[0].size))
                 for other in (source, *step.inputs[1:]):
                     parent[root(other)] = root(step.out)
-            elif isinstance(step, Add):
+            elif isinstance(step, Add | Convert):
                 for other in step.inputs:
                     parent[root(other)] = root(step.out)
             root(step.out)
@@ -212,10 +144,14 @@ class Program:
                 windows = *step.kernel, *step.stride, *step.padding
                 emit(encoding.MaxPoolStep(sources[0], out, *windows), *values)
             elif isinstance(step, AvgPool):
-                emit(encoding.AvgPoolStep(sources[0], out), *values)
+                emit(encoding.AvgPoolStep(sources[0], out, self._factors(from_int8(step.inputs[0]))), *values)
+            elif isinstance(step, Convert):
+                factors = to_int8(step.out) or from_int8(step.inputs[0])
+                emit(encoding.ConvertStep(sources[0], out, self._factors(factors)), *values)
             else:
                 other = sources[1] if len(sources) > 1 else -1
-                emit(encoding.AddStep(sources[0], out, other, ACTIVATIONS[step.activation]), *values)
+                factors = self._factors(sum_factors(step))
+                emit(encoding.AddStep(sources[0], out, other, ACTIVATIONS[step.activation], factors), *values)
         for value in self.segment.outputs:
             dims = 2 if value.size == (1, 1) else 4
             emit(encoding.UnpackStep(slot(value), value.channels, *value.size, dims), value)
@@ -225,7 +161,9 @@ class Program:
         for value in slots:
             lanes, blocks = self._lanes[value], -(-value.images // self.batch)
             layout = (lanes.pitch, self.batch, lanes.front, lanes.plane)
-            rows.append(encoding.SlotRow(offsets[value], value.channels, blocks, value.images, *value.size, *layout))
+            kind = (value.format.number, value.format.zero)
+            extent = (value.images, *value.size)
+            rows.append(encoding.SlotRow(offsets[value], value.planes, blocks, *extent, *layout, *kind))
         numbers = encoding.encode(rows, [step for step, _ in steps], links)
         self.program = torch.tensor(numbers, dtype=torch.int64)
 
@@ -240,24 +178,34 @@ class Program:
         spec, source = step.spec, step.inputs[0]
         width, longest, longest_block = ops.cpu()
         kind = choice.kind
-        group = GROUP if kind == "block" else 1
+        group = GROUP if kind == "block" else source.format.channels
         vectors = choice.vectors or (longest_block if kind == "block" else longest)
         lanes = self._lanes[step.out]
         layout = geometry(
             spec, source.images, source.size, vector=width, batch=self.batch, tile=vectors * width, lanes=lanes
         )
         chunks = torch.get_num_threads()
-        while spec.out_channels // group % chunks:
+        while -(-spec.out_channels // group) % chunks:
             chunks -= 1
         if kind == "vector":
             chunks = 1
             # The kernel first gathers the numbers of all planes into a vector, so a plane is one float long.
             layout = geometry(spec, source.images, source.size, vector=width, lanes=Lanes(1, 0, 1), tile=width)
         blocks = 1 if kind == "vector" else None
-        if (step, choice) not in kept:
-            structure = forward_structure(step.weight != 0, spec, layout, group=group, chunks=chunks, blocks=blocks)
-            kept[step, choice] = structure, step.weight.reshape(-1)[structure.index.long()].float().contiguous()
-        structure, value = kept[step, choice]
+        scale = factors = bias = -1
+        if kind == "words":
+            if (step, kind) not in kept:
+                kept[step, kind] = packed_words(step, layout, chunks)
+            structure, finish = kept[step, kind]
+            value, blocks = structure.value, 1
+            scale, bias, factors = (self._constant(numbers) for numbers in finish)
+        else:
+            if (step, choice) not in kept:
+                structure = forward_structure(step.weight != 0, spec, layout, group=group, chunks=chunks, blocks=blocks)
+                kept[step, choice] = structure, step.weight.reshape(-1)[structure.index.long()].float().contiguous()
+            structure, value = kept[step, choice]
+            blocks = structure.blocks
+            bias = -1 if step.bias is None else self._constant(step.bias.float().contiguous())
         if step in self._split:
             split = self._split[step]
             phases = torch.tensor(layout.phases, dtype=torch.int32).reshape(-1)
@@ -273,15 +221,20 @@ class Program:
             id=ids,
             offset=offset,
             value=values,
-            bias=-1 if step.bias is None else self._constant(step.bias.float().contiguous()),
+            bias=bias,
             keep=self._keep(step.out) if lanes.front and kind != "vector" else -1,
             chunks=chunks,
-            blocks=structure.blocks,
-            activation=ACTIVATIONS[step.activation],
+            blocks=blocks,
+            activation=ACTIVATIONS[step.activation] if kind != "words" or applies_activation(step) else 0,
             kind=KINDS[kind],
             tile=vectors * width,
+            scale=scale,
+            factors=factors,
         )
         emit(conv, step.out, source, *step.inputs[1:])
+
+    def _factors(self, numbers: tuple[float, ...] | None) -> int:
+        return -1 if numbers is None else self._constant(torch.tensor(numbers, dtype=torch.float32), "factors", numbers)
 
     def _keep(self, value: Value) -> int:
         """Returns the number of the constant that is -1 at an image's positions, and 0 in gaps and after the end."""
@@ -344,7 +297,8 @@ class Program:
                 read[value] = i
             if isinstance(step, encoding.ConvStep):
                 fed.add((now, values[1]))
-                if len(values) > 2 and step.kind != KINDS["vector"]:
+                same = values[0].format.precision == values[-1].format.precision
+                if len(values) > 2 and step.kind != KINDS["vector"] and same:
                     inherits[values[0]] = values[2], i
         offsets: dict[Value, int] = {}
         live: list[tuple[int, int, Value]] = []
@@ -356,7 +310,7 @@ class Program:
                 live = [(start, stop, value if v is residual else v) for start, stop, v in live]
                 continue
             live = [entry for entry in live if last[entry[2]] >= born[value]]
-            need = -(-value.images // self.batch) * value.channels * self._lanes[value].plane + 16 * LINE
+            need = -(-value.images // self.batch) * value.planes * self._lanes[value].plane + 16 * LINE
             at = 0
             for start, stop, _ in sorted(live, key=lambda e: e[0]):
                 if start - at >= need:

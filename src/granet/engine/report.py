@@ -45,9 +45,11 @@ class InferenceReport:
         fast_ms: milliseconds of the whole model as compiled.
         chosen: what the compiled model runs: "sparse" or "dense".
         why: the reason in words.
-        error: the largest difference to the dense output, relative to that output's largest value.
+        error: the largest difference to the dense output, relative to that output's largest value; at reduced
+            precision the root mean square of the differences, relative to that of the output.
         nbytes: bytes of packed weights and their index structures.
         arena_nbytes: bytes of working memory for one call.
+        precision: "float32", "bfloat16" or "int8". The dense milliseconds are always those of float32.
     """
 
     layers: tuple[LayerReport, ...]
@@ -58,12 +60,15 @@ class InferenceReport:
     error: float
     nbytes: int = 0
     arena_nbytes: int = 0
+    precision: str = "float32"
 
     def __str__(self) -> str:
+        name = "compiled" if self.precision == "float32" else f"compiled to {self.precision}"
+        measure = "largest" if self.precision == "float32" else "root mean square"
         whole = (
-            f"whole model: dense {self.dense_ms:.2f} ms, compiled {self.fast_ms:.2f} ms "
+            f"whole model: dense {self.dense_ms:.2f} ms, {name} {self.fast_ms:.2f} ms "
             f"({self.dense_ms / max(self.fast_ms, 1e-9):.2f}x), runs {self.chosen}: {self.why}; "
-            f"largest relative difference {self.error:.1e}"
+            f"{measure} relative difference {self.error:.1e}"
         )
         return f"{layer_table(self.layers)}\n{whole}"
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from granet.engine.graph import Stages, val_of
-from granet.engine.program import Program, Segment
+from granet.engine.program import Program
+from granet.engine.steps import Segment
 
 
 class SegmentRunner(nn.Module):

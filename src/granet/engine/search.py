@@ -12,9 +12,13 @@ from torch import Tensor, fx
 
 from granet.engine import ops
 from granet.engine.graph import LAYERS, Stages, shape_of, tensors_of
-from granet.engine.program import Convolution, KernelChoice, Program, Segment, kernel_choices
+from granet.engine.precision import FLOAT32
+from granet.engine.program import KernelChoice, Program, kernel_choices
+from granet.engine.quantise import relative_error
+from granet.engine.reduction import Reduction
 from granet.engine.report import InferenceReport, LayerReport
 from granet.engine.runtime import build
+from granet.engine.steps import Convolution, Segment
 from granet.engine.timing import Spread, interleaved, milliseconds, time_in_turns
 
 log = logging.getLogger(__name__)
@@ -33,9 +37,14 @@ class Decision:
 
     segments: tuple[tuple[int, bool, tuple[KernelChoice, ...]], ...]
     report: InferenceReport
+    reduction: Reduction | None = None
+
+    def reduced(self, stages: Stages) -> Stages:
+        """Returns stages in float32 at the precision that was decided on."""
+        return stages if self.reduction is None else self.reduction.apply(stages)
 
     def programs(self, stages: Stages) -> dict[Segment, Program]:
-        """Returns the programs of the segments, packed with the current weights."""
+        """Returns the programs of the segments of `reduced` stages, packed with the current weights."""
         programs = {}
         for segment, (batch, chain, kinds) in zip(stages.segments, self.segments, strict=True):
             picked = dict(zip(segment.layers, kinds, strict=True))
@@ -49,16 +58,19 @@ def search(
     cases: Sequence[Sequence[object]],
     tolerance: float,
     names: dict[fx.Node, str],
+    reduction: Reduction | None = None,
 ) -> tuple[Decision, fx.GraphModule | None]:
     """Returns the decision for `stages` and the module that follows it (None if the dense model is to run).
 
     Args:
-        stages: the stages.
+        stages: the stages in float32.
         dense: computes the same with torch's kernels, from the same arguments.
         cases: lists of arguments. The outputs are compared on all of them, and times are measured on the first.
         tolerance: the largest allowed difference of the outputs, relative to the largest value.
         names: the name of each parameter, by its placeholder.
+        reduction: how the values are represented at reduced precision; None for float32.
     """
+    stages = stages if reduction is None else reduction.apply(stages)
     programs: dict[Segment, Program] = {}
     spent: dict[Convolution, tuple[float, str]] = {}
     segments = []
@@ -68,7 +80,7 @@ def search(
         spent.update(costs)
         segments.append(settings)
     fast = build(stages, programs)
-    error = max(compare(dense, fast, case) for case in cases)
+    error = max(compare(dense, fast, case, reduction) for case in cases)
     log.info("measuring the dense layers and the compiled model")
     known: dict[tuple, float] = {}
     dense_ms = {layer: _dense_ms(layer, known) for segment in stages.segments for layer in segment.layers}
@@ -76,17 +88,27 @@ def search(
     with torch.random.fork_rng(devices=[]):
         dense_times, fast_times = time_in_turns(calls, repeats=3, enough=0.5)
     packed = sum(p.nbytes for p in programs.values()), sum(4 * p.arena_floats for p in programs.values())
-    report = verdict(_rows(stages, dense_ms, spent, names), dense_times, fast_times, error, packed, tolerance)
-    return Decision(tuple(segments), report), fast if report.chosen == "sparse" else None
+    rows = _rows(stages, dense_ms, spent, names, reduction is not None)
+    precision = "float32" if reduction is None else reduction.precision
+    report = verdict(rows, dense_times, fast_times, error, packed, tolerance, precision)
+    return Decision(tuple(segments), report, reduction), fast if report.chosen == "sparse" else None
 
 
-def compare(dense: Callable[..., object], fast: Callable[..., object], args: Sequence[object]) -> float:
-    """Returns the largest difference of two functions' outputs for the same arguments and the same random state."""
+def compare(
+    dense: Callable[..., object],
+    fast: Callable[..., object],
+    args: Sequence[object],
+    reduction: Reduction | None = None,
+) -> float:
+    """Returns the difference of two functions' outputs for the same arguments and the same random state.
+
+    It is the largest one, relative to the largest value; at reduced precision it is the root mean square.
+    """
     outputs = []
     for call in (dense, fast):
         with torch.random.fork_rng(devices=[]):
             outputs.append(call(*args))
-    return difference(*outputs)
+    return difference(*outputs) if reduction is None else relative_error(*outputs)
 
 
 def verdict(
@@ -96,12 +118,14 @@ def verdict(
     error: float,
     packed: tuple[int, int],
     tolerance: float,
+    precision: str = "float32",
 ) -> InferenceReport:
     """Returns the report of a graph: sparse if that is faster and computes the same, else dense."""
     wins = fast.is_faster_than(dense) and error <= tolerance
     why = "faster as a whole" if wins else not_faster(dense, fast)
     if not error <= tolerance:
-        why = f"the outputs differ by {error:.1e} of the largest value, more than the tolerance of {tolerance:.0e}"
+        measure = "the largest value" if precision == "float32" else "their root mean square"
+        why = f"the outputs differ by {error:.1e} of {measure}, more than the tolerance of {tolerance:.0e}"
         log.warning("not compiled: %s", why)
     return InferenceReport(
         layers=tuple(rows),
@@ -112,6 +136,7 @@ def verdict(
         error=error,
         nbytes=packed[0] if wins else 0,
         arena_nbytes=packed[1] if wins else 0,
+        precision=precision,
     )
 
 
@@ -208,11 +233,15 @@ def _rows(
     dense_ms: dict[Convolution, float],
     spent: dict[Convolution, tuple[float, str]],
     names: dict[fx.Node, str],
+    reduced: bool,
 ) -> list[LayerReport]:
     rows = []
     for layer, (sparse_ms, kind) in spent.items():
         why = "faster" if sparse_ms < dense_ms[layer] else "kept in the kernels' layout, because leaving it costs more"
-        shape = tuple(layer.weight.shape)
+        shape, form = tuple(layer.weight.shape), layer.inputs[0].format
+        kind = form.precision if kind == "words" else kind
+        if form == FLOAT32 and reduced:
+            why = "kept in float32, because bytes lose too much accuracy"
         rows.append(LayerReport(layer.name, shape, layer.density, dense_ms[layer], sparse_ms, kind, why))
     for item in stages.order:
         if isinstance(item, fx.Node) and item.target in LAYERS:

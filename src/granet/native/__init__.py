@@ -40,23 +40,21 @@ FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
 # The instruction set is a property of one file each; everything else is compiled for any machine of the architecture.
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", *_AVX2, "-mprefer-vector-width=512")
 ISA_FLAGS = {
-    "kernels_avx2.cpp": ("-mavx2", "-mfma"),
-    "kernels_avx512.cpp": (
-        "-mavx512f",
-        "-mavx512vl",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx2",
-        "-mfma",
-        "-mprefer-vector-width=512",
-    ),
+    "kernels_avx2.cpp": _AVX2,
+    "kernels_avx512.cpp": _AVX512,
+    "reduced_avx2.cpp": _AVX2,
+    "reduced_avxvnni.cpp": (*_AVX2, "-mavxvnni"),
+    "reduced_avx512.cpp": _AVX512,
+    "reduced_avx512vnni.cpp": (*_AVX512, "-mavx512vnni"),
+    "reduced_avx512bf16.cpp": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
 }
-WIDTHS = {
-    "generic": 4,
-    "avx2": 8,
-    "avx512": 16,
-}  # floats in a vector, for each instruction set that GRANET_ISA may name
+# Floats in a vector of what GRANET_ISA may name, in the order of the tables in reduced.cpp. The float32 kernels exist
+# for the widths only; those at reduced precision for each name.
+WIDTHS = {"generic": 4, "avx2": 8, "avxvnni": 8, "avx512": 16, "avx512vnni": 16, "avx512bf16": 16}
+REDUCED = tuple(WIDTHS)
 
 
 class EngineUnavailable(RuntimeError):  # noqa: N818 - the name describes a state of the machine
@@ -240,8 +238,8 @@ def load() -> None:
         raise EngineUnavailable(
             f"the sparse kernels in {path} cannot be loaded: {error}. Remove the file to compile them again"
         ) from error
-    if forced and torch.ops.granet.cpu()[0] != WIDTHS[forced]:
-        others = [name for name, width in WIDTHS.items() if width != WIDTHS[forced]]
+    if forced and REDUCED[torch.ops.granet.reduced_cpu()[0]] != forced:
+        others = [name for name in WIDTHS if name != forced]
         raise EngineUnavailable(
             f"GRANET_ISA={forced}: this processor cannot run it; choose {' or '.join(others)}, or unset it"
         )

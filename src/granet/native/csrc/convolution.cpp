@@ -49,12 +49,14 @@ struct Convolution {
   const int32_t* keep;
   int64_t chunks, column_blocks, kind, rows, longest;
   int32_t activation;
+  WordRows groups{};         // at reduced precision
+  WordEpilogue finishing{};  // at reduced precision
 
   Convolution(const Machine& m, const ConvStep& s)
       : in(m.slot(s.source)),
         out(m.slot(s.out)),
         residual(s.residual >= 0 ? &m.slot(s.residual) : nullptr),
-        matrix{m.ints(s.ptr), m.ints(s.id), m.ints(s.offset), m.floats(s.value)},
+        matrix(s.kind == kWords ? Rows{} : Rows{m.ints(s.ptr), m.ints(s.id), m.ints(s.offset), m.floats(s.value)}),
         bias(m.floats(s.bias)),
         keep(m.ints(s.keep)),
         chunks(s.chunks),
@@ -63,7 +65,23 @@ struct Convolution {
         rows(m.constant(s.id).numel() / (chunks * column_blocks)),
         longest(std::clamp<int64_t>(s.tile / kernels().width, 1,
                                     kind == kBlock ? kernels().max_block_vectors : kernels().max_vectors)),
-        activation(static_cast<int32_t>(s.activation)) {}
+        activation(static_cast<int32_t>(s.activation)) {
+    if (kind != kWords) return;
+    const float* const factors = m.floats(s.factors);
+    longest = std::clamp<int64_t>(s.tile / reduced().width, 1, reduced().max_vectors);
+    groups = {m.ints(s.ptr), m.ints(s.id), m.ints(s.offset), m.ints(s.value)};
+    finishing.scale = m.floats(s.scale);
+    finishing.shift = bias;
+    finishing.residual_stride = residual ? residual->layout.stride : 0;
+    finishing.residual_scale = factors[0];
+    finishing.out_scale = factors[1];
+    finishing.out_zero = factors[2];
+    finishing.requantise = factors[1] != 0.0f;
+    finishing.fill = 0x01010101 * out.fill;
+    finishing.activation = activation;
+    finishing.to_float = out.precision == kFloat32;
+    finishing.channels = out.planes;
+  }
 
   // There is one position per plane, so the planes are first gathered into a vector.
   void run_vector() const {
@@ -106,6 +124,7 @@ struct Convolution {
 
   // Computes the row chunks first..last of tile t, for one block of images.
   void run_tile(int64_t block, const std::vector<Tile>& cut, int64_t t, int64_t first_chunk, int64_t last_chunk) const {
+    if (kind == kWords) return run_word_tile(block, cut, t, first_chunk, last_chunk);
     const Kernels& k = kernels();
     const Tile& tile = cut[t];
     const int64_t tile_count = cut.size();
@@ -134,6 +153,30 @@ struct Convolution {
           if (t == 0) out.clear_front(block, p);
           if (t + 1 == tile_count) out.clear_back(block, p, written);
         }
+      }
+    }
+  }
+
+  // The same at reduced precision.
+  void run_word_tile(int64_t block, const std::vector<Tile>& cut, int64_t t, int64_t first_chunk,
+                     int64_t last_chunk) const {
+    const ReducedKernels& k = reduced();
+    const Tile& tile = cut[t];
+    const int32_t* x = words(in.block(block) + in.layout.front + tile.start);
+    float* y = out.block(block) + out.layout.front + tile.start;
+    WordEpilogue e = finishing;
+    e.residual = residual ? words(residual->block(block) + residual->layout.front + tile.start) : nullptr;
+    e.keep = keep ? keep + tile.start : nullptr;
+    const auto first = static_cast<int32_t>(first_chunk * rows), last = static_cast<int32_t>(last_chunk * rows);
+    (in.precision == kInt8 ? k.spmm_int8 : k.spmm_bfloat16)(groups, first, last, x, y, out.layout.stride, tile.vectors,
+                                                            e);
+    const int64_t tile_count = cut.size(), written = cut.back().start + cut.back().vectors * k.width;
+    if (t > 0 && t + 1 < tile_count) return;
+    const int64_t planes = e.to_float ? channels_per_word(in.precision) : 1;
+    for (int64_t g = first; g < last; ++g) {
+      for (int64_t p = planes * groups.id[g]; p < std::min(planes * (groups.id[g] + 1), out.planes); ++p) {
+        if (t == 0) out.clear_front(block, p);
+        if (t + 1 == tile_count) out.clear_back(block, p, written);
       }
     }
   }

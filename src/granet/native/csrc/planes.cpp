@@ -18,8 +18,8 @@ const Kernels& choose() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx512 && (any || std::strcmp(forced, "avx512") == 0)) return kernels_avx512();
-  if (avx2 && (any || std::strcmp(forced, "avx2") == 0)) return kernels_avx2();
+  if (avx512 && (any || std::strncmp(forced, "avx512", 6) == 0)) return kernels_avx512();
+  if (avx2 && (any || std::strcmp(forced, "avx2") == 0 || std::strcmp(forced, "avxvnni") == 0)) return kernels_avx2();
 #endif
   static_cast<void>(any);
   return kernels_generic();
@@ -97,16 +97,16 @@ std::vector<Tile> tiles(int64_t positions, int32_t longest, int64_t at_least) {
   return result;
 }
 
-void clear_around(float* plane, const Planes& layout, int64_t rows, int64_t columns) {
+void clear_around(float* plane, const Planes& layout, int64_t rows, int64_t columns, int fill) {
   const int64_t row = layout.pitch * layout.batch, filled = columns * layout.batch;
-  std::memset(plane, 0, sizeof(float) * layout.front);
+  std::memset(plane, fill, sizeof(float) * layout.front);
   if (filled < row) {
     for (int64_t y = 0; y + 1 < rows; ++y) {
-      std::memset(plane + layout.front + y * row + filled, 0, sizeof(float) * (row - filled));
+      std::memset(plane + layout.front + y * row + filled, fill, sizeof(float) * (row - filled));
     }
   }
   const int64_t end = layout.front + (rows > 0 && columns > 0 ? (rows - 1) * row + filled : 0);
-  std::memset(plane + end, 0, sizeof(float) * (layout.stride - end));
+  std::memset(plane + end, fill, sizeof(float) * (layout.stride - end));
 }
 
 void pack(const float* from, const Image& image, float* planes, const Planes& layout, const Phase* phases,

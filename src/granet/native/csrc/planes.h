@@ -54,8 +54,8 @@ void pack(const float* from, const Image& image, float* planes, const Planes& la
 void unpack(const float* planes, const Planes& layout, float* to, const Image& image, const Phase* phases,
             int64_t phase_count, int64_t sy, int64_t sx, int64_t first_channel, int64_t last_channel);
 
-// Writes zeros everywhere in a plane except in its first `rows` x `columns` positions.
-void clear_around(float* plane, const Planes& layout, int64_t rows, int64_t columns);
+// The byte `fill` everywhere in a plane but in its first `rows` x `columns` positions.
+void clear_around(float* plane, const Planes& layout, int64_t rows, int64_t columns, int fill = 0);
 
 // to[x] = from[2 * x]. The step is fixed, so that the compiler can shuffle vectors.
 void take_every_second(const float* from, float* to, int64_t count);

@@ -82,15 +82,15 @@ void run_split(const Machine& m, const SplitStep& s) {
         if (nb == 1 && sx == 2) {
           // What is written too far is overwritten by the gap and the next row, or by the zeros at the end.
           float* to = plane + out.layout.front;
-          std::fill(plane, to, 0.0f);
+          std::memset(plane, in.fill, sizeof(float) * (to - plane));
           for (int64_t y = phases[f].y; y < in.layout.height; y += sy, to += out.layout.pitch) {
             kernels().take_even(from + y * in.layout.pitch + phases[f].x, to, columns);
-            for (int64_t x = columns; x < out.layout.pitch; ++x) to[x] = 0.0f;
+            std::memset(to + columns, in.fill, sizeof(float) * (out.layout.pitch - columns));
           }
-          std::fill(to, plane + out.layout.stride, 0.0f);
+          std::memset(to, in.fill, sizeof(float) * (plane + out.layout.stride - to));
           continue;
         }
-        clear_around(plane, out.layout, std::max<int64_t>(rows, 0), std::max<int64_t>(columns, 0));
+        clear_around(plane, out.layout, std::max<int64_t>(rows, 0), std::max<int64_t>(columns, 0), in.fill);
         for (int64_t y = phases[f].y, row = 0; y < in.layout.height; y += sy, ++row) {
           const float* source = from + y * in.layout.pitch * nb;
           float* to = plane + out.layout.front + row * out.layout.pitch * nb;
@@ -113,24 +113,31 @@ void run_max_pool(const Machine& m, const MaxPoolStep& s) {
   const int64_t ky = s.kernel_y, kx = s.kernel_x, sy = s.stride_y, sx = s.stride_x, py = s.padding_y, px = s.padding_x,
                 nb = in.layout.batch;
   const int64_t row = (in.layout.width + 2 * px) * nb, starts = row - (kx - 1) * nb;
+  const auto take_maximum = [&](const float* a, float* out, int64_t n) {
+    if (in.precision == kFloat32) return kernels().maximum(a, out, n);
+    (in.precision == kInt8 ? reduced().maximum_int8 : reduced().maximum_bfloat16)(words(a), words(out), n);
+  };
+  // The word of which every channel is the least number there is.
+  const int32_t least =
+      in.precision == kInt8 ? 0 : static_cast<int32_t>(in.precision == kBfloat16 ? 0xff80ff80 : 0xff800000);
   parallel_for(0, in.blocks * in.planes, 1, [&](int64_t b, int64_t e) {
     float* const best = scratch(0, row);    // the maximum over the window's rows, with its padding columns
     float* const window = scratch(1, row);  // the maximum over the window, for every column it can start at
-    std::fill_n(best, row, -std::numeric_limits<float>::infinity());
+    std::fill_n(words(best), row, least);
     for (int64_t i = b; i < e; ++i) {
       const int64_t block = i / in.planes, c = i % in.planes;
       const float* from = in.block(block) + c * in.layout.stride + in.layout.front;
       float* plane = out.block(block) + c * out.layout.stride;
-      std::memset(plane, 0, sizeof(float) * out.layout.stride);
+      std::memset(plane, out.fill, sizeof(float) * out.layout.stride);
       for (int64_t oy = 0; oy < out.layout.height; ++oy) {
         const int64_t first = std::max<int64_t>(0, oy * sy - py), last = std::min(in.layout.height, oy * sy - py + ky);
         float* const inner = best + px * nb;
         std::memcpy(inner, from + first * in.layout.pitch * nb, sizeof(float) * in.layout.width * nb);
         for (int64_t y = first + 1; y < last; ++y) {
-          kernels().maximum(from + y * in.layout.pitch * nb, inner, in.layout.width * nb);
+          take_maximum(from + y * in.layout.pitch * nb, inner, in.layout.width * nb);
         }
         std::memcpy(window, best, sizeof(float) * starts);
-        for (int64_t x = 1; x < kx; ++x) kernels().maximum(best + x * nb, window, starts);
+        for (int64_t x = 1; x < kx; ++x) take_maximum(best + x * nb, window, starts);
         float* to = plane + out.layout.front + oy * out.layout.pitch * nb;
         if (nb == 1) {
           for (int64_t ox = 0; ox < out.layout.width; ++ox) to[ox] = window[ox * sx];
@@ -146,6 +153,7 @@ void run_max_pool(const Machine& m, const MaxPoolStep& s) {
 
 // Computes the mean over all positions.
 void run_avg_pool(const Machine& m, const AvgPoolStep& s) {
+  if (m.slot(s.source).precision != kFloat32) return run_reduced_avg_pool(m, s);
   const Slot& in = m.slot(s.source);
   const Slot& out = m.slot(s.out);
   const int64_t nb = in.layout.batch;
@@ -176,6 +184,7 @@ void run_avg_pool(const Machine& m, const AvgPoolStep& s) {
 void run_add(const Machine& m, const AddStep& s) {
   const Slot& a = m.slot(s.source);
   const Slot& out = m.slot(s.out);
+  if (a.precision != kFloat32) return run_reduced_add(m, s);
   const float* other = s.other >= 0 ? m.slot(s.other).data : nullptr;
   const int64_t total = out.blocks * out.planes * out.layout.stride;
   parallel_for(0, total, 16384, [&](int64_t b, int64_t e) {
@@ -196,8 +205,13 @@ std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<Tensor> constant
   float* const memory = arena.mutable_data_ptr<float>();
   for (int64_t i = 0; i < slot_count; ++i) {
     const SlotRow s = read<SlotRow>(numbers + 2 + kRow * i);
-    const Slot slot{
-        memory + s.place, s.planes, s.blocks, s.images, {s.height, s.width, s.pitch, s.batch, s.front, s.stride}};
+    const Slot slot{memory + s.place,
+                    s.planes,
+                    s.blocks,
+                    s.images,
+                    {s.height, s.width, s.pitch, s.batch, s.front, s.stride},
+                    s.precision,
+                    static_cast<int>(s.fill)};
     STD_TORCH_CHECK(s.place >= 0 && s.place + slot.planes * slot.blocks * slot.layout.stride <= arena.numel(),
                     "granet: slot ", i, " reaches outside the arena");
     machine.slots.push_back(slot);
@@ -223,6 +237,7 @@ std::vector<Tensor> run(std::vector<Tensor> inputs, std::vector<Tensor> constant
       case kMaxPool: run_max_pool(machine, read<MaxPoolStep>(s)); break;
       case kAvgPool: run_avg_pool(machine, read<AvgPoolStep>(s)); break;
       case kAdd: run_add(machine, read<AddStep>(s)); break;
+      case kConvert: run_convert(machine, read<ConvertStep>(s)); break;
       default: STD_TORCH_CHECK(false, "granet: no operation ", s[0]);
     }
     if (time) {
@@ -247,8 +262,10 @@ std::vector<int64_t> encoding() {
           sizeof(MaxPoolStep) / one,
           sizeof(AvgPoolStep) / one,
           sizeof(AddStep) / one,
+          sizeof(ConvertStep) / one,
           kActivations,
-          kKinds};
+          kKinds,
+          kPrecisions};
 }
 
 }  // namespace

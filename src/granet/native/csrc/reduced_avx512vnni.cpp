@@ -1,0 +1,6 @@
+#define GRANET_WIDTH 16
+#define GRANET_MAX_WORD_VECTORS 8
+#define GRANET_ISA_NAME "avx512vnni"
+#include "reduced.inc"
+
+const granet::ReducedKernels& granet::reduced_avx512vnni() { return kReduced; }

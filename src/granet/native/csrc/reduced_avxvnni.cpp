@@ -1,0 +1,6 @@
+#define GRANET_WIDTH 8
+#define GRANET_MAX_WORD_VECTORS 4
+#define GRANET_ISA_NAME "avxvnni"
+#include "reduced.inc"
+
+const granet::ReducedKernels& granet::reduced_avxvnni() { return kReduced; }
