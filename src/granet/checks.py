@@ -9,10 +9,10 @@ from granet.names import described, did_you_mean
 
 
 def require_kinds(model, method, **numbers) -> None:
-    """Refuse what is no model, what is no method but the class or the name of one, and numbers that are not whole.
+    """Rejects a model, a method or whole numbers of the wrong type. A method is a value, not its class or its name.
 
     Raises:
-        TypeError: says what is expected.
+        TypeError: if one of them has the wrong type.
     """
     if not isinstance(model, nn.Module):
         turned = ": the model comes first, then the method" if isinstance(method, nn.Module) else ""

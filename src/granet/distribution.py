@@ -79,7 +79,7 @@ def named(name: str) -> Callable[[Shapes, float], dict[str, int]]:
     """The distribution called `name`.
 
     Raises:
-        ValueError: there is none of that name; the message lists those there are.
+        ValueError: if the name is unknown; the message lists the known ones.
     """
     if name not in DISTRIBUTIONS:
         raise ValueError(unknown("distribution", name, DISTRIBUTIONS))

@@ -79,7 +79,7 @@ class Pattern:
         return method
 
     def refuse(self, method: Method, shapes: distribution.Shapes) -> None:
-        """Refuse a method that cannot obey in layers of these shapes, in units.
+        """Rejects a method that cannot obey in layers of these shapes, in units.
 
         Raises:
             ValueError: says why, and what would do.

@@ -145,7 +145,7 @@ def ramp(name: str) -> Ramp:
     (0.2, 0.4)
 
     Raises:
-        ValueError: there is none of that name; the message lists those there are.
+        ValueError: if the name is unknown; the message lists the known ones.
     """
     if name not in RAMPS:
         raise ValueError(unknown("schedule", name, RAMPS))

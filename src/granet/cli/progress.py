@@ -115,7 +115,7 @@ def stoppable():
 
 
 class Output:
-    """A text file whose reader may go away: that is told once, and what is written afterwards goes nowhere."""
+    """A text file whose reader may go away. Then `gone` is called once, and later writes are dropped."""
 
     def __init__(self, file: TextIO, gone: Callable[[], None]):
         self._file, self._gone = file, gone

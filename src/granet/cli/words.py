@@ -112,4 +112,4 @@ SAYINGS: tuple[tuple[str, Any], ...] = (
     (r"Error parsing (\S+): Failed to parse key-value", lambda m, prog: f"{m[1]} needs pairs of a name and a value"),
     (r"Error parsing (\S+): (.*)", lambda m, prog: f"{m[1]}: {m[2]}"),
 )
-"""What tyro says, and how it is said here; the first that fits."""
+"""Patterns of tyro's messages, and what is printed instead. The first pattern that matches counts."""

@@ -32,12 +32,12 @@ from granet.train import recipes
 from granet.train.problems import Problem, problems
 from granet.train.recipe import SECTIONS, Name, Recipe, RecipeError, Section, Seed, suggest, validate
 
-SHOWN = 8  # of many problems, so many are told
-MOST = 10_000  # runs of a sweep
+SHOWN = 8  # the problems that a message lists
+MOST = 10_000  # runs in a sweep
 
 
 class SweepError(ValueError):
-    """A sweep that cannot be run: says where, what was given, what is allowed."""
+    """A sweep that cannot be run. The message says where the problem is, what was given and what is allowed."""
 
 
 class Settings(Section):
