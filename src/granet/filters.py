@@ -1,4 +1,4 @@
-"""Filters: what `only` and `skip` say, and what becomes of a parameter that nothing is said of."""
+"""Filters of parameters, as given in `only` and `skip`, and the default for a parameter that no filter matches."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -12,6 +12,7 @@ DESCRIPTION = """Speed of a network on granet's sparse kernels, layer by layer, 
 
 examples:
   granet bench runs/digits-granet-3f9a1c                 inference with the weights of a run
+  granet bench runs/digits-granet-3f9a1c --precision int8   calibrated on its training images, with accuracy
   granet bench runs/digits-granet-3f9a1c --training      a training step
   granet bench resnet50 --size 224 --sparsity 0.95       a model by name, random weights and topology"""
 
@@ -24,6 +25,8 @@ class Arguments:
     """Run directory, or the name of a model (`granet ls models`)."""
     training: bool = False
     """Measure a training step instead of inference."""
+    precision: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Precision of the compiled network. Weights of a run are tested for accuracy, too."""
     batch: int = 1
     """Number of images at a time."""
     sparsity: float = 0.9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from granet import topology
 from granet.distribution import named
+from granet.engine.calibration import PIECES
 from granet.engine.inference import InferenceReport, compile
 from granet.engine.timing import Spread, time_in_turns
 from granet.engine.training import TrainingReport, accelerate
 from granet.methods.fixed import Fixed
 from granet.sparsifier import Sparsifier
+from granet.text import si
 from granet.train.models import MODELS, build
 from granet.train.run import Run, load_weights
 from granet.train.trainer import Trainer
@@ -54,8 +57,41 @@ class StepReport:
         return "\n".join(lines)
 
 
-def network(source: str, *, sparsity: float, distribution: str = "erk", size: int = 32) -> tuple[nn.Module, tuple]:
+@dataclass(frozen=True)
+class InferenceBench:
+    """A compiled model's report, with its accuracy if the network comes from a run. `str()` gives both.
+
+    Attributes:
+        report: what `granet.compile` measured.
+        images: the number of test images, 0 for a model without data.
+        dense_accuracy: the share of them that the dense network classifies correctly.
+        fast_accuracy: the same of the compiled one.
+    """
+
+    report: InferenceReport
+    images: int = 0
+    dense_accuracy: float = 0.0
+    fast_accuracy: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [str(self.report)]
+        dense = 4 * sum(math.prod(row.shape) for row in self.report.layers)
+        if self.report.nbytes:
+            lines.append(f"weights: dense float32 {si(dense)}B, packed {si(self.report.nbytes)}B")
+        if self.images:
+            lines.append(
+                f"accuracy on {self.images:,} test images: dense float32 {self.dense_accuracy:.2%}, "
+                f"{self.report.chosen} {self.report.precision} {self.fast_accuracy:.2%}"
+            )
+        return "\n".join(lines)
+
+
+def network(
+    source: str, *, sparsity: float, distribution: str = "erk", size: int = 32
+) -> tuple[nn.Module, tuple, Trainer | None]:
     """Returns the network of a run directory, or a random sparse one of a named model, and the shape of its input.
+
+    The last result is the run's trainer, with its data, or None.
 
     Args:
         source: a run directory or a name in `granet.train.models.MODELS`.
@@ -72,7 +108,7 @@ def network(source: str, *, sparsity: float, distribution: str = "erk", size: in
         trainer = Trainer(run.recipe, begins=False)
         load_weights(run, trainer, "last")
         trainer.sparsifier.fold()
-        return trainer.model.cpu().float(), tuple(trainer.dataset.shape)
+        return trainer.model.cpu().float(), tuple(trainer.dataset.shape), trainer
     model = build(source, classes=10, in_channels=3)
     sparse = {n: p for n, p in model.named_parameters() if p.dim() > 1}
     shapes = {name: tuple(parameter.shape) for name, parameter in sparse.items()}
@@ -81,12 +117,41 @@ def network(source: str, *, sparsity: float, distribution: str = "erk", size: in
     with torch.no_grad():
         for name, parameter in sparse.items():
             parameter.mul_(masks[name])
-    return model, (3, size, size)
+    return model, (3, size, size), None
 
 
-def bench_inference(model: nn.Module, example_inputs: Tensor) -> InferenceReport:
-    """Returns what `granet.compile` measures for every layer and for the whole model, dense and compiled."""
-    return compile(copy.deepcopy(model).eval(), example_inputs).report()
+def bench_inference(
+    model: nn.Module, example_inputs: Tensor, *, precision: str = "float32", trainer: Trainer | None = None
+) -> InferenceBench:
+    """Returns what `granet.compile` measures for every layer and for the whole model, dense and compiled.
+
+    With a trainer, int8 is calibrated on its training images, and the accuracy is that on its test images. Without one
+    int8 is calibrated on random images, which does for measuring time.
+    """
+    model, batch = copy.deepcopy(model).eval(), len(example_inputs)
+    calibration = None
+    if precision == "int8":
+        wanted = PIECES * batch
+        calibration = [torch.randn(wanted, *example_inputs.shape[1:])] if trainer is None else []
+        for x, _ in () if trainer is None else trainer.images.once("train"):
+            calibration.append(x.cpu())
+            if sum(map(len, calibration)) >= wanted:
+                break
+        calibration = torch.cat(calibration)[:wanted]
+        example_inputs = calibration[:batch]
+    fast = compile(model, example_inputs, precision=precision, calibration=calibration)
+    if trainer is None:
+        return InferenceBench(fast.report())
+    correct, images = torch.zeros(2), 0
+    with torch.no_grad():
+        for x, y in trainer.images.once("test"):
+            for piece, labels in zip(x.cpu().split(batch), y.cpu().split(batch), strict=True):
+                if len(piece) == batch:
+                    for i, one in enumerate((model, fast)):
+                        correct[i] += (one(piece).argmax(dim=1) == labels).sum()
+                    images += batch
+    dense, compiled = (correct / max(1, images)).tolist()
+    return InferenceBench(fast.report(), images, dense, compiled)
 
 
 def bench_training(model: nn.Module, example_inputs: Tensor, *, repeats: int = 5) -> StepReport:
@@ -151,7 +216,8 @@ def main(
     sparsity: float = 0.9,
     distribution: str = "erk",
     size: int = 32,
-) -> InferenceReport | StepReport:
+    precision: str = "float32",
+) -> InferenceBench | StepReport:
     """Returns the report to print for a run directory or a named model.
 
     Args:
@@ -161,11 +227,16 @@ def main(
         sparsity: sparsity of a named model.
         distribution: how a named model's sparsity is distributed.
         size: height and width of a named model's input.
+        precision: precision of the compiled network, "float32", "bfloat16" or "int8".
     """
+    if training and precision != "float32":
+        raise ValueError("precision is for inference: a training step is measured in float32 and in bfloat16 anyway")
     if batch < 1 or size < 1:
         raise ValueError(f"batch={batch}, size={size}: both must be at least 1")
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} must be at least 0 and below 1: it is the share of inactive weights")
-    model, shape = network(source, sparsity=sparsity, distribution=distribution, size=size)
+    model, shape, trainer = network(source, sparsity=sparsity, distribution=distribution, size=size)
     images = torch.randn(batch, *shape)
-    return bench_training(model, images) if training else bench_inference(model, images)
+    if training:
+        return bench_training(model, images)
+    return bench_inference(model, images, precision=precision, trainer=trainer)
