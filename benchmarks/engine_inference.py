@@ -1,10 +1,13 @@
 """Compiled sparse inference against the dense engines, interleaved, outputs checked first.
 
     python benchmarks/engine_inference.py --model resnet50 --sparsity 0.8 0.9 0.95 --batch 1 16
+    python benchmarks/engine_inference.py --precision float32 bfloat16 int8 --pattern 1x4 --sparsity 0.9
 
-ONNX Runtime and OpenVINO take part where installed (`pip install onnx onnxscript onnxruntime openvino`). Weights and
-running statistics are random: speed does not depend on them. A first convolution stays dense. torch.compile takes part
-where it works, torch's compressed sparse rows in models without convolutions (torch has no sparse convolution).
+With further precisions, torch's bfloat16 autocast, OpenVINO in bfloat16, and OpenVINO (by NNCF) and ONNX Runtime
+(static quantisation) in int8 take part, and all ratios are to the fastest dense engine of all precisions. ONNX Runtime
+and OpenVINO take part where installed (`pip install onnx onnxscript onnxruntime openvino nncf`). Weights and running
+statistics are random: speed does not depend on them. A first convolution stays dense. torch.compile takes part where it
+works, torch's compressed sparse rows in models without convolutions (torch has no sparse convolution).
 """
 
 import argparse
@@ -126,7 +129,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def make(name: str, sparsity: float, distribution: str) -> nn.Module:
+def make(name: str, sparsity: float, distribution: str, block: int = 1) -> nn.Module:
     """The model with random weights, all but a first convolution made sparse, and statistics that are no identity."""
     torch.manual_seed(0)
     model = MODELS[name][0]().eval()
@@ -136,9 +139,11 @@ def make(name: str, sparsity: float, distribution: str) -> nn.Module:
     counts = (erk if distribution == "erk" else uniform)(shapes, 1 - sparsity)
     with torch.no_grad():
         for n, p in weights:
-            keep = torch.zeros(p.numel(), dtype=torch.bool)
-            keep[torch.randperm(p.numel())[: counts[n]]] = True
-            p.mul_(keep.view_as(p))
+            size = block if p.shape[1] % block == 0 else 1
+            rows, columns = p.shape[0], p.shape[1] // size
+            keep = torch.zeros(p.numel() // size, dtype=torch.bool)
+            keep[torch.randperm(keep.numel())[: counts[n] // size]] = True
+            p.mul_(keep.view(rows, columns, *p.shape[2:]).repeat_interleave(size, dim=1))
             p.mul_((2 * p[0].numel() / max(1, p.square().sum().item()) / p[0].numel() * p.shape[0]) ** 0.5)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -147,13 +152,41 @@ def make(name: str, sparsity: float, distribution: str) -> nn.Module:
     return model
 
 
-def contenders(model: nn.Module, x: torch.Tensor, *, torch_compile: bool) -> dict[str, Callable[[], torch.Tensor]]:
+def onnx_int8(path: str, x: torch.Tensor) -> str:
+    """The path of an ONNX file in int8, calibrated on `x`."""
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = [{"x": x.numpy()}]
+
+        def get_next(self) -> dict | None:
+            return self.left.pop() if self.left else None
+
+    prepared, made = f"{path}.prepared", f"{path}.int8"
+    quantization.shape_inference.quant_pre_process(path, prepared, skip_symbolic_shape=True)
+    quantization.quantize_static(prepared, made, Reader(), per_channel=True)
+    return made
+
+
+def contenders(
+    model: nn.Module, x: torch.Tensor, *, torch_compile: bool, precisions: list[str]
+) -> dict[str, Callable[[], torch.Tensor]]:
     """What can run the model here, by name; those not installed are named on the terminal."""
     found: dict[str, Callable[[], torch.Tensor]] = {"torch eager": lambda: model(x)}
     channels_last = x.to(memory_format=torch.channels_last) if x.dim() == 4 else None
     if channels_last is not None:
         twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
         found["torch channels_last"] = lambda: twin(channels_last)
+    if "bfloat16" in precisions:
+        inputs = x if channels_last is None else channels_last
+        other = model if channels_last is None else twin
+
+        def autocast() -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return other(inputs)
+
+        found["torch bfloat16"] = autocast
     if torch_compile:
         compiled = torch.compile(model)
         compiled(x)
@@ -164,7 +197,7 @@ def contenders(model: nn.Module, x: torch.Tensor, *, torch_compile: bool) -> dic
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         try:
-            torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+            torch.onnx.export(model, (x,), path, input_names=["x"], dynamo=True, verbose=False)
         except (ImportError, ModuleNotFoundError) as error:
             print(f"ONNX Runtime and OpenVINO skipped: {error}")
             return found
@@ -173,24 +206,34 @@ def contenders(model: nn.Module, x: torch.Tensor, *, torch_compile: bool) -> dic
 
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            feed = {session.get_inputs()[0].name: x.numpy()}
-            found["onnxruntime"] = lambda: torch.from_numpy(session.run(None, feed)[0])
+            paths = {"onnxruntime": path} | ({"onnxruntime int8": onnx_int8(path, x)} if "int8" in precisions else {})
+            for name, file in paths.items():
+                session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+                found[name] = lambda s=session: torch.from_numpy(s.run(None, {"x": x.numpy()})[0])
         except ImportError:
             print("ONNX Runtime skipped: not installed")
         try:
             import openvino
 
-            options = {
-                "INFERENCE_PRECISION_HINT": "f32",
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            }
-            request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
-            array = x.numpy()
-            found["openvino"] = lambda: torch.from_numpy(request.infer([array])[0])
-        except ImportError:
-            print("OpenVINO skipped: not installed")
+            core, array = openvino.Core(), x.numpy()
+            variants = {"openvino": (core.read_model(path), "f32")}
+            if "bfloat16" in precisions:
+                variants["openvino bfloat16"] = (core.read_model(path), "bf16")
+            if "int8" in precisions:
+                import nncf
+
+                data = nncf.Dataset([array])
+                variants["openvino int8"] = (nncf.quantize(core.read_model(path), data, subset_size=1), "f32")
+            for name, (network, hint) in variants.items():
+                options = {
+                    "INFERENCE_PRECISION_HINT": hint,
+                    "PERFORMANCE_HINT": "LATENCY",
+                    "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                }
+                request = core.compile_model(network, "CPU", options).create_infer_request()
+                found[name] = lambda r=request: torch.from_numpy(r.infer([array])[0].copy())
+        except ImportError as error:
+            print(f"OpenVINO skipped: {error}")
     return found
 
 
@@ -224,6 +267,8 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.8, 0.9, 0.95])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--distribution", nargs="+", default=["uniform"], choices=("uniform", "erk"))
+    parser.add_argument("--precision", nargs="+", default=["float32"], choices=("float32", "bfloat16", "int8"))
+    parser.add_argument("--pattern", default="1x1", choices=("1x1", "1x2", "1x4"), help="of the random masks")
     parser.add_argument("--seconds", type=float, default=20, help="for each table row")
     parser.add_argument("--torch-compile", action="store_true", help="torch.compile takes part")
     parser.add_argument("--layers", action="store_true", help="print the report of every compiled model")
@@ -245,25 +290,46 @@ def main() -> None:
         for batch in settings.batch:
             for distribution in settings.distribution:
                 for sparsity in settings.sparsity:
-                    model = make(name, sparsity, distribution)
+                    model = make(name, sparsity, distribution, int(settings.pattern[-1]))
                     x = torch.randn(batch, *MODELS[name][1])
                     with torch.no_grad():
                         began = time.perf_counter()
                         fast = compile_sparse(model, x)
                         compiling = time.perf_counter() - began
-                        calls = contenders(model, x, torch_compile=settings.torch_compile)
+                        calls = contenders(
+                            model, x, torch_compile=settings.torch_compile, precisions=settings.precision
+                        )
+                        calls["granet"] = lambda f=fast, x=x: f(x)
+                        reports = []
+                        for precision in settings.precision:
+                            if precision != "float32":
+                                calibration = [x] if precision == "int8" else None
+                                low = compile_sparse(
+                                    model, x, precision=precision, calibration=calibration, tolerance=0.2
+                                )
+                                calls[f"granet {precision}"] = lambda f=low, x=x: f(x)
+                                reports.append(low.report())
                         expected = model(x)
-                        for other, call in {**calls, "granet": lambda f=fast, x=x: f(x)}.items():
-                            error = ((call() - expected).abs().max() / expected.abs().max()).item()
-                            if not error < 1e-3:
+                        for other, call in calls.items():
+                            gap = call().float() - expected
+                            error = (gap.abs().max() / expected.abs().max()).item()
+                            if other.endswith(("bfloat16", "int8")):
+                                error = (gap.norm() / expected.norm()).item()
+                                print(f"<!-- {other}: root mean square error {error:.1%} of that of the output -->")
+                            if not error < (0.2 if other.endswith(("bfloat16", "int8")) else 1e-3):
                                 raise SystemExit(f"{other} is off by {error:.1e}")
-                        times = measure({**calls, "granet": lambda f=fast, x=x: f(x)}, settings.seconds, clock)
-                    dense = min(t[0] for n, t in times.items() if n not in ("granet", CSR))
+                        times = measure(calls, settings.seconds, clock)
+                    dense = min(t[0] for n, t in times.items() if n != CSR and not n.startswith("granet"))
                     for engine, (least, median, repeats) in times.items():
                         print(
                             f"| {name} | {batch} | {distribution} | {sparsity:.0%} | {engine} | {least:.2f} "
                             f"| {median:.2f} | {repeats} | {dense / least:.2f}x |",
                             flush=True,
+                        )
+                    for report in reports:
+                        print(
+                            f"<!-- {report.precision}: runs {report.chosen}; packed {report.nbytes / 1e6:.1f} MB; "
+                            f"{sum(row.chosen != report.precision for row in report.layers)} layers in float32 -->"
                         )
                     report = fast.report()
                     parameters = sum(4 * p.numel() for p in model.parameters())

@@ -18,7 +18,7 @@ def test_inference_of_a_named_model():
 
 def test_a_run_is_calibrated_on_its_images_and_tested(tmp_path):
     method = {"name": "static", "sparsity": 0.9, "distribution": "uniform"}
-    train = {"epochs": 8, "batch_size": 32, "lr": 0.1, "threads": 2, "device": "cpu"}
+    train = {"epochs": 4, "batch_size": 32, "lr": 0.1, "threads": 2, "device": "cpu"}
     model = {"name": "mlp", "pattern": "1x4"}
     values = {"name": "x", "data": {"name": "digits"}, "model": model, "method": method, "train": train}
     recipe = validate(values, source="test")
