@@ -381,7 +381,7 @@ def test_a_reparameterized_run_goes_on_to_the_bit_and_leaves_a_plain_network(tmp
     zeros = sum(int((p == 0).sum()) for name, p in plain.named_parameters() if name in trainer.sparsifier.masks)
     assert 0 < zeros == trainer.sparsifier.total - trainer.sparsifier.active
     assert trainer.evaluate("test").accuracy == summary["last"]["test_accuracy"]
-    benched, _ = network(str(broken.path), sparsity=0.0)
+    benched, _, _ = network(str(broken.path), sparsity=0.0)
     assert set(benched.state_dict()) == set(plain.state_dict())
     assert summary["parameters"]["total"] == sum(p.numel() for p in plain.parameters())
 
