@@ -197,7 +197,7 @@ def contenders(
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         try:
-            torch.onnx.export(model, (x,), path, input_names=["x"], dynamo=True, verbose=False)
+            torch.onnx.export(model, (x,), path, input_names=["x"], dynamo=True, verbose=False, external_data=False)
         except (ImportError, ModuleNotFoundError) as error:
             print(f"ONNX Runtime and OpenVINO skipped: {error}")
             return found
