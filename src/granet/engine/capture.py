@@ -136,6 +136,7 @@ class Part:
             self.settings.decisions[key] = self.decision
         elif self.report.chosen == "sparse":
             self._pack(args)
+        self._ranges, self._calibration = None, []  # the decision holds what is needed of them
 
     def _key(self) -> str:
         holders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
@@ -168,7 +169,7 @@ class Part:
         """Returns the graph's outputs, having seen what its values are."""
         with self._lock, torch.no_grad():
             if self._ranges is None:
-                self._ranges = Ranges(self.module, [n for n in self.module.graph.nodes if n.op != "output"])
+                self._ranges = Ranges(self.module, self.stages(args)[0].nodes.values())
             if len(self._calibration) < CASES:
                 self._calibration.append(tree_map(_copy, args))
             return self._ranges.see(args)

@@ -177,6 +177,7 @@ class CompiledModel(nn.Module):
             chosen="sparse" if wins else "dense",
             why="; ".join(dict.fromkeys(report.why for report in wins or reports)),
             error=max(report.error for report in reports),
+            precision=wins[0].precision if wins else "float32",
             nbytes=sum(report.nbytes for report in wins),
             arena_nbytes=sum(report.arena_nbytes for report in wins),
         )
@@ -199,6 +200,7 @@ class CompiledModel(nn.Module):
             fast_ms=dense.least,
             chosen="dense",
             why=search.not_faster(dense, fast),
+            precision="float32",
             nbytes=0,
             arena_nbytes=0,
         )

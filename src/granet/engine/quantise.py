@@ -13,7 +13,7 @@ from granet.engine.graph import Stages, tensors_of
 from granet.engine.precision import BFLOAT16, FLOAT32, Format, int8_format, quantised_weight
 from granet.engine.steps import AvgPool, Convert, Convolution, Input, MaxPool, Segment, Step, Value
 
-SAMPLE = 4096  # numbers of each tensor and batch that the choice of a range looks at
+SAMPLE = 2048  # numbers of each tensor and batch that the choice of a range looks at
 CLIPS = 24  # ranges that are compared
 
 

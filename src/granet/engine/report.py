@@ -49,7 +49,8 @@ class InferenceReport:
             precision the root mean square of the differences, relative to that of the output.
         nbytes: bytes of packed weights and their index structures.
         arena_nbytes: bytes of working memory for one call.
-        precision: "float32", "bfloat16" or "int8". The dense milliseconds are always those of float32.
+        precision: what the compiled model computes in, "float32" if it is the dense model. The dense milliseconds are
+            always those of float32.
     """
 
     layers: tuple[LayerReport, ...]

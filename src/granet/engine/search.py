@@ -136,7 +136,7 @@ def verdict(
         error=error,
         nbytes=packed[0] if wins else 0,
         arena_nbytes=packed[1] if wins else 0,
-        precision=precision,
+        precision=precision if wins else "float32",
     )
 
 

@@ -81,7 +81,7 @@ class InferenceBench:
         if self.images:
             lines.append(
                 f"accuracy on {self.images:,} test images: dense float32 {self.dense_accuracy:.2%}, "
-                f"{self.report.chosen} {self.report.precision} {self.fast_accuracy:.2%}"
+                f"compiled ({self.report.chosen}, {self.report.precision}) {self.fast_accuracy:.2%}"
             )
         return "\n".join(lines)
 
