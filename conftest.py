@@ -27,6 +27,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 _NEEDS = {
     "src/granet/integrations/lightning.py": ["lightning"],
     "src/granet/integrations/huggingface.py": ["transformers", "accelerate"],
+    "docs/exports.md": ["onnx", "onnxscript", "onnxruntime"],
     "docs/integrations.md": ["lightning", "transformers", "accelerate", "timm"],
 }
 collect_ignore = [path for path, stacks in _NEEDS.items() if not all(map(find_spec, stacks))]

@@ -35,6 +35,7 @@ LAYERS = [  # a folder or module may import what stands before it; docs/architec
     "integrations",
     "engine",
     "flops",
+    "export",
     "train",
     "report",
     "lab",

@@ -2,6 +2,7 @@
 # read it too: a public name is added here and nowhere else.
 from . import criterion as criterion
 from . import distribution as distribution
+from . import export as export
 from . import flops as flops
 from . import lab as lab
 from . import pattern as pattern

@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "every parameter of a recipe's network: sparse or not, why, its budget",
     "show": "a recipe with every default written out",
     "bench": "speed of a run's network on the sparse kernels, beside dense",
+    "export": "a run's network as a file for another runtime, compared with the run",
     "ls": "list recipes, methods, models, data or optimizers",
 }
 

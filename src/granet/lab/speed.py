@@ -87,7 +87,7 @@ class InferenceBench:
 
 
 def network(
-    source: str, *, sparsity: float, distribution: str = "erk", size: int = 32
+    source: str, *, sparsity: float, distribution: str = "erk", size: int = 32, checkpoint: str | None = "last"
 ) -> tuple[nn.Module, tuple, Trainer | None]:
     """Returns the network of a run directory, or a random sparse one of a named model, and the shape of its input.
 
@@ -98,6 +98,7 @@ def network(
         sparsity: sparsity of a named model; the network of a run keeps its own.
         distribution: how a named model's sparsity is distributed.
         size: height and width of a named model's input.
+        checkpoint: that of the run: `"last"`, `"best"`, or None for the best if there is one.
 
     Raises:
         ValueError: `source` is neither.
@@ -106,7 +107,7 @@ def network(
     if (path / "recipe.yaml").exists() or (source not in MODELS and (path.exists() or len(path.parts) > 1)):
         run = Run.open(path)
         trainer = Trainer(run.recipe, begins=False)
-        load_weights(run, trainer, "last")
+        load_weights(run, trainer, checkpoint)
         trainer.sparsifier.fold()
         return trainer.model.cpu().float(), tuple(trainer.dataset.shape), trainer
     model = build(source, classes=10, in_channels=3)

@@ -49,18 +49,26 @@ class Images:
         augment = {key: getattr(self._recipe.data, key) for key in ("crop", "padding", "flip", "cutout")}
         order = {"seed": self._recipe.seed, "epoch": epoch, "start": start, "drop_last": self._drop_last}
         order |= {"rank": self._ranks.rank, "world": self._ranks.world}
-        return self._batches("train", batch_size=self._share, train=True, augment=data.Augment(**augment), **order)
+        return self._batches(
+            self.splits["train"], batch_size=self._share, train=True, augment=data.Augment(**augment), **order
+        )
 
     def first(self, batches: int) -> list[tuple[Tensor, Tensor]]:
         """Returns the first training batches, whole and without augmentation."""
         options = {"batch_size": self._size, "train": True, "augment": data.Augment()}
         options |= {"seed": self._recipe.seed, "epoch": 0, "start": 0, "drop_last": self._drop_last}
-        return list(itertools.islice(self._batches("train", **options), batches))
+        return list(itertools.islice(self._batches(self.splits["train"], **options), batches))
 
     def once(self, split: str) -> Batches:
         """Returns this rank's share of a split, in batches, every image of it once, without augmentation."""
         mine = {"rank": self._ranks.rank, "world": self._ranks.world}
-        return self._batches(split, batch_size=max(256, self._size), train=False, **mine)
+        return self._batches(self.splits[split], batch_size=max(256, self._size), train=False, **mine)
+
+    def spread(self, split: str, count: int) -> Batches:
+        """Returns `count` images that are spread evenly over a split, or all if it has fewer, without augmentation."""
+        images = self.splits[split]
+        rows = torch.linspace(0, len(images) - 1, min(count, len(images))).long()
+        return self._batches(images[rows], batch_size=max(256, self._size), train=False)
 
     def trained_on(self, step: int) -> int:
         """Returns on how many examples the first `step` optimizer steps train, on all ranks together."""
@@ -68,7 +76,7 @@ class Images:
         of_an_epoch = min(self.steps_per_epoch * self._size, len(self.splits["train"]))
         return epochs * of_an_epoch + batches * self._size
 
-    def _batches(self, split: str, **options) -> Batches:
+    def _batches(self, images: data.Split | data.FolderSplit, **options) -> Batches:
         options |= {"mean": self.dataset.mean, "std": self.dataset.std}
         options |= {"device": self._device, "workers": self._ranks.workers}
-        return data.epoch_batches(self.splits[split], **options)
+        return data.epoch_batches(images, **options)

@@ -1,0 +1,30 @@
+"""Exports: a sparse network as a file for another runtime, compared with the model before the file is kept.
+
+One format, one module: `to_onnx` has `granet.export.onnx`, and so on. `FORMATS` lists them. Names are imported on first
+use; the packages that a format needs are imported by its function alone.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from granet.export.formats import FORMATS as FORMATS
+
+if TYPE_CHECKING:
+    from granet.export.comparison import Export as Export
+    from granet.export.network import ExportError as ExportError
+    from granet.export.to_onnx import onnx as onnx
+
+
+_HOME = {
+    "Export": "comparison",
+    "ExportError": "network",
+    "onnx": "to_onnx",
+}
+
+__all__ = ["FORMATS", *_HOME]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
