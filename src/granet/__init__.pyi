@@ -11,6 +11,7 @@ from . import schedule as schedule
 from . import selection as selection
 from . import shards as shards
 from . import topology as topology
+from .engine.fake_quantisation import fake_quantise as fake_quantise
 from .engine.inference import compile as compile
 from .engine.training import accelerate as accelerate
 from .importers import import_masks as import_masks

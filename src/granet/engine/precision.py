@@ -17,6 +17,7 @@ from granet.engine.geometry import Geometry
 from granet.engine.spec import Spec
 
 CHANNELS = {"float32": 1, "bfloat16": 2, "int8": 4}  # in a word
+LEAST = 1e-30  # largest weight of an output channel below which all of them become 0; 127 / LEAST is finite
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,15 @@ def int8_format(low: float, high: float) -> Format:
     return Format("int8", scale, max(0, min(255, round(-low / scale))))
 
 
+def weight_scale(weight: Tensor) -> Tensor:
+    """Returns the scale of each output channel (the first axis), with which its largest weight becomes 127 or -127."""
+    return weight.flatten(1).abs().amax(dim=1).clamp_min(LEAST) / 127
+
+
 def quantised_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the weight in signed bytes, from -127 to 127, and the scale of each output channel (its first axis)."""
-    rows = weight.flatten(1)
-    scale = rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return (rows / scale[:, None]).round().to(torch.int8).view_as(weight), scale
+    """Returns the weight in signed bytes, from -127 to 127, and the scale of each output channel."""
+    scale = weight_scale(weight)
+    return (weight.flatten(1) / scale[:, None]).round().to(torch.int8).view_as(weight), scale
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,7 @@ class Ranges:
     def _remember(self, node: fx.Node, result: object) -> None:
         if node not in self._nodes or not isinstance(result, Tensor):
             return
-        flat = result.detach().flatten()
-        step = max(1, flat.numel() // SAMPLE)
-        ends = torch.stack(flat.aminmax())
-        self._samples.setdefault(node, []).append(torch.cat([ends, flat[::step]]))
+        self._samples.setdefault(node, []).append(sampled(result.detach()))
 
     def format_of(self, node: fx.Node) -> Format:
         """Returns the int8 format with the least mean squared error on what was seen of a node's result.
@@ -52,9 +49,34 @@ class Ranges:
         seen = torch.cat(self._samples[node])
         if not seen.isfinite().all():
             raise ValueError(f"NaN or infinite values on the calibration data, at {node.name}: int8 cannot hold them")
-        low, high = seen.min().item(), seen.max().item()
-        formats = [int8_format(low * i / CLIPS, high * i / CLIPS) for i in range(CLIPS // 3, CLIPS + 1)]
-        return min(formats, key=lambda f: (fake_quantised(seen, f) - seen).square().mean().item())
+        return int8_format(*best_range(seen).tolist())
+
+
+def sampled(x: Tensor) -> Tensor:
+    """Returns the lowest and the highest number of a tensor and some of the others, in one dimension."""
+    flat = x.flatten()
+    return torch.cat([torch.stack(flat.aminmax()), flat[:: max(1, flat.numel() // SAMPLE)]])
+
+
+def best_range(numbers: Tensor) -> Tensor:
+    """Returns the lowest and the highest number that bytes should cover, for the least mean squared error on `numbers`.
+
+    Args:
+        numbers: a tensor of one dimension.
+    """
+    clips = torch.arange(CLIPS // 3, CLIPS + 1, device=numbers.device) / CLIPS
+    ranges = clips[:, None] * torch.stack(numbers.aminmax())
+    scale, zero = (part[:, None] for part in scale_and_zero(ranges))
+    rounded = ((numbers / scale).round() + zero).clamp(0, 255).sub(zero) * scale
+    return ranges[(rounded - numbers).square().mean(dim=1).argmin()]
+
+
+def scale_and_zero(ranges: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns scales and zero points whose bytes cover ranges of shape (..., 2), and zero, as `int8_format` does."""
+    low, high = ranges.clamp_max(0)[..., 0], ranges.clamp_min(0)[..., 1]
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, 1.0, scale)
+    return scale, (-low / scale).round().clamp(0, 255)
 
 
 class _Watching(fx.Interpreter):

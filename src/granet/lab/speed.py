@@ -109,6 +109,7 @@ def network(
         trainer = Trainer(run.recipe, begins=False)
         load_weights(run, trainer, checkpoint)
         trainer.sparsifier.fold()
+        trainer.quantisation.remove()
         return trainer.model.cpu().float(), tuple(trainer.dataset.shape), trainer
     model = build(source, classes=10, in_channels=3)
     sparse = {n: p for n, p in model.named_parameters() if p.dim() > 1}

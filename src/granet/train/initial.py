@@ -7,6 +7,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from granet import ranks
+from granet.selection import select
 from granet.train import checkpoint
 from granet.train.recipe import Recipe, RecipeError, Steps, in_steps, validate
 
@@ -39,7 +40,7 @@ def load(recipe: Recipe, model: nn.Module, here: ranks.Ranks) -> dict[str, Tenso
         here: the ranks, all of which call this; the first one reads.
 
     Raises:
-        RecipeError: the weights are of another network.
+        RecipeError: the weights are of another network, or other layers of it are sparse.
         FileNotFoundError, CheckpointError: as `source`.
     """
     if recipe.train.init is None:
@@ -56,7 +57,22 @@ def load(recipe: Recipe, model: nn.Module, here: ranks.Ranks) -> dict[str, Tenso
     model.load_state_dict(found.model)
     if here.first:
         logger.info("beginning with the weights of %s", found.path)
-    return found.masks if recipe.method.name == "fixed" else None
+    if recipe.method.name != "fixed":
+        return None
+    _refuse_other_layers(recipe, model, found)
+    return found.masks
+
+
+def _refuse_other_layers(recipe: Recipe, model: nn.Module, found: checkpoint.Checkpoint) -> None:
+    """Raises RecipeError if other parameters are sparse by the recipe than have masks in the checkpoint."""
+    sparse = {choice.name for choice in select(model, skip=recipe.skipped(model)) if choice.sparse}
+    if other := sorted(sparse ^ set(found.masks)):
+        theirs = found.state["sparsifier"]["pattern"]
+        dense, where = ("dense", "sparse") if other[0] in sparse else ("sparse", "dense")
+        raise RecipeError(
+            f"train.init: in {found.path}, of the pattern {theirs}, {other[0]} is {dense}, and by this recipe, of the "
+            f"pattern {recipe.model.pattern}, it is {where}: set model.pattern and model.keep_dense as they are there"
+        )
 
 
 def longer(recipe: Recipe, epochs: int, steps_per_epoch: int) -> Recipe:

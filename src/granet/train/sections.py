@@ -202,6 +202,10 @@ class Train(Section):
     engine: Literal["dense", "sparse"] = Field(
         "dense", description="Arithmetic: 'sparse' runs layers on granet's own kernels where these are faster (CPU)."
     )
+    quantise: Literal["int8"] | None = Field(
+        None,
+        description="Quantisation-aware training: layers compute with weights and inputs rounded as in int8 inference.",
+    )
     device: str = Field("auto", description="Device: 'auto' takes a GPU if there is one.")
 
     @model_validator(mode="after")
@@ -212,6 +216,11 @@ class Train(Section):
             raise ValueError("nesterov needs a momentum above 0")
         if self.engine == "sparse" and (self.bf16 or self.compile):
             raise ValueError("engine sparse computes in float32 and compiles nothing: leave out bf16 and compile")
+        if self.quantise and (self.bf16 or self.compile or self.engine == "sparse"):
+            raise ValueError(
+                f"quantise {self.quantise} rounds float32 numbers of torch's own layers: leave out bf16, compile and "
+                "engine sparse"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be split into accumulate={self.accumulate} equal parts"

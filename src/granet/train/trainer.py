@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granet import flops, ranks
+from granet.engine.fake_quantisation import FakeQuantisation
 from granet.engine.training import TrainingPlan, accelerate
 from granet.methods.dense import Dense
 from granet.probe import Probe
@@ -94,6 +95,9 @@ class Trainer:
         if self.settings.ema:
             self.ema = copy.deepcopy(self.model).requires_grad_(False)
             self.sparsifier.follow(self.ema)
+        self.quantisation = FakeQuantisation(self.model, self.settings.quantise)
+        if self.ema is not None:
+            self.quantisation.follow(self.ema)
         self.replica = self.ranks.replica(self.model)
         self.training_flops = self.seconds = 0.0
         self.best: Best | None = None
@@ -191,6 +195,7 @@ class Trainer:
             # a copy: the optimizer would train on in the buffers of the checkpoint itself
             restore_layout(copy.deepcopy(found.state["optimizer"]), self.optimizer)
             torch.set_rng_state(found.state["rng"])
+            self.quantisation.load_state_dict(found.state.get("quantisation", {}))
         parameters = dict(self.model.named_parameters())
         for name, mask in (kept or {}).items():
             p = parameters[name]
@@ -230,7 +235,8 @@ class Trainer:
             correct += (logits.detach().argmax(1) == labels).sum()
         correct /= size / self.ranks.world
         # batch norms have seen this rank's examples alone: the mean of what they recorded is every rank's from here on
-        self.ranks.mean_([total, correct, *(b for b in self.model.buffers() if b.is_floating_point())])
+        seen = [self.quantisation.ranges, *(b for b in self.model.buffers() if b.is_floating_point())]
+        self.ranks.mean_([total, correct, *seen])
         self._window.append((self.step + 1, total, correct))
         if sparsifier.update_due:
             self.refuse_non_finite()  # before the topology is built on it
@@ -290,18 +296,9 @@ class Trainer:
         began = time.perf_counter()
         self.sparsifier.refresh()
         score = self.evaluate("validation")
-        record(
-            self._record(
-                "eval",
-                split="validation",
-                loss=score.loss,
-                accuracy=score.accuracy,
-                sparsity=self.sparsifier.sparsity,
-                realised_sparsity=self.realised_sparsity(),
-                eligible=self.eligible,
-                seconds=time.perf_counter() - began,
-            )
-        )
+        values = {"split": "validation", "loss": score.loss, "accuracy": score.accuracy}
+        values |= {"sparsity": self.sparsifier.sparsity, "realised_sparsity": self.realised_sparsity()}
+        record(self._record("eval", **values, eligible=self.eligible, seconds=time.perf_counter() - began))
         best = self.best
         better = best is None or (score.accuracy, -score.loss) > (best.accuracy, -best.loss)
         if not (better and self.eligible):
@@ -368,6 +365,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "sparsifier": self.sparsifier.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "quantisation": self.quantisation.state_dict(),
             "best": None if self.best is None else asdict(self.best),
             "training_flops": self.training_flops,
             "seconds": self.seconds,
@@ -388,6 +386,7 @@ class Trainer:
                 self.ema.load_state_dict(state["ema"])
             restore_layout(state["optimizer"], self.optimizer)
             self.sparsifier.load_state_dict(state["sparsifier"])
+            self.quantisation.load_state_dict(state.get("quantisation", {}))
             self.best = None if state["best"] is None else Best(**state["best"])
             self.training_flops, self.seconds = state["training_flops"], state["seconds"]
             to = [(at, *(x.to(self.device).reshape(()) for x in pair)) for at, *pair in state["window"]]
