@@ -82,7 +82,10 @@ def test_help_explains_every_parameter_of_a_method(name):
         assert re.search(rf"^ \|\s+{field.name}: \S+ \S+", text, re.MULTILINE), field.name
 
 
-@pytest.mark.parametrize("name", sorted({"Sparsifier", "Probe", "plan", "import_masks", "compile", "accelerate"}))
+EXPLAINED = {"Sparsifier", "Probe", "plan", "import_masks", "compile", "accelerate", "pack", "save", "load"}
+
+
+@pytest.mark.parametrize("name", sorted(EXPLAINED))
 def test_help_explains_every_parameter(name):
     thing = getattr(granet, name)
     text = inspect.getdoc(thing)

@@ -28,6 +28,16 @@ def test_a_file_is_replaced_as_a_whole_with_the_users_own_mode(tmp_path):
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
 
 
+def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path):
+    file = tmp_path / "model.safetensors"
+    files.replace(file, "old")
+    with pytest.raises(ZeroDivisionError), files.replacing(file) as new:
+        new.write(b"new")
+        raise ZeroDivisionError
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_replacing_takes_the_place_of_a_link_and_leaves_what_it_led_to(tmp_path, outside):
     link = tmp_path / "engine.txt"
     link.symlink_to(outside)

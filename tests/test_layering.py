@@ -34,6 +34,7 @@ LAYERS = [  # a folder or module may import what stands before it; docs/architec
     "sparsifier",
     "integrations",
     "engine",
+    "storage",
     "flops",
     "export",
     "train",

@@ -39,6 +39,9 @@ from .methods.top_kast import TopKAST as TopKAST
 from .probe import Probe as Probe
 from .selection import plan as plan
 from .sparsifier.core import Sparsifier as Sparsifier
+from .storage.saving import load as load
+from .storage.saving import pack as pack
+from .storage.saving import save as save
 from .train import data as data
 from .train import models as models
 from .train.registration import register as register

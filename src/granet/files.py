@@ -94,10 +94,20 @@ def replace(path: Path, content: str | bytes) -> None:
 
     Where a link has that name, the file takes the place of the link.
     """
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Gives a new file to write to, which takes the place of `path` when the block ends without an error."""
     # a name that nobody can foresee: what was put there before is not written to
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
     try:
-        write_and_sync(temporary, content.encode() if isinstance(content, str) else content)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o666), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

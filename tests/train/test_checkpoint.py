@@ -30,9 +30,9 @@ def example(value=0.0):
     return model, state
 
 
-def save(folder, step, value=0.0):
+def save(folder, step, value=0.0, **options):
     model, state = example(value)
-    return checkpoint.save(folder, step=step, model=model, state=state)
+    return checkpoint.save(folder, step=step, model=model, state=state, **options)
 
 
 def same(a, b):
@@ -51,6 +51,25 @@ def test_what_is_saved_comes_back(tmp_path):
     assert found.step == 12
     assert same(found.model, model)
     assert same(found.state, state)
+
+
+def test_without_zeros_it_comes_back_bit_for_bit(tmp_path):
+    """Also what has names as torch's pruning gives them."""
+    model, state = example()
+    mask = torch.rand(100, 100, generator=torch.Generator().manual_seed(0)) < 0.1
+    model |= {"a_orig": torch.randn(100, 100).where(mask, 0), "a_mask": mask.float()}
+    model["a_orig"][0, :50], model["a_orig"][0, 50:] = float("nan"), -0.0
+    state["masks"] = {"a_orig": mask}
+    sizes = []
+    for compress in (False, True):
+        path = checkpoint.save(tmp_path / str(compress), step=1, model=model, state=state, compress=compress)
+        found = checkpoint.load(path)
+        assert found.model.keys() == model.keys() and same(found.state, state)
+        for name, tensor in model.items():
+            raw = torch.stack([x.reshape(-1).view(torch.uint8) for x in (tensor, found.model[name])])
+            assert torch.equal(*raw), name
+        sizes.append(sum(file.stat().st_size for file in path.iterdir()))
+    assert sizes[1] < 0.3 * sizes[0]
 
 
 def test_the_model_file_is_plain_safetensors_with_the_models_own_keys(tmp_path):
@@ -93,11 +112,12 @@ def foreign(path):
     path.write_text('{"format": "pt"}' if path.suffix == ".json" else "not tensors")
 
 
+@pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("damage", [truncate, flip, foreign, os.unlink])
 @pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage, name):
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage, name, compress):
     save(tmp_path, 10)
-    path = save(tmp_path, 20)
+    path = save(tmp_path, 20, compress=compress)
     damage(path / name)
     with pytest.raises(CheckpointError, match="00000020") as error:
         checkpoint.load(path)

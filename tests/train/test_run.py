@@ -193,6 +193,24 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert records(run) == records(whole)
 
 
+def test_a_run_with_small_checkpoints_is_the_same_to_the_bit(tmp_path):
+    whole = Run.for_recipe(recipe(), tmp_path)
+    small = Run.for_recipe(recipe(compress=True), tmp_path)
+    assert small.path.name != whole.path.name
+    execute(whole)
+    calls = []
+    assert execute(small, stop=lambda: calls.append(1) or len(calls) == 13) is None
+    execute(small)
+    one, other = (checkpoint.load_latest(run.checkpoints) for run in (whole, small))
+    assert equal(one.model, other.model) and equal(one.state, other.state)
+    assert records(small) == records(whole)
+    sizes = [sum(file.stat().st_size for file in found.path.iterdir()) for found in (one, other)]
+    assert sizes[1] < 0.3 * sizes[0]
+    trainer = Trainer(whole.recipe)
+    granet.load(other.path / "model.safetensors", into=trainer.model)
+    assert equal(dict(trainer.model.state_dict()), one.model)
+
+
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, caplog):
     run, whole = (Run.for_recipe(recipe(checkpoint="5it"), tmp_path / name) for name in "ab")
     execute(whole)

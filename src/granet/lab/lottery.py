@@ -162,7 +162,8 @@ def _begin(level: Level, found: list[Level], lottery: Lottery) -> None:
         state["sparsifier"] |= {"masks": masks, "ever": masks, "step": at}
         # what it cost to come here counts
         state |= {key: before.state[key] for key in ("training_flops", "seconds")} | {"metrics": 0}
-    checkpoint.save(level.run.checkpoints, step=at, model=weights, state=state)
+    compress = level.run.recipe.train.compress
+    checkpoint.save(level.run.checkpoints, step=at, model=weights, state=state, compress=compress)
 
 
 def rewind_step(lottery: Lottery, trainer: Trainer) -> int:

@@ -1,9 +1,11 @@
 """Checkpoints: one directory each, visible only when complete, readable without unpickling anything.
 
 `model.safetensors` has the dense model's own keys and loads into the plain model anywhere. `state.safetensors` and
-`state.json` hold the rest: the tensors, and the tree that they hang in with all numbers and names.
+`state.json` hold the rest: the tensors, and the tree that they hang in with all numbers and names. Both files of
+tensors may leave zeros out (`granet.storage`); `granet.load` reads such a model.
 """
 
+import io
 import json
 import logging
 import os
@@ -15,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -23,6 +24,9 @@ from torch import Tensor
 from granet import files
 from granet.files import replace as replace
 from granet.parsing import from_json
+from granet.storage import saving
+from granet.storage.container import StorageError
+from granet.storage.packed import from_file
 from granet.text import short
 
 logger = logging.getLogger(__name__)
@@ -80,15 +84,25 @@ class Checkpoint:
             return found
 
 
-def save(folder: Path, *, step: int, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+def save(
+    folder: Path, *, step: int, model: Mapping[str, Tensor], state: Mapping[str, Any], compress: bool = False
+) -> Path:
     """Returns the directory of the new checkpoint, `folder/<step>`, which appears at once and complete.
+
+    Args:
+        folder: the folder of all checkpoints.
+        step: the step of the training.
+        model: the model's state dict.
+        state: all else, as a tree of dicts, lists, tensors, numbers and texts.
+        compress: whether zeros are left out of the files; all numbers come back bit for bit.
 
     Raises:
         CheckpointError: it could not be written, on a full disk for instance; older checkpoints are untouched.
     """
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors)
-    contents = {"model.safetensors": to_bytes(_separate(model)), "state.safetensors": to_bytes(_separate(tensors))}
+    write = _small if compress else to_bytes
+    contents = {"model.safetensors": write(_separate(model)), "state.safetensors": write(_separate(tensors))}
     sums = {name: zlib.crc32(content) for name, content in contents.items()}
     head = {"format": FORMAT, "step": step, "crc32": sums | {"state.json": _sum_of(step, tree)}}
     contents["state.json"] = json.dumps(head | {"state": tree}).encode()
@@ -236,9 +250,15 @@ def _read(path: Path, crc32: int) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is truncated or altered ({len(content)} bytes, checksum differs)")
     try:
         # from memory: a mapped file would tie the tensors to a file that may go
-        return safetensors.torch.load(content)
-    except (safetensors.SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {' '.join(str(error).split()):.300}") from None
+        return from_file(io.BytesIO(content), str(path)).unpack()
+    except StorageError as error:
+        raise CheckpointError(f"{error}") from None
+
+
+def _small(tensors: Mapping[str, Tensor]) -> bytes:
+    file = io.BytesIO()
+    saving.write(file, tensors)
+    return file.getvalue()
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -230,7 +230,8 @@ def _train(run: Run, here: ranks.Ranks, watch, stop: Callable[[], bool]) -> dict
 
 def _save(run: Run, trainer: Trainer, offset: int) -> None:
     state = trainer.state_dict() | {"metrics": offset}
-    checkpoint.save(run.checkpoints, step=trainer.step, model=trainer.sparsifier.plain_state_dict(), state=state)
+    model, compress = trainer.sparsifier.plain_state_dict(), trainer.settings.compress
+    checkpoint.save(run.checkpoints, step=trainer.step, model=model, state=state, compress=compress)
     best = {trainer.best.step} if trainer.best else set()
     checkpoint.prune(run.checkpoints, keep=2, also=best | set(trainer.settings.keep))
 
@@ -313,7 +314,8 @@ def extend(run: Run, epochs: int) -> Path:
         records = (run.path / "metrics.jsonl").read_bytes()[: last.metrics]
         checkpoint.replace(made.path / "metrics.jsonl", records.decode())
         for found in (best, last):
-            checkpoint.save(made.checkpoints, step=found.step, model=found.model, state=found.state)
+            parts = {"model": found.model, "state": found.state, "compress": recipe.train.compress}
+            checkpoint.save(made.checkpoints, step=found.step, **parts)
     return made.path
 
 

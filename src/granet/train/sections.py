@@ -197,6 +197,9 @@ class Train(Section):
     log: Steps = Field("10it", description="Steps between two lines of the training log.")
     evaluate: Steps = Field("1ep", description="Steps between two evaluations on the validation set.")
     checkpoint: Steps = Field("1ep", description="Steps between two checkpoints.")
+    compress: bool = Field(
+        False, description="Leave zeros out of the files of checkpoints; a resumed run is the same to the bit."
+    )
     keep: tuple[Steps, ...] = Field((), description="Moments whose checkpoints are kept, such as 10ep or 50%.")
     threads: int | None = Field(None, ge=1, le=1024, description="Processor threads; None leaves them to torch.")
     engine: Literal["dense", "sparse"] = Field(

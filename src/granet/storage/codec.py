@@ -1,0 +1,250 @@
+"""One tensor and its parts in a file: all of its numbers, or those that are not zero and where they stand.
+
+A tensor `name` is stored as one of
+
+- `name`: all its numbers;
+- `name:where`, `name:low` and `name:values`: the code of its nonzero entries (`granet.storage.bits`), and their values
+  in the order of the flat index. A bool tensor has no values: its nonzero entries are True.
+
+In int8, `name:scales` has one float32 number for each index of the first axis, the output channels of a linear or
+convolution layer; an entry is its byte times that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from granet.engine.precision import quantised_weight
+from granet.storage import bits
+from granet.storage.container import DTYPES, Part
+from granet.text import short
+
+WHERE, LOW, VALUES, SCALES = ":where", ":low", ":values", ":scales"
+_HEADER = 200  # bytes that the further parts of a sparse tensor take in the file's header
+_MOST_LOW = 40  # bits
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a tensor is stored.
+
+    Attributes:
+        shape: the shape of the tensor.
+        dtype: the dtype of the tensor; its numbers may be stored in a narrower one.
+        active: how many of its entries are stored; None if all are, zeros too.
+        low: the low bits of the code of their places.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    active: int | None = None
+    low: int = 0
+
+    @property
+    def size(self) -> int:
+        """The number of entries of the tensor."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensor in memory."""
+        return self.size * self.dtype.itemsize
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the entry as plain data."""
+        values: dict[str, Any] = {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
+        return values if self.active is None else values | {"active": self.active, "low": self.low}
+
+    @staticmethod
+    def from_json(values: Any) -> Entry:
+        """Returns the entry that plain data describe.
+
+        Raises:
+            ValueError: they describe none.
+        """
+        shape, dtype = values["shape"], values["dtype"]
+        active, low = values.get("active"), values.get("low", 0)
+        if dtype not in _BY_NAME:
+            raise ValueError(f"its dtype is {short(dtype)}, and these can be read: {', '.join(_BY_NAME)}")
+        if not isinstance(shape, list) or not all(type(number) is int and 0 <= number < 2**48 for number in shape):
+            raise ValueError(f"its shape is {short(shape)}, and a list of whole numbers is allowed")
+        size = prod(shape)
+        if size >= 2**48:
+            raise ValueError(f"its shape {short(shape)} has more than {2**48:,} entries")
+        if active is not None and not (type(active) is int and 0 <= active <= size):
+            raise ValueError(f"{short(active)} of its entries are stored, and it has {size:,}")
+        if type(low) is not int or not 0 <= low <= _MOST_LOW:
+            raise ValueError(f"the low bits of its code are {short(low)}, and 0 to {_MOST_LOW} are allowed")
+        return Entry(tuple(shape), _BY_NAME[dtype], active, low)
+
+
+def encode(
+    name: str, tensor: Tensor, dtype: torch.dtype | None = None, *, signed_zeros: bool = False
+) -> tuple[Entry, dict[str, Part]]:
+    """Returns the entry and the parts of a tensor; a part is computed when it is read.
+
+    Args:
+        name: the tensor's name.
+        tensor: the tensor.
+        dtype: what the numbers of a floating-point matrix are converted to if they are wider.
+        signed_zeros: whether -0.0 is stored as a number; else it counts as zero.
+
+    Raises:
+        ValueError: it has NaN or infinite numbers, and int8 cannot hold them.
+    """
+    numbers = partial(_numbers, tensor, _narrower(tensor, dtype))
+    flat, scales = numbers()
+    mask = _nonzero(flat, signed_zeros)
+    active = int(np.count_nonzero(mask))
+    low, unary = bits.cheapest(mask)
+    count = -(-active // 8)
+    itemsize = 0 if flat.dtype == torch.bool else flat.dtype.itemsize
+    parts = {}
+    if scales is not None:
+        parts[name + SCALES] = Part(scales.dtype, tuple(scales.shape), lambda: numbers()[1])
+    if unary + low * count + active * itemsize + _HEADER >= flat.numel() * flat.dtype.itemsize:
+        parts[name] = Part(flat.dtype, tuple(tensor.shape), lambda: numbers()[0].view(tensor.shape))
+        return Entry(tuple(tensor.shape), tensor.dtype), parts
+
+    def again() -> np.ndarray:
+        return _nonzero(numbers()[0], signed_zeros)
+
+    def values() -> Tensor:
+        now = numbers()[0]
+        return now[torch.from_numpy(_nonzero(now, signed_zeros))]
+
+    parts[name + WHERE] = Part(torch.uint8, (unary,), lambda: torch.from_numpy(bits.unary_code(again(), low)))
+    if low:
+        parts[name + LOW] = Part(torch.uint8, (low, count), lambda: torch.from_numpy(bits.planes(again(), low)))
+    if itemsize:
+        parts[name + VALUES] = Part(flat.dtype, (active,), values)
+    return Entry(tuple(tensor.shape), tensor.dtype, active, low), parts
+
+
+def count_nonzero(tensor: Tensor) -> int:
+    """Returns the number of entries that are not zero."""
+    return int(torch.count_nonzero(_comparable(tensor)))
+
+
+def check(name: str, entry: Entry, parts: Mapping[str, Part]) -> set[str]:
+    """Returns the names of the parts of a tensor, whose shapes and dtypes fit its entry; nothing is read.
+
+    Raises:
+        ValueError: a part is missing, or does not fit.
+    """
+    used: set[str] = set()
+
+    def need(suffix: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> torch.dtype:
+        part = parts.get(name + suffix)
+        if part is None:
+            raise ValueError(f"its part {name + suffix!r} is missing")
+        if part.shape != shape or dtype not in (None, part.dtype):
+            found = f"{part.dtype} of shape {part.shape}"
+            raise ValueError(f"its part {name + suffix!r} is {found}, and shape {shape} is needed")
+        used.add(name + suffix)
+        return part.dtype
+
+    if entry.active is None:
+        stored = need("", None, entry.shape)
+    else:
+        stored = torch.bool if entry.dtype == torch.bool else need(VALUES, None, (entry.active,))
+        need(WHERE, torch.uint8, _code_shape(entry, parts.get(name + WHERE)))
+        if entry.low:
+            need(LOW, torch.uint8, (entry.low, -(-entry.active // 8)))
+    if stored == torch.int8 and entry.dtype.is_floating_point:
+        need(SCALES, torch.float32, entry.shape[:1])
+    elif stored != entry.dtype and not (stored.is_floating_point and entry.dtype.is_floating_point):
+        raise ValueError(f"its numbers are stored as {stored}, and cannot be those of a {entry.dtype} tensor")
+    return used
+
+
+def verify(name: str, entry: Entry, parts: Mapping[str, Part]) -> None:
+    """Refuses a tensor whose places or scales are impossible; the tensor itself is not made.
+
+    Raises:
+        ValueError: says what was found, and what is allowed.
+    """
+    if name + SCALES in parts and not parts[name + SCALES].read().isfinite().all():
+        raise ValueError("its scales have NaN or infinite numbers")
+    if entry.active is not None:
+        bits.verify(*_code(name, parts), entry.size, entry.active)
+    elif parts[name].dtype == torch.bool and (parts[name].read().view(torch.uint8) > 1).any():
+        raise ValueError("its bytes must be 0 or 1")
+
+
+@torch.no_grad()
+def decode(name: str, entry: Entry, parts: Mapping[str, Part], out: Tensor) -> None:
+    """Writes a verified tensor into `out`, which has its shape; its dtype and device may be others."""
+    out, scales = out.detach(), parts.get(name + SCALES)
+    part = parts.get(name if entry.active is None else name + VALUES)
+    stored = torch.bool if part is None else part.dtype
+    straight = out.dtype == stored and scales is None and out.is_contiguous() and out.device.type == "cpu"
+    target = out if straight else torch.empty(entry.shape, dtype=stored)
+    if entry.active is None:
+        parts[name].fill(target)
+    else:
+        flat = _raw(target.zero_())
+        places = bits.places(*_code(name, parts), entry.size, entry.active)
+        flat[places] = 1 if part is None else _raw(part.read())
+    if scales is not None:
+        target = target.float() * scales.read().view(-1, *[1] * (len(entry.shape) - 1))
+    if not straight:
+        out.copy_(target)
+
+
+def _code_shape(entry: Entry, part: Part | None) -> tuple[int, ...]:
+    """Returns the shape that the code of the places must have: a mask's is fixed, others have a largest one."""
+    if not entry.low:
+        return (-(-entry.size // 8),)
+    most = -(-((entry.active or 0) + (entry.size >> entry.low)) // 8)
+    fits = part is not None and len(part.shape) == 1 and part.shape[0] <= most
+    return part.shape if fits else (most,)
+
+
+def _code(name: str, parts: Mapping[str, Part]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the unary code and the planes."""
+    planes = parts[name + LOW].read().numpy() if name + LOW in parts else np.empty((0, 0), dtype=np.uint8)
+    return parts[name + WHERE].read().numpy(), planes
+
+
+def _narrower(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Returns the dtype in which the numbers of a tensor are stored."""
+    wide = tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() > 0
+    return dtype if dtype is not None and wide and tensor.dtype.itemsize > dtype.itemsize else tensor.dtype
+
+
+def _numbers(tensor: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Returns the numbers of a tensor as they are stored, flat and on the CPU, and the scales of int8."""
+    tensor = tensor.detach().cpu()
+    if stored == torch.int8 and tensor.dtype != torch.int8:
+        if not tensor.isfinite().all():
+            raise ValueError("it has NaN or infinite numbers, which int8 cannot hold: save it as float32 or bfloat16")
+        values, scales = quantised_weight(tensor.float())
+        return values.reshape(-1), scales
+    return tensor.to(stored).contiguous().view(-1), None
+
+
+def _nonzero(flat: Tensor, signed_zeros: bool) -> np.ndarray:
+    if signed_zeros or not (flat.is_floating_point() or flat.is_complex()):
+        return _raw(flat) != 0
+    return _comparable(flat).ne(0).numpy()
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """Returns the tensor, or a wider one where torch compares no such numbers (float8)."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+
+
+def _raw(tensor: Tensor) -> np.ndarray:
+    """Returns the entries of a contiguous tensor as whole numbers of the same bits, flat, sharing its memory."""
+    return tensor.view(-1).view(_INTEGERS[tensor.dtype.itemsize]).numpy()
