@@ -129,7 +129,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def make(name: str, sparsity: float, distribution: str, block: int = 1) -> nn.Module:
+def make(name: str, sparsity: float, distribution: str, block: tuple[int, int] = (1, 1)) -> nn.Module:
     """The model with random weights, all but a first convolution made sparse, and statistics that are no identity."""
     torch.manual_seed(0)
     model = MODELS[name][0]().eval()
@@ -139,11 +139,10 @@ def make(name: str, sparsity: float, distribution: str, block: int = 1) -> nn.Mo
     counts = (erk if distribution == "erk" else uniform)(shapes, 1 - sparsity)
     with torch.no_grad():
         for n, p in weights:
-            size = block if p.shape[1] % block == 0 else 1
-            rows, columns = p.shape[0], p.shape[1] // size
-            keep = torch.zeros(p.numel() // size, dtype=torch.bool)
-            keep[torch.randperm(keep.numel())[: counts[n] // size]] = True
-            p.mul_(keep.view(rows, columns, *p.shape[2:]).repeat_interleave(size, dim=1))
+            high, wide = (b if n % b == 0 else 1 for n, b in zip(p.shape, block, strict=False))
+            keep = torch.zeros(p.shape[0] // high, p.shape[1] // wide, *p.shape[2:], dtype=torch.bool)
+            keep.view(-1)[torch.randperm(keep.numel())[: counts[n] // (high * wide)]] = True
+            p.mul_(keep.repeat_interleave(high, dim=0).repeat_interleave(wide, dim=1))
             p.mul_((2 * p[0].numel() / max(1, p.square().sum().item()) / p[0].numel() * p.shape[0]) ** 0.5)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -268,7 +267,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--distribution", nargs="+", default=["uniform"], choices=("uniform", "erk"))
     parser.add_argument("--precision", nargs="+", default=["float32"], choices=("float32", "bfloat16", "int8"))
-    parser.add_argument("--pattern", default="1x1", choices=("1x1", "1x2", "1x4"), help="of the random masks")
+    parser.add_argument("--pattern", default="1x1", choices=("1x1", "1x2", "1x4", "4x1"), help="of the random masks")
     parser.add_argument("--seconds", type=float, default=20, help="for each table row")
     parser.add_argument("--torch-compile", action="store_true", help="torch.compile takes part")
     parser.add_argument("--layers", action="store_true", help="print the report of every compiled model")
@@ -290,7 +289,7 @@ def main() -> None:
         for batch in settings.batch:
             for distribution in settings.distribution:
                 for sparsity in settings.sparsity:
-                    model = make(name, sparsity, distribution, int(settings.pattern[-1]))
+                    model = make(name, sparsity, distribution, tuple(map(int, settings.pattern.split("x"))))
                     x = torch.randn(batch, *MODELS[name][1])
                     with torch.no_grad():
                         began = time.perf_counter()

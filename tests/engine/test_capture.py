@@ -16,15 +16,17 @@ from torch import nn
 from granet.engine import inference, search
 
 
-def test_random_models(always):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_random_models(always, precision):
     """Branches, aliases, views, in-place operations, optional and keyword arguments, state and hooks."""
-    assert check_all(0, 2) == {"sparse": 2}
+    assert check_all(0, 2, precision) == {"sparse": 2}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_many_random_models():
-    chosen = check_all(2, 60)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_many_random_models(precision):
+    chosen = check_all(2, 60, precision)
     assert chosen["sparse"] > 48
 
 

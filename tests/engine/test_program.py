@@ -73,3 +73,20 @@ def test_an_output_of_one_position(kernel, size, padding, stride, images):
             with torch.no_grad():
                 (found,) = build(stages, programs)(*args)
                 torch.testing.assert_close(found, model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_are_offered_where_output_channels_share_their_positions():
+    def kinds(mask):
+        model = nn.Sequential(nn.Conv2d(16, 32, 3)).eval()
+        with torch.no_grad():
+            model[0].weight.mul_(mask)
+        ((part, args),) = trace(model, torch.randn(1, 16, 8, 8))
+        stages, _ = part.stages(args)
+        return {choice.kind for choice in kernel_choices(stages.segments[0].layers[0], 1)}
+
+    unstructured = torch.rand(32, 16, 3, 3) < 0.1
+    patterned = (torch.rand(8, 16, 3, 3) < 0.1).repeat_interleave(4, dim=0)
+    assert kinds(unstructured) == {"sparse"}
+    assert kinds(patterned) == {"sparse", "block"}
+    assert kinds(torch.ones(32, 16, 3, 3)) == {"sparse", "block"}
+    assert kinds(torch.zeros(32, 16, 3, 3)) == {"sparse"}

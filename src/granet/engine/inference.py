@@ -138,7 +138,8 @@ class CompiledModel(nn.Module):
             if reason is None:
                 try:
                     if self._calibration is not None:
-                        self._calibrate(inputs, named)
+                        with untouched(self.model, *copies):
+                            self._calibrate(*copies)
                     with recording() as parts:
                         output = self._dynamo()(*inputs, **named)
                 except TorchDynamoException as error:

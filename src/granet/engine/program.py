@@ -20,6 +20,7 @@ from granet.engine.steps import Add, AvgPool, Convert, Convolution, Input, MaxPo
 
 WORD_TILES = (8, 6, 4)  # lengths of tiles at reduced precision, in vectors
 GROUP = 4  # output channels with the same positions of non-zeros, in the "block" kernel
+WORTH_SHARING = 1.2  # of a group's weights at one position, how many must be active for that kernel to be measured
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,11 @@ def kernel_choices(layer: Convolution, batch: int) -> list[KernelChoice]:
     ):  # one number per plane
         return [KernelChoice("vector")]
     choices = [KernelChoice("sparse", 8), KernelChoice("sparse", 12)]
-    grouped = layer.spec.out_channels // layer.spec.groups % GROUP == 0
-    if grouped and layer.density > 0.15:
-        choices.append(KernelChoice("block"))
+    if layer.spec.out_channels // layer.spec.groups % GROUP == 0:
+        active = layer.weight.reshape(-1, GROUP, layer.weight[0].numel()) != 0
+        shared = active.any(dim=1).sum()  # positions that at least one of the group's channels reads
+        if active.sum() > WORTH_SHARING * shared:
+            choices.append(KernelChoice("block"))
     return choices
 
 

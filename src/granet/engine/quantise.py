@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from granet.engine.graph import Stages, tensors_of
 from granet.engine.precision import BFLOAT16, FLOAT32, Format, int8_format, quantised_weight
+from granet.engine.renumber import bias_of, weight_of
 from granet.engine.steps import AvgPool, Convert, Convolution, Input, MaxPool, Segment, Step, Value
 
 SAMPLE = 2048  # numbers of each tensor and batch that the choice of a range looks at
@@ -129,7 +130,13 @@ def rounding_layer(graph: fx.GraphModule, node: fx.Node, form: Format, args: Seq
     return _Watching(graph, instead={node: rounded}).run(*args)
 
 
-def reduced(stages: Stages, precision: str, formats: Mapping[Value, Format], kept: Collection[str] = ()) -> Stages:
+def reduced(
+    stages: Stages,
+    precision: str,
+    formats: Mapping[Value, Format],
+    kept: Collection[str] = (),
+    orders: Mapping[Value, Tensor] | None = None,
+) -> Stages:
     """Returns the stages at a reduced precision.
 
     Args:
@@ -137,10 +144,11 @@ def reduced(stages: Stages, precision: str, formats: Mapping[Value, Format], kep
         precision: "bfloat16" or "int8".
         formats: the int8 format of each value.
         kept: names of layers that stay in float32.
+        orders: new numbers of channels, see `granet.engine.renumber`.
     """
     twins: dict[Segment, Segment] = {}
     for segment in stages.segments:
-        twins[segment] = _Reduction(segment, precision, formats, kept).run()
+        twins[segment] = _Reduction(segment, precision, formats, kept, orders or {}).run()
     order = [twins.get(item, item) if isinstance(item, Segment) else item for item in stages.order]
     results = {twins[segment]: nodes for segment, nodes in stages.results.items()}
     return replace(stages, order=order, results=results)
@@ -153,8 +161,10 @@ class _Reduction:
         precision: str,
         formats: Mapping[Value, Format],
         kept: Collection[str],
+        orders: Mapping[Value, Tensor],
     ):
         self.segment, self.precision, self.formats, self.kept = segment, precision, formats, kept
+        self.orders = orders
         self.twin = Segment(segment.images)
         self.made: dict[tuple[Value, bool], Value] = {}  # a value's twins, by whether they are in float32
         self.readers: dict[Value, list[Step]] = {}
@@ -200,6 +210,8 @@ class _Reduction:
         elif isinstance(step, Convolution) and low and self._read_in_float32(value):
             form = FLOAT32
         out = self.made[value, form == FLOAT32] = replace(value, format=form)
+        if isinstance(step, Convolution):
+            step = replace(step, weight=weight_of(step, self.orders), bias=bias_of(step, self.orders))
         self.twin.steps.append(replace(step, out=out, inputs=inputs))
 
     def _read_in_float32(self, value: Value) -> bool:

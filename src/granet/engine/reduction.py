@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from granet.engine.graph import LAYERS, Stages
-from granet.engine.precision import Format
+from granet.engine.precision import CHANNELS, Format
 from granet.engine.program import Program, kernel_choices
 from granet.engine.quantise import Ranges, formats_of, reduced, relative_error, rounding_layer
+from granet.engine.renumber import fill, renumbered
 from granet.engine.runtime import build
+from granet.engine.steps import Value
 
 log = logging.getLogger(__name__)
 
@@ -26,20 +29,29 @@ class Reduction:
         precision: "bfloat16" or "int8".
         formats: for each segment, the formats of its steps' results, in order. Empty for bfloat16.
         kept: the names of the layers that stay in float32.
+        orders: for each segment, the new numbers of the channels of its steps' results, None where they stay.
+        fill: the share of active weights in the stored words, before and after channels were renumbered.
     """
 
     precision: str
     formats: tuple[tuple[Format, ...], ...] = ()
     kept: tuple[str, ...] = ()
+    orders: tuple[tuple[Tensor | None, ...], ...] = ()
+    fill: tuple[float, float] = (1.0, 1.0)
 
     def apply(self, stages: Stages) -> Stages:
         """Returns stages in float32 at this precision."""
-        formats = {
-            step.out: form
-            for segment, row in zip(stages.segments, self.formats, strict=False)
-            for step, form in zip(segment.steps, row, strict=True)
-        }
-        return reduced(stages, self.precision, formats, self.kept)
+        orders = {value: order for value, order in _by_value(stages, self.orders).items() if order is not None}
+        return reduced(stages, self.precision, _by_value(stages, self.formats), self.kept, orders)
+
+
+def _by_value(stages: Stages, rows: Sequence[Sequence[Any]]) -> dict[Value, Any]:
+    """Returns what the rows, one for each segment, hold for the results of its steps."""
+    return {
+        step.out: entry
+        for segment, row in zip(stages.segments, rows, strict=False)
+        for step, entry in zip(segment.steps, row, strict=True)
+    }
 
 
 def choose_reduction(
@@ -70,7 +82,19 @@ def choose_reduction(
         fast = _unmeasured(reduction.apply(stages))
         return max(relative_error(result, fast(*case)) for result, case in zip(expected, cases, strict=True))
 
-    reduction = Reduction(precision, rows)
+    per_word = CHANNELS[precision]
+    numbers = [renumbered(segment, per_word) for segment in stages.segments]
+    orders = tuple(
+        tuple(found.get(step.out) for step in segment.steps)
+        for segment, found in zip(stages.segments, numbers, strict=True)
+    )
+    together = {value: order for found in numbers for value, order in found.items()}
+
+    def reduction_of(kept: tuple[str, ...]) -> Reduction:
+        low = [layer for segment in stages.segments for layer in segment.layers if layer.name not in kept]
+        return Reduction(precision, rows, kept, orders, (fill(low, {}, per_word), fill(low, together, per_word)))
+
+    reduction = reduction_of(())
     error = error_of(reduction)
     if error <= tolerance or precision != "int8":
         return reduction, error
@@ -81,7 +105,7 @@ def choose_reduction(
         count += 1
     while True:
         kept = tuple(name for _, name in sensitive[:count])
-        reduction = Reduction(precision, rows, kept)
+        reduction = reduction_of(kept)
         error = error_of(reduction)
         log.info("%d layers stay in float32: the results differ by %.3f", count, error)
         if error <= tolerance or count == len(sensitive):

@@ -51,6 +51,8 @@ class InferenceReport:
         arena_nbytes: bytes of working memory for one call.
         precision: what the compiled model computes in, "float32" if it is the dense model. The dense milliseconds are
             always those of float32.
+        fill: at reduced precision, the share of active weights in the stored words of channels, with the channels as
+            they are in the model and as they were renumbered.
     """
 
     layers: tuple[LayerReport, ...]
@@ -62,6 +64,7 @@ class InferenceReport:
     nbytes: int = 0
     arena_nbytes: int = 0
     precision: str = "float32"
+    fill: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         name = "compiled" if self.precision == "float32" else f"compiled to {self.precision}"
@@ -71,6 +74,10 @@ class InferenceReport:
             f"({self.dense_ms / max(self.fast_ms, 1e-9):.2f}x), runs {self.chosen}: {self.why}; "
             f"{measure} relative difference {self.error:.1e}"
         )
+        if self.fill is not None:
+            before, after = self.fill
+            whole += f"; {after:.0%} of the stored weights are active"
+            whole += f" ({before:.0%} before channels were renumbered)" if after > before else ""
         return f"{layer_table(self.layers)}\n{whole}"
 
 

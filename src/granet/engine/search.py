@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,8 @@ def search(
     rows = _rows(stages, dense_ms, spent, names, reduction is not None)
     precision = "float32" if reduction is None else reduction.precision
     report = verdict(rows, dense_times, fast_times, error, packed, tolerance, precision)
+    if reduction is not None and report.chosen == "sparse":
+        report = replace(report, fill=reduction.fill)
     return Decision(tuple(segments), report, reduction), fast if report.chosen == "sparse" else None
 
 
