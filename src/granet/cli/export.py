@@ -24,7 +24,7 @@ class Arguments:
 
     source: tyro.conf.Positional[str]
     """Run directory, or the name of a model (`granet ls models`)."""
-    to: Literal["onnx"]
+    to: Literal["onnx", "openvino", "pt2", "coreml", "state-dict"]
     """Format of the file."""
     output: Path | None = None
     """The file. If not given, it is called after the run and lies in its folder exports, or here for a named model."""

@@ -12,13 +12,22 @@ from granet.export.formats import FORMATS as FORMATS
 if TYPE_CHECKING:
     from granet.export.comparison import Export as Export
     from granet.export.network import ExportError as ExportError
+    from granet.export.to_coreml import coreml as coreml
     from granet.export.to_onnx import onnx as onnx
-
+    from granet.export.to_openvino import openvino as openvino
+    from granet.export.to_pt2 import pt2 as pt2
+    from granet.export.to_semi_structured import semi_structured as semi_structured
+    from granet.export.to_state_dict import state_dict as state_dict
 
 _HOME = {
     "Export": "comparison",
     "ExportError": "network",
+    "coreml": "to_coreml",
     "onnx": "to_onnx",
+    "openvino": "to_openvino",
+    "pt2": "to_pt2",
+    "semi_structured": "to_semi_structured",
+    "state_dict": "to_state_dict",
 }
 
 __all__ = ["FORMATS", *_HOME]

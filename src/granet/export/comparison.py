@@ -88,6 +88,11 @@ class Export:
         return "\n".join([*lines, self.note] if self.note else lines)
 
 
+def tensors(outputs: object) -> list[Tensor]:
+    """Returns the tensors in a model's outputs, in order."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
 def compare(network: Network, run: Runner, inputs: Iterable[object] | None, bound: float) -> Comparison:
     """Returns how far `run`, which computes with the file, is from the model on `inputs`.
 
@@ -108,7 +113,7 @@ def compare(network: Network, run: Runner, inputs: Iterable[object] | None, boun
     correct = torch.zeros(2, dtype=torch.int64)
     for batch in inputs:
         arguments, labels = network.arguments(batch)
-        expected = [leaf for leaf in tree_leaves(network(arguments)) if isinstance(leaf, Tensor)]
+        expected = tensors(network(arguments))
         found = list(run(arguments))
         shapes = [tuple(one.shape) for one in expected], [tuple(one.shape) for one in found]
         if shapes[0] != shapes[1]:

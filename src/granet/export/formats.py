@@ -47,4 +47,10 @@ FORMATS = {
     "onnx": Format(
         "onnx", ".onnx", ("float32", "int8"), ("onnx", "onnxscript", "onnxruntime"), "export", "an ONNX file"
     ),
+    "openvino": Format(
+        "openvino", ".xml", ("float32", "int8"), ("openvino", "nncf"), "export", "an OpenVINO file (.xml and .bin)"
+    ),
+    "pt2": Format("pt2", ".pt2", ("float32",), (), "export", "a program of torch.export"),
+    "coreml": Format("coreml", ".mlpackage", ("float32",), ("coremltools",), "coreml", "a Core ML package"),
+    "state-dict": Format("state_dict", ".safetensors", ("float32",), (), "export", "a dense state dict"),
 }
