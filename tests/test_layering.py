@@ -38,6 +38,7 @@ LAYERS = [  # a folder or module may import what stands before it; docs/architec
     "flops",
     "export",
     "train",
+    "hub",
     "report",
     "lab",
     "cli",
@@ -162,7 +163,7 @@ def test_every_module_has_a_test():
         "filters": "selection",
         "adapter": "lightning",
     }
-    folders = ("methods", "cli", "engine", "lab")
+    folders = ("methods", "cli", "engine", "lab", "hub")
     missing = {name for name in MODULES if (last := name.split(".")[-1]) and covered.get(last, last) not in tests}
     assert {name for name in missing if name.split(".")[0] not in folders and not (PACKAGE / name).is_dir()} == set()
     assert all(list((ROOT / "tests" / folder).rglob("test_*.py")) for folder in folders)

@@ -4,6 +4,7 @@ from . import criterion as criterion
 from . import distribution as distribution
 from . import export as export
 from . import flops as flops
+from . import hub as hub
 from . import lab as lab
 from . import pattern as pattern
 from . import ranks as ranks

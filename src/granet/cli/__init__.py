@@ -20,6 +20,7 @@ COMMANDS = {
     "show": "a recipe with every default written out",
     "bench": "speed of a run's network on the sparse kernels, beside dense",
     "export": "a run's network as a file for another runtime, compared with the run",
+    "share": "a run's network in a folder or on the Hugging Face Hub, with a model card",
     "info": "tensors of a file: shapes, densities, bytes against dense and the limit",
     "ls": "list recipes, methods, models, data or optimizers",
 }
