@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.ready
 STACKS := $(VENV)/.stacks
 DOCS   := $(VENV)/.docs
 
-.PHONY: train test test-all integrations sanitize check docs bench format clean
+.PHONY: train test test-all integrations sanitize check docs bench wheel format clean
 
 train: $(STAMP)          ## GraNet to 90 % sparsity beside its dense twin, on real data, with a report at the end
 	$(BIN)/granet train --twin
@@ -46,6 +46,16 @@ docs: $(DOCS)            ## the documentation site, in build/site; warnings are 
 bench: $(STAMP)          ## upkeep of the masks against the official procedure
 	$(BIN)/python benchmarks/upkeep.py
 
+# auditwheel names the oldest Linux that the library's symbols allow, and refuses what needs anything else than torch. CXX may
+# be a compiler for another processor. The same commit gives the same files: times are those of the commit.
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 1577836800)
+wheel: $(STAMP)          ## the packages to publish, in dist: one with compiled kernels, one without, and the sources
+	rm -rf build/wheel
+	$(BIN)/python -m hatchling build -d dist
+	GRANET_KERNELS=1 $(BIN)/python -m hatchling build -t wheel -d build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so -w dist build/wheel/*.whl
+	@ls -l dist
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "python3-venv is missing: installing it"; \
@@ -64,4 +74,4 @@ $(DOCS): $(STAMP)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from granet.names import did_you_mean
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HERE = Path(__file__).parent
 _EARLIER = {"distributed": "shards", "sharded": "distributed_checkpoint"}  # names that two modules had before
