@@ -126,3 +126,50 @@ def test_shares_refuse_more_than_the_room():
 def test_more_than_there_is_room_for_is_refused():
     with pytest.raises(ValueError, match="10 active weights are more than the 5 that there is room for"):
         scale({"a": 5}, 10)
+
+
+@given(SHAPES, st.floats(0.05, 1), st.data())
+def test_densities_by_layer_are_exact_and_in_proportion(shapes, density, data):
+    parts = {name: data.draw(st.floats(0.01, 1).map(lambda x: round(x, 6)), label=name) for name in shapes}
+    total = budget(sum(map(prod, shapes.values())), density)
+    if total < len(shapes):
+        return
+    counts = named(", ".join(f"{name}={part}" for name, part in parts.items()))(shapes, density)
+    assert sum(counts.values()) == total
+    assert all(1 <= counts[name] <= prod(shapes[name]) for name in shapes)
+    # of layers that are neither full nor at the least, a larger part means a larger density, up to rounding
+    free = [name for name in shapes if 1 < counts[name] < prod(shapes[name])]
+    for a in free:
+        for b in free:
+            scaled = counts[a] / parts[a] / prod(shapes[a]) * parts[b] * prod(shapes[b])
+            assert abs(counts[b] - scaled) <= len(shapes) * (1 + scaled / counts[a])
+
+
+def test_the_first_pattern_that_fits_a_layer_counts():
+    shapes = {"conv1.weight": (10, 10), "conv2.weight": (10, 10), "fc.weight": (10, 10)}
+    assert named("conv1.*=0.2, *=0.1")(shapes, 0.4) == {"conv1.weight": 60, "conv2.weight": 30, "fc.weight": 30}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a=0", "a=0 in a distribution: write NAME=DENSITY, a density above 0 and at most 1"),
+        ("a=2", "above 0 and at most 1"),
+        ("a=x", "a=x in a distribution"),
+        ("=0.5", "write NAME=DENSITY"),
+        ("a=nan", "a=nan in a distribution"),
+    ],
+)
+def test_a_list_of_densities_that_means_nothing_is_refused(text, says):
+    with pytest.raises(ValueError, match=says):
+        named(text)
+
+
+def test_layers_without_a_density_and_densities_without_a_layer_are_refused():
+    shapes = {"a": (10, 10), "b": (10, 10)}
+    with pytest.raises(ValueError, match=r"has no density for b: add it, or \*=DENSITY at the end"):
+        named("a=0.5")(shapes, 0.5)
+    with pytest.raises(ValueError, match="names c, which decides nothing: the sparse layers are a, b"):
+        named("a=0.5, b=0.1, c=0.2")(shapes, 0.5)
+    with pytest.raises(ValueError, match="names a, which decides nothing"):
+        named("*=0.5, a=0.1")(shapes, 0.5)

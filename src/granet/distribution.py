@@ -6,6 +6,7 @@ none exceeds its layer, and none is zero.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from math import floor, prod
 
@@ -47,7 +48,7 @@ def uniform(shapes: Shapes, density: float) -> dict[str, int]:
     >>> uniform({"a": (10, 10), "b": (3, 5)}, 0.2)
     {'a': 20, 'b': 3}
     """
-    return _allocate(shapes, density, lambda shape: 1.0)
+    return _allocate(shapes, density, dict.fromkeys(shapes, 1.0))
 
 
 def er(shapes: Shapes, density: float) -> dict[str, int]:
@@ -58,7 +59,7 @@ def er(shapes: Shapes, density: float) -> dict[str, int]:
     >>> er({"a": (10, 10), "b": (100, 10)}, 0.2)
     {'a': 34, 'b': 186}
     """
-    return _allocate(shapes, density, lambda shape: sum(shape[:2]) / prod(shape[:2]))
+    return _allocate(shapes, density, {name: sum(shape[:2]) / prod(shape[:2]) for name, shape in shapes.items()})
 
 
 def erk(shapes: Shapes, density: float) -> dict[str, int]:
@@ -69,21 +70,64 @@ def erk(shapes: Shapes, density: float) -> dict[str, int]:
     >>> erk({"a": (16, 3, 3, 3), "b": (64, 64, 3, 3)}, 0.1)
     {'a': 432, 'b': 3298}
     """
-    return _allocate(shapes, density, lambda shape: sum(shape) / prod(shape))
+    return _allocate(shapes, density, {name: sum(shape) / prod(shape) for name, shape in shapes.items()})
 
 
 DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, int]]] = {"uniform": uniform, "er": er, "erk": erk}
 
 
 def named(name: str) -> Callable[[Shapes, float], dict[str, int]]:
-    """The distribution called `name`.
+    """The distribution called `name`, or the one of densities by layer that `name` lists.
+
+    >>> named("conv*=0.5, fc=0.1")({"conv1": (10, 10), "conv2": (10, 10), "fc": (100, 10)}, 0.2)
+    {'conv1': 60, 'conv2': 60, 'fc': 120}
 
     Raises:
-        ValueError: if the name is unknown; the message lists the known ones.
+        ValueError: if the name is unknown, with the known ones, or a density is impossible.
     """
+    if "=" in name:
+        return by_layer(name)
     if name not in DISTRIBUTIONS:
-        raise ValueError(unknown("distribution", name, DISTRIBUTIONS))
+        raise ValueError(f'{unknown("distribution", name, DISTRIBUTIONS)}; or densities by layer: "conv1.*=0.5, *=0.1"')
     return DISTRIBUTIONS[name]
+
+
+def by_layer(text: str) -> Callable[[Shapes, float], dict[str, int]]:
+    """The distribution with layer densities in the proportions of a list such as `conv1.*=0.5, *=0.1`.
+
+    The names are those of parameters, or patterns of them, and the first that fits counts. The densities are scaled by
+    one factor, so that the budgets add up to what the sparsity of the whole network asks for.
+
+    Raises:
+        ValueError: if a density is not above 0 and at most 1. Also, when it is used, if the list has no density for a
+            layer, or fits no layer with one of its names.
+    """
+    entries = [entry.strip().rpartition("=")[::2] for entry in text.split(",") if entry.strip()]
+    densities: dict[str, float] = {}
+    for pattern, number in entries:
+        try:
+            densities[pattern.strip()] = value = float(number)
+        except ValueError:
+            value = 0.0
+        if not pattern.strip() or not 0 < value <= 1:
+            raise ValueError(
+                f"{pattern}={number} in a distribution: write NAME=DENSITY, a density above 0 and at most 1"
+            )
+
+    def budgets(shapes: Shapes, density: float) -> dict[str, int]:
+        chosen = {name: next((p for p in densities if fnmatchcase(name, p)), None) for name in shapes}
+        if left := [name for name, pattern in chosen.items() if pattern is None]:
+            raise ValueError(
+                f"the distribution has no density for {', '.join(left[:5])}: add it, or *=DENSITY at the end"
+            )
+        if idle := [pattern for pattern in densities if pattern not in chosen.values()]:
+            raise ValueError(
+                f"the distribution names {', '.join(idle[:5])}, which decides nothing: the sparse layers are "
+                f"{', '.join(list(shapes)[:5])}{' and others' * (len(shapes) > 5)}, and the first name that fits counts"
+            )
+        return _allocate(shapes, density, {name: densities[pattern] for name, pattern in chosen.items()})
+
+    return budgets
 
 
 def scale(counts: Mapping[str, int], total: int) -> dict[str, int]:
@@ -144,15 +188,15 @@ def share(total: int, weights: Mapping[str, float], room: Mapping[str, int], *, 
     return _fill(total, {name: weights[name] / most / max(1, n) for name, n in room.items()}, room, least)
 
 
-def _allocate(shapes: Shapes, density: float, weight: Callable[[Sequence[int]], float]) -> dict[str, int]:
-    """Budgets with layer densities proportional to `weight(shape)`, capped at 1, the excess shared by the others."""
+def _allocate(shapes: Shapes, density: float, weights: Mapping[str, float]) -> dict[str, int]:
+    """Budgets with layer densities proportional to `weights`, capped at 1, the excess shared by the others."""
     if not 0 < density <= 1:
         raise ValueError(f"density {density} is outside (0, 1]")
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     total, most = budget(sum(sizes.values()), density), {name: capacity(shape) for name, shape in shapes.items()}
     if total >= sum(most.values()):  # beyond the capacity of all layers, they are equally dense
         return _fill(total, dict.fromkeys(sizes, 1.0), sizes, least=1)
-    return _fill(total, {name: weight(shapes[name]) * (sizes[name] / most[name]) for name in shapes}, most, least=1)
+    return _fill(total, {name: weights[name] * (sizes[name] / most[name]) for name in shapes}, most, least=1)
 
 
 def _fill(total: int, raw: Mapping[str, float], sizes: Mapping[str, int], least: int) -> dict[str, int]:

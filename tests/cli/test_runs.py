@@ -24,8 +24,12 @@ def test_eval_and_sensitivity_take_the_best_checkpoint_or_else_the_last(say, tra
     found = json.loads(say("eval", trained, "--json")[1])
     assert found == {
         "run": str(trained), "checkpoint": "best", "step": best["step"], "split": "test",
-        "accuracy": best["test_accuracy"], "loss": found["loss"], "sparsity": found["sparsity"],
+        "accuracy": best["test_accuracy"], "accuracy_per_class": best["test_accuracy_per_class"],
+        "loss": found["loss"], "sparsity": found["sparsity"],
     }  # fmt: skip
+    worst = min(best["test_accuracy_per_class"])
+    few, every = say("eval", trained)[1], say("eval", trained, "--classes")[1]
+    assert f"{worst:.1%}" in few and few.count("%") == 2 + 5 and every.count("%") == 2 + 10
     pruned = say("sensitivity", trained, "--sparsities", "0.99")[1]
     assert f"{100 * best['test_accuracy']:.2f} unpruned" in pruned
     last = say("eval", trained, "--checkpoint", "last")[1]
@@ -63,3 +67,14 @@ def test_another_folder_of_data_is_not_taken_in_silence(say, trained, tmp_path):
     assert code == 0 and "is finished already" in out
     assert f"its data were in the default folder, not in {tmp_path}/elsewhere; if they are other data, give" in out
     assert "its data were" not in say(*TINY)[1]
+
+
+def test_a_quick_look_says_what_it_is_and_is_not_extended(say):
+    code, out, _ = say(*TINY, "--max-steps", "3", "--train.evaluate-images", "40")
+    (path,) = Path("runs").iterdir()
+    assert code == 0 and Run.open(path).summary["steps"] == 3
+    assert "at most 40 images" in " ".join(out.split())
+    whole = json.loads(say("eval", path, "--json")[1])["accuracy"]
+    assert whole * 360 == pytest.approx(round(whole * 360), abs=1e-6)  # all test images, not 40
+    code, _, err = say("resume", path, "--epochs", "4")
+    assert code == 2 and "train it without train.max_steps first" in " ".join(err.split())

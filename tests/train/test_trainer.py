@@ -109,6 +109,25 @@ def test_what_lies_behind_the_end_of_training_is_warned_of(caplog):
     assert caplog.messages == []
 
 
+def test_a_quick_look_ends_early_with_the_schedules_of_the_whole_training(caplog):
+    whole, look = Trainer(recipe(epochs=3)), Trainer(recipe(epochs=3, max_steps=5, evaluate_images=70))
+    assert "at most 70 images" in caplog.text
+    records = []
+    assert look.fit(record=records.append, save=lambda: None)
+    assert look.step == 5 and look.steps == whole.steps > 5
+    whole.train_until(5)
+    assert equal(weights(whole), weights(look))
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [5]
+    assert look.summary()["evaluate_images"] == 70
+    counted = sum(len(y) for _, y in look.images.once("test", 70))
+    assert counted == 70 and look.evaluate("test").accuracy * 70 == pytest.approx(
+        round(look.evaluate("test").accuracy * 70)
+    )
+    caplog.clear()
+    Trainer(recipe(epochs=1, max_steps=10_000))
+    assert "train.max_steps: 10,000 is not before the end of the training" in caplog.text
+
+
 def test_the_optimizer_takes_the_learning_rate_of_each_step():
     trainer = Trainer(recipe(schedule="multistep", milestones=["5it"], gamma=0.5, log=1))
     rates = [record["lr"] for record in fit(trainer) if record["kind"] == "train"]

@@ -11,7 +11,7 @@ from granet.train import recipes
 from granet.train.recipe import Recipe, RecipeError, explained, validate
 
 DEFAULT = "digits"
-SHORT = {"--engine": "--train.engine", "--init-from": "--train.init"}
+SHORT = {"--engine": "--train.engine", "--init-from": "--train.init", "--max-steps": "--train.max-steps"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Request:
 def parse(args: list[str], options: type, *, prog: str, description: str, method: str | None = None) -> Request:
     """Returns what ``args`` ask for: ``[RECIPE] [--method NAME] [--section.key value ...]`` and ``options``.
 
-    ``--engine`` is short for ``--train.engine``, ``--init-from`` for ``--train.init``. The recipe
-    and the method are found first, so that the rest is checked against the fields of that very method.
+    ``--engine`` is short for ``--train.engine``, and likewise all of ``SHORT``. The recipe and the method are found
+    first, so that the rest is checked against the fields of that very method.
 
     Args:
         args: the words behind the command.

@@ -61,12 +61,12 @@ class Watcher:
         """Takes a record, and shows what has changed."""
         self._last[record["kind"]] = record
         if self.console.is_terminal:
-            progress = {"total": trainer.steps, "completed": trainer.step}
+            progress = {"total": trainer.end, "completed": trainer.step}
             self._bar.update(self._task, description=self._description(), numbers=self._numbers(), **progress)
-        elif record["kind"] == "eval" and (time.monotonic() - self._shown > 2 or trainer.step == trainer.steps):
+        elif record["kind"] == "eval" and (time.monotonic() - self._shown > 2 or trainer.step == trainer.end):
             self._shown = time.monotonic()
             self.console.print(
-                f"{self.title}  step {trainer.step}/{trainer.steps}  epoch {record['epoch']:.1f}  {self._numbers()}",
+                f"{self.title}  step {trainer.step}/{trainer.end}  epoch {record['epoch']:.1f}  {self._numbers()}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -13,7 +13,9 @@ DESCRIPTION = """Layer sensitivity: accuracy of a run's network with one layer a
 
 examples:
   granet sensitivity runs/digits-dense-9da6c8
-  granet sensitivity runs/digits-dense-9da6c8 --sparsities 0.9 0.99 --batch-norm 8"""
+  granet sensitivity runs/digits-dense-9da6c8 --sparsities 0.9 0.99 --batch-norm 8
+  granet sensitivity runs/digits-dense-9da6c8 --split validation --write layers.yaml --sparsity 0.95
+  granet train layers.yaml               with as many weights in each layer as its sensitivity asks for"""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class Arguments:
     """Images to measure on."""
     out: Path | None = None
     """Folder of numbers, figure and page; the folder sensitivity in the run if not given."""
+    write: Path | None = None
+    """Recipe to write, in which layers that lose little are sparser than those that lose much."""
+    sparsity: float = 0.9
+    """Sparsity of that recipe's network."""
+    method: Literal["static", "rigl"] = "rigl"
+    """Method of that recipe; these two keep the number of weights in each layer."""
 
 
 def main(args: list[str]) -> int:
@@ -39,10 +47,16 @@ def main(args: list[str]) -> int:
     arguments = words.read(Arguments, args, prog="granet sensitivity", description=DESCRIPTION)
 
     from granet import files
+    from granet.lab import layer_densities
     from granet.lab.sensitivity import layer_sensitivity
     from granet.report import page as report
+    from granet.train.run import Run
 
     report.require()
+    if arguments.write is not None and arguments.write.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--write {arguments.write}: a recipe is a YAML file, whose name ends in .yaml")
+    if arguments.write is not None and arguments.split == "test":
+        say("note: the recipe is chosen on the test images; --split validation keeps them for the end")
     found = layer_sensitivity(
         arguments.run,
         sparsities=arguments.sparsities,
@@ -54,4 +68,9 @@ def main(args: list[str]) -> int:
     say()
     for what, path in found.write(arguments.out or files.within(arguments.run, "sensitivity")).items():
         say(f"{what}: {path}")
+    if arguments.write is not None:
+        recipe = Run.open(arguments.run).recipe
+        wanted = arguments.sparsity, arguments.method, arguments.write.stem
+        layer_densities.write(arguments.write, layer_densities.recipe_with(recipe, found, *wanted), found)
+        say(f"recipe: {arguments.write}; train it with: granet train {arguments.write}")
     return 0

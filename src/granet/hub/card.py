@@ -28,7 +28,8 @@ def of_run(run: Run, summary: Mapping[str, Any], score: Mapping[str, Any], size:
     model, data, method = (printable(str(summary[key])) for key in ("model", "data", "method"))
     flops, parameters = summary["flops"], summary["parameters"]
     accuracy, steps = score["test_accuracy"], f"{summary['steps']:,}"
-    best = score == summary["best"]
+    best, images = score == summary["best"], summary.get("evaluate_images")
+    some = f" ({images} images at most)" if images else ""
     chosen = "chosen on the validation images" if best else "the last one; no network was chosen"
     rows = [
         ["", "this network", "dense", "share"],
@@ -47,8 +48,8 @@ def of_run(run: Run, summary: Mapping[str, Any], score: Mapping[str, Any], size:
         markdown_table(
             [
                 ["images", "accuracy"],
-                [f"test set of {data}", f"{accuracy:.2%}"],
-                ["validation images, held out of the training set", f"{score['validation_accuracy']:.2%}"],
+                [f"test set of {data}{some}", f"{accuracy:.2%}"],
+                [f"validation images{some}, held out of the training set", f"{score['validation_accuracy']:.2%}"],
             ],
             right=[1],
         ),

@@ -47,6 +47,7 @@ class Sensitivity:
         accuracy: accuracy of the unpruned network, with the batch-norm statistics of its training.
         points: one for each layer and sparsity; a layer has none below the sparsity that it was trained to.
         batch_norm: training batches that batch-norm statistics were recomputed on after each pruning, 0 for none.
+        present: the density of each layer in the unpruned network.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Sensitivity:
     accuracy: float
     points: tuple[Point, ...]
     batch_norm: int
+    present: dict[str, float]
 
     @property
     def layers(self) -> list[str]:
@@ -185,4 +187,5 @@ def layer_sensitivity(
             points.append(Point(name, sparsity, left, mask.numel(), on.trainer.evaluate(split).accuracy))
     if not points:
         raise ValueError(f"every layer of {run.path} is sparser than {max(sparsities)}: ask for higher sparsities")
-    return Sensitivity(run.path.name, split, unpruned, tuple(points), batch_norm)
+    present = {name: topology.count(mask) / mask.numel() for name, mask in before.items()}
+    return Sensitivity(run.path.name, split, unpruned, tuple(points), batch_norm, present)

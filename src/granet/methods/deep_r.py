@@ -25,7 +25,8 @@ class DeepR(Method):
         sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
         l1: strength of the pull of the active weights towards zero (alpha).
         temperature: temperature of the noise (T): its standard deviation in a step is sqrt(2 * learning rate * T).
-        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        distribution: how the active weights are shared among layers at the start: "erk", "er", "uniform", or
+            densities by layer, such as "conv1.*=0.5, *=0.1".
     """
 
     sparsity: float

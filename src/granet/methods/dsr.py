@@ -27,7 +27,8 @@ class DSR(Method):
         drop_fraction: share of the active weights that should be removed at an update (N_p).
         threshold: magnitude below which weights are removed at the first update (H).
         tolerance: relative deviation from `drop_fraction` that leaves the threshold as it is (delta).
-        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        distribution: how the active weights are shared among layers at the start: "erk", "er", "uniform", or
+            densities by layer, such as "conv1.*=0.5, *=0.1".
     """
 
     sparsity: float

@@ -30,7 +30,8 @@ class GraNet(Grows, Method):
         total: length of training, in steps (T); the regeneration ratio falls to zero towards it.
         interval: steps between two updates of the topology (Delta-T).
         regeneration: share of a layer's active weights that are dropped and regrown at the first update (r).
-        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        distribution: how the active weights are shared among layers at the start: "erk", "er", "uniform", or
+            densities by layer, such as "conv1.*=0.5, *=0.1".
         scope: where weights compete in pruning: "global" or "layerwise".
         last_sparsity: highest sparsity of the last layer (only with scope="layerwise"); 0.8 in the paper's code.
         schedule: how the sparsity rises: "cubic", "linear", "cosine" or "sigmoid".

@@ -28,7 +28,8 @@ class MEST(Method):
         gradient_weight: weight of |gradient| beside |weight| in the importance (lambda).
         soft_bound: EM&S: new weights are added first and train beside the others; the least important of all are
             removed at the next update.
-        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        distribution: how the active weights are shared among layers at the start: "erk", "er", "uniform", or
+            densities by layer, such as "conv1.*=0.5, *=0.1".
     """
 
     sparsity: float

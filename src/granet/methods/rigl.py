@@ -24,7 +24,8 @@ class RigL(Grows, Method):
         interval: steps between two updates of the topology (Delta-T).
         drop_fraction: share of a layer's active weights that are replaced at the first update (alpha); falls to 0
             along a cosine.
-        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        distribution: how the active weights are shared among layers at the start: "erk", "er", "uniform", or
+            densities by layer, such as "conv1.*=0.5, *=0.1".
         growth: what new weights are chosen by: "gradient", "momentum" (a mean over steps) or "random".
         accumulate: number of steps whose gradients are averaged for growth; 1 takes the gradient of the update's
             step.

@@ -23,7 +23,8 @@ class SET(Method):
         total: length of training, in steps.
         interval: steps between two updates of the topology.
         drop_fraction: share of a layer's active weights that are replaced at an update (zeta).
-        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        distribution: how the active weights are shared among layers at the start: "erk", "er", "uniform", or
+            densities by layer, such as "conv1.*=0.5, *=0.1".
         by_sign: drop the same share of the positive and of the negative weights, as the paper does.
     """
 

@@ -26,7 +26,8 @@ class SNFS(Method):
         total: length of training, in steps.
         interval: steps between two updates of the topology.
         drop_fraction: share of a layer's active weights that are dropped at the first update (p).
-        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        distribution: how the active weights are shared among layers at the start: "erk", "er", "uniform", or
+            densities by layer, such as "conv1.*=0.5, *=0.1".
     """
 
     sparsity: float

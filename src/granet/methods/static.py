@@ -16,7 +16,8 @@ class Static(Method):
 
     Args:
         sparsity: share of inactive weights among the sparse parameters, in [0, 1); the same throughout training.
-        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        distribution: how the active weights are shared among layers at the start: "erk", "er", "uniform", or
+            densities by layer, such as "conv1.*=0.5, *=0.1".
     """
 
     sparsity: float

@@ -26,7 +26,8 @@ class TopKAST(Method):
             A.
         interval: steps between two choices of A and B.
         decay: L2 penalty of the exploration loss; takes the place of the optimizer's weight decay.
-        distribution: how the active weights are shared among layers at the start: "erk", "er" or "uniform".
+        distribution: how the active weights are shared among layers at the start: "erk", "er", "uniform", or
+            densities by layer, such as "conv1.*=0.5, *=0.1".
         scope: where weights compete: "global" or "layerwise".
     """
 

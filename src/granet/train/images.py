@@ -59,16 +59,23 @@ class Images:
         options |= {"seed": self._recipe.seed, "epoch": 0, "start": 0, "drop_last": self._drop_last}
         return list(itertools.islice(self._batches(self.splits["train"], **options), batches))
 
-    def once(self, split: str) -> Batches:
-        """Returns this rank's share of a split, in batches, every image of it once, without augmentation."""
+    def once(self, split: str, count: int | None = None) -> Batches:
+        """Returns this rank's share of a split, in batches, every image of it once, without augmentation.
+
+        With a `count`, the images are so many, spread evenly over the split, or all if it has fewer.
+        """
         mine = {"rank": self._ranks.rank, "world": self._ranks.world}
-        return self._batches(self.splits[split], batch_size=max(256, self._size), train=False, **mine)
+        return self._batches(self._some(split, count), batch_size=max(256, self._size), train=False, **mine)
 
     def spread(self, split: str, count: int) -> Batches:
         """Returns `count` images that are spread evenly over a split, or all if it has fewer, without augmentation."""
+        return self._batches(self._some(split, count), batch_size=max(256, self._size), train=False)
+
+    def _some(self, split: str, count: int | None) -> data.Split | data.FolderSplit:
         images = self.splits[split]
-        rows = torch.linspace(0, len(images) - 1, min(count, len(images))).long()
-        return self._batches(images[rows], batch_size=max(256, self._size), train=False)
+        if count is None or count >= len(images):
+            return images
+        return images[torch.linspace(0, len(images) - 1, count).long()]
 
     def trained_on(self, step: int) -> int:
         """Returns on how many examples the first `step` optimizer steps train, on all ranks together."""

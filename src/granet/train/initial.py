@@ -88,6 +88,11 @@ def longer(recipe: Recipe, epochs: int, steps_per_epoch: int) -> Recipe:
     train = recipe.train
     if epochs <= train.epochs:
         raise RecipeError(f"the run has {train.epochs} epochs: {epochs} would not make it longer")
+    if train.max_steps is not None:
+        raise RecipeError(
+            f"the run ended after {train.max_steps:,} steps (train.max_steps), before its schedules did, so there is "
+            "no end to go on from: train it without train.max_steps first"
+        )
     units = {"steps_per_epoch": steps_per_epoch, "epochs": train.epochs}
 
     def fixed(section: Any) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def _train(run: Run, here: ranks.Ranks, watch, stop: Callable[[], bool]) -> dict
         if found is not None:
             _restore(trainer, found)
             offset = found.metrics
-            logger.info("going on from step %d of %d", trainer.step, trainer.steps)
+            logger.info("going on from step %d of %d", trainer.step, trainer.end)
         here.decide(open_files)
         if not trainer.fit(record=record, save=save, stop=stop):
             return None

@@ -196,6 +196,14 @@ class Train(Section):
     )
     log: Steps = Field("10it", description="Steps between two lines of the training log.")
     evaluate: Steps = Field("1ep", description="Steps between two evaluations on the validation set.")
+    evaluate_images: int | None = Field(
+        None, ge=1, description="Images of a split to evaluate on, spread evenly over it; None takes all."
+    )
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description="End after so many steps of the training, for a quick look; its schedules stay the same.",
+    )
     checkpoint: Steps = Field("1ep", description="Steps between two checkpoints.")
     compress: bool = Field(
         False, description="Leave zeros out of the files of checkpoints; a resumed run is the same to the bit."
@@ -242,10 +250,10 @@ class Train(Section):
                 raise ValueError(f"train.{every}: {getattr(self, every)!r} is less than a step; 1 is the least")
         return steps
 
-    def never(self, steps_per_epoch: int) -> list[str]:
-        """Returns a warning for each setting that has no effect because it lies after the end of the training.
+    def warnings(self, steps_per_epoch: int) -> list[str]:
+        """Returns a warning for each setting that has no effect, or changes what accuracies mean.
 
-        >>> Train(epochs=50, milestones=("30ep", "90ep")).never(steps_per_epoch=100)
+        >>> Train(epochs=50, milestones=("30ep", "90ep")).warnings(steps_per_epoch=100)
         ['train.milestones: 90ep is after the end of the training (50 epochs, 5,000 steps) and has no effect']
         """
         units, end = {"steps_per_epoch": steps_per_epoch, "epochs": self.epochs}, self.epochs * steps_per_epoch
@@ -258,6 +266,12 @@ class Train(Section):
             for name, moment in moments
             if in_steps(moment, **units) > end
         ]
+        if self.max_steps is not None and self.max_steps >= end:
+            found.append(f"train.max_steps: {self.max_steps:,} is not before the end of {length} and has no effect")
+        if self.evaluate_images is not None:
+            found.append(
+                f"train.evaluate_images: accuracies are those of at most {self.evaluate_images:,} images a split"
+            )
         if in_steps(self.warmup, **units) > end:
             found.append(f"train.warmup: {self.warmup} is longer than {length}: its lr of {self.lr:g} is never reached")
         return found

@@ -69,7 +69,8 @@ class Trainer:
         self.dataset, self.splits = self.images.dataset, self.images.splits
         self.steps_per_epoch = self.images.steps_per_epoch
         self.steps = self.steps_per_epoch * recipe.train.epochs
-        for warning in recipe.train.never(self.steps_per_epoch) if self.ranks.first else ():
+        self.end = min(self.steps, recipe.train.max_steps or self.steps)
+        for warning in recipe.train.warnings(self.steps_per_epoch) if self.ranks.first else ():
             logger.warning(warning)
         self.settings = recipe.train.counted(self.steps_per_epoch)
         if self.settings.engine == "sparse" and self.ranks.world > 1:
@@ -134,7 +135,7 @@ class Trainer:
 
         def after_step() -> bool:
             nonlocal saved
-            last = self.step in (*settings.stages, self.steps)
+            last = self.step in (*settings.stages, self.end)
             if (update := self.sparsifier.last_update) is not None and update.step == self.step:
                 record(self._update_record(update))
             if self.step % settings.log == 0 or last:
@@ -148,7 +149,7 @@ class Trainer:
                 saved = self.step
             return stopped
 
-        if not self.train_until(self.steps, after_step=after_step):
+        if not self.train_until(self.end, after_step=after_step):
             return False
         self.sparsifier.verify()
         if saved != self.step:
@@ -314,7 +315,7 @@ class Trainer:
         network.eval()
         tally = Tally(self.dataset.classes, self.device)
         with self.ranks.guard():  # an image may be broken
-            for x, y in self.images.once(split):
+            for x, y in self.images.once(split, self.settings.evaluate_images):
                 with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
                     logits = network(x.to(memory_format=self.layout)).float()
                 tally.add(logits, y)
@@ -351,6 +352,7 @@ class Trainer:
             "seconds": self.seconds,
             "steps": self.step,
             "epochs": self.recipe.train.epochs,
+            "evaluate_images": self.recipe.train.evaluate_images,
             "layers": [
                 {key: getattr(layer, key) for key in ("name", "shape", "total", "active", "flops")}
                 for layer in self.flops.per_layer(counts)
@@ -389,8 +391,7 @@ class Trainer:
             self.quantisation.load_state_dict(state.get("quantisation", {}))
             self.best = None if state["best"] is None else Best(**state["best"])
             self.training_flops, self.seconds = state["training_flops"], state["seconds"]
-            to = [(at, *(x.to(self.device).reshape(()) for x in pair)) for at, *pair in state["window"]]
-            self._window = [(at, loss, accuracy) for at, loss, accuracy in to]
+            self._window = [(at, *(x.to(self.device).reshape(()) for x in pair)) for at, *pair in state["window"]]
             torch.set_rng_state(state["rng"])
             if state["cuda_rng"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
