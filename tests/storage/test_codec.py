@@ -29,7 +29,10 @@ def test_many_zeros_are_stored_as_places_and_values_and_few_as_they_are():
     entry, parts = codec.encode("w", tensor(0.05))
     assert set(parts) == {"w:where", "w:low", "w:values"} and entry.active == parts["w:values"].shape[0] and entry.low
     entry, parts = codec.encode("w", tensor(0.6))
-    assert set(parts) == {"w:where", "w:values"} and parts["w:where"].shape == (250,)
+    assert set(parts) == {"w:where", "w:top", "w:rest"} and parts["w:where"].shape == (250,)
+    assert parts["w:top"].nbytes < entry.active / 2 and parts["w:rest"].shape == (entry.active, 3)
+    entry, parts = codec.encode("w", (1e4 * tensor(0.6)).int())  # whole numbers have no exponents
+    assert set(parts) == {"w:where", "w:values"}
     entry, parts = codec.encode("w", tensor(1.0))
     assert set(parts) == {"w"} and entry.active is None
     _, parts = codec.encode("w", tensor(0.05, (4, 4)))  # so small that its parts would cost more in the header
@@ -78,7 +81,7 @@ def test_any_layout_is_read_and_written():
 def test_numbers_in_bfloat16():
     value = tensor(0.2)
     entry, parts = codec.encode("w", value, torch.bfloat16)
-    assert parts["w:values"].dtype == torch.bfloat16 and entry.dtype == torch.float32
+    assert entry.stored == torch.bfloat16 and entry.dtype == torch.float32
     assert torch.equal(back(entry, parts), value.bfloat16().float())
     assert torch.equal(back(entry, parts, torch.float64), value.bfloat16().double())
 
@@ -109,6 +112,7 @@ def test_int8_refuses_what_it_cannot_hold():
     ("values", "message"),
     [
         ({"shape": [2, 3], "dtype": "float31"}, "its dtype is 'float31'"),
+        ({"shape": [2, 3], "dtype": "float32", "stored": "int9"}, "its dtype is 'int9'"),
         ({"shape": [2, -3], "dtype": "float32"}, "whole numbers is allowed"),
         ({"shape": [2**30, 2**30], "dtype": "float32"}, "has more than"),
         ({"shape": [2, 3], "dtype": "float32", "active": 7}, "7 of its entries are stored, and it has 6"),
@@ -122,5 +126,6 @@ def test_an_entry_that_is_impossible_is_refused(values, message):
 
 
 def test_an_entry_is_plain_data_and_back():
-    for entry in (Entry((2, 3), torch.float32, 4, 1), Entry((), torch.bool)):
+    rounded = Entry((2, 3), torch.float32, torch.int8, 4, 1)
+    for entry in (rounded, Entry((2, 3), torch.float32, torch.float32, 4), Entry((), torch.bool, torch.bool)):
         assert Entry.from_json(entry.as_json()) == entry

@@ -2,12 +2,15 @@
 
 import json
 import os
+import zlib
 from math import prod
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 
 import granet
 from granet.storage.container import StorageError
@@ -111,12 +114,23 @@ def claimed_number(file):
     file.header["2.bias"]["shape"] = [2**40]
 
 
-def values_in(dtype):
-    def change(file):
-        claim = file.header["0.weight:values"]
-        claim["dtype"], claim["shape"] = dtype, [*claim["shape"], 4][: 2 if dtype == "U8" else 1]
+def damaged_code(file):
+    file.part("0.weight:top")[:] = bytes(len(file.part("0.weight:top")))
 
-    return change
+
+def code_of_others(file):
+    """The exponents of another number of values, as a bomb would have: the place in the file is that of before."""
+    top = file.part("0.weight:top")
+    code = zlib.compress(bytes(10 * len(top)))
+    top.release()
+    without("0.weight:top")(file)
+    end = len(file.data)
+    file.header["0.weight:top"] = {"dtype": "U8", "shape": [len(code)], "data_offsets": [end, end + len(code)]}
+    file.data += code
+
+
+def dtype_of(part, dtype):
+    return lambda file: file.header[part].update(dtype=dtype)
 
 
 HOSTILE = {
@@ -126,8 +140,20 @@ HOSTILE = {
     "another shape": (entry("0.weight", shape=[60, 50]), r"tensor '0.weight' has shape \(60, 50\), .* \(50, 60\)"),
     "a shape of terabytes": (entry("0.weight", shape=[2**24, 2**20]), "tensor '0.weight' has shape"),
     "a size that is only claimed": (claimed_number, "tensor '2.bias': a F32 tensor of shape .* and has 160"),
-    "another kind of numbers": (entry("0.weight", dtype="int64"), "stored as torch.float32, and cannot be"),
-    "fewer values than it says": (entry("0.weight", active=5), r"'0.weight:values' is .*, and shape \(5,\) is needed"),
+    "another kind of numbers": (
+        entry("0.weight", dtype="int64", stored="float32"),
+        "stored as torch.float32, and cannot",
+    ),
+    "numbers of another size": (
+        entry("0.weight", stored="bfloat16"),
+        "uint8 of shape .*, 3\\), and .*, 1\\) is needed",
+    ),
+    "fewer values than it says": (entry("0.weight", active=5, low=0), r"torch.uint8 of shape \(375,\) is needed"),
+    "no values": (without("0.weight:top"), "its part '0.weight:values' is missing"),
+    "no lower bytes": (without("0.weight:rest"), "its part '0.weight:rest' is missing"),
+    "lower bytes that are texts": (dtype_of("0.weight:rest", "I8"), "torch.int8 of shape .*, and torch.uint8 of shape"),
+    "a damaged code": (damaged_code, "the code of its values' exponents is damaged"),
+    "a code of other values": (code_of_others, "the code of its values' exponents has more or other than"),
     "more values than entries": (entry("0.weight", active=3001), "3001 of its entries are stored, and it has 3,000"),
     "a bit too many": (one_more_bit, "tensor '0.weight': .* bits of its mask are set, and there are"),
     "indices out of range": (bit_moved_to_the_end, "the index of its last value is .*, and it has 3,000 entries"),
@@ -135,8 +161,6 @@ HOSTILE = {
     "planes that are missing": (without("0.weight:low"), "its part '0.weight:low' is missing"),
     "low bits beyond measure": (entry("0.weight", low=10**9), "the low bits of its code are 1000000000, and 0 to 40"),
     "low bits as a text": (entry("0.weight", low="3"), "the low bits of its code are '3'"),
-    "values of another shape": (values_in("U8"), "its part '0.weight:values' is torch.uint8 of shape"),
-    "values of another dtype": (values_in("I32"), "its numbers are stored as torch.int32"),
     "dense and sparse at once": (stored_twice, "tensor '0.weight' is stored twice"),
     "no metadata": (lambda file: file.header.pop("__metadata__"), "the model has no tensor '0.weight:"),
     "metadata that are a list": (lambda file: setattr(file, "about", [1]), "metadata 'granet' are damaged"),
@@ -168,6 +192,37 @@ def test_a_hostile_file_is_refused_by_name_and_the_model_stays_as_it_was(name, f
     assert unchanged(model, before)
 
 
+@settings(max_examples=50, deadline=None)
+@given(strategies.data())
+def test_no_damage_does_anything_but_raise_storage_errors(tmp_path_factory, data):
+    """Damage to values cannot be seen; all other damage leaves the model as it was."""
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    granet.save(net(), path, data.draw(strategies.sampled_from([None, "int8"])))
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(data.draw(strategies.integers(1, 3))):
+        at = data.draw(strategies.integers(0, header - 1) | strategies.integers(0, len(content) - 1))
+        kind = data.draw(strategies.sampled_from(["change", "digit", "cut", "grow"]))
+        if kind == "change":
+            content[at] = data.draw(strategies.integers(0, 255))
+        elif kind == "digit":
+            content[at] = data.draw(strategies.sampled_from(b'0123456789-e.[]{}",: '))
+        elif kind == "cut":
+            del content[at : at + data.draw(strategies.integers(1, 50))]
+        else:
+            content[at:at] = bytes(data.draw(strategies.integers(1, 50)))
+        if not content:
+            break
+    path.write_bytes(content)
+    model = net()
+    before = snapshot(model)
+    for into in (None, model):
+        try:
+            granet.load(path, into=into)
+        except StorageError:
+            assert unchanged(model, before)
+
+
 def test_the_file_itself_is_fine(file):
     file.write()
     granet.load(file.path, into=net())
@@ -187,7 +242,7 @@ def test_impossible_scales_are_refused(tmp_path):
 
 
 def test_a_file_that_claims_more_than_the_memory_is_refused_without_a_model_too(file):
-    without("0.weight:where", "0.weight:low", "0.weight:values")(file)
+    without("0.weight:where", "0.weight:low", "0.weight:top", "0.weight:rest")(file)
     for part, dtype, shape in (("where", "U8", [0]), ("low", "U8", [40, 0]), ("values", "F32", [0])):
         end = len(file.data)
         file.header[f"0.weight:{part}"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end]}
@@ -222,7 +277,7 @@ def test_a_pickle_is_not_opened(tmp_path):
 
 def test_a_pruned_model_is_told_how_to_become_a_plain_one(file):
     model = net()
-    nn.utils.prune.identity(model[0], "weight")
+    prune.identity(model[0], "weight")
     with pytest.raises(StorageError, match=r"no tensor '0.weight'; it is pruned by .*: call granet.import_masks"):
         granet.load(file.path, into=model)
 

@@ -225,5 +225,5 @@ def test_saving_and_loading_take_the_memory_of_a_few_layers(tmp_path):
 
 def test_two_tensors_do_not_share_a_name_in_the_file():
     weight = torch.zeros(100, 100)
-    with pytest.raises(ValueError, match="two tensors would both be stored as 'a:values'"):
-        granet.pack({"a": weight, "a:values": torch.ones(3)})
+    with pytest.raises(ValueError, match="two tensors would both be stored as 'a:where'"):
+        granet.pack({"a": weight, "a:where": torch.ones(3)})

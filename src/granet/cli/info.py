@@ -11,8 +11,8 @@ from granet.cli.terminal import say
 
 DESCRIPTION = """Tensors of a safetensors file: shapes, densities and bytes, against dense and the least possible.
 
-The limit of a tensor is the bytes of its nonzero values, and the entropy of a mask with as many entries at random
-places.
+The limit of a tensor is the entropy of a mask with as many entries at random places and of its values, whose signs and
+fractions count as random.
 
 examples:
   granet info small.safetensors                                          as granet.save writes it

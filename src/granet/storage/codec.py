@@ -3,8 +3,10 @@
 A tensor `name` is stored as one of
 
 - `name`: all its numbers;
-- `name:where`, `name:low` and `name:values`: the code of its nonzero entries (`granet.storage.bits`), and their values
-  in the order of the flat index. A bool tensor has no values: its nonzero entries are True.
+- `name:where`, `name:low` and `name:values`: the code of the places of its nonzero entries (`granet.storage.bits`), and
+  their values in the order of the flat index. A bool tensor has no values: its nonzero entries are True;
+- the same with `name:top` and `name:rest` in place of the values, where that is smaller: the code of their exponents
+  (`granet.storage.values`), and a row of the other bytes for each value. In int8 there are no others.
 
 In int8, `name:scales` has one float32 number for each index of the first axis, the output channels of a linear or
 convolution layer; an entry is its byte times that.
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -23,15 +24,26 @@ import torch
 from torch import Tensor
 
 from granet.engine.precision import quantised_weight
-from granet.storage import bits
+from granet.storage import bits, values
 from granet.storage.container import DTYPES, Part
 from granet.text import short
 
-WHERE, LOW, VALUES, SCALES = ":where", ":low", ":values", ":scales"
-_HEADER = 200  # bytes that the further parts of a sparse tensor take in the file's header
+WHERE, LOW, VALUES, TOP, REST, SCALES = ":where", ":low", ":values", ":top", ":rest", ":scales"
+_HEADER = 100  # bytes that a further part of a tensor takes in the file's header, at most
 _MOST_LOW = 40  # bits
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+
+
+def named(dtype: torch.dtype) -> str:
+    """Returns the name of a dtype.
+
+    >>> named(torch.float32)
+    'float32'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+_BY_NAME = {named(dtype): dtype for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -40,13 +52,15 @@ class Entry:
 
     Attributes:
         shape: the shape of the tensor.
-        dtype: the dtype of the tensor; its numbers may be stored in a narrower one.
+        dtype: the dtype of the tensor.
+        stored: the dtype of its numbers in the file, which may be narrower.
         active: how many of its entries are stored; None if all are, zeros too.
         low: the low bits of the code of their places.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    stored: torch.dtype
     active: int | None = None
     low: int = 0
 
@@ -62,20 +76,23 @@ class Entry:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the entry as plain data."""
-        values: dict[str, Any] = {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
-        return values if self.active is None else values | {"active": self.active, "low": self.low}
+        plain: dict[str, Any] = {"shape": list(self.shape), "dtype": named(self.dtype)}
+        if self.stored != self.dtype:
+            plain["stored"] = named(self.stored)
+        return plain if self.active is None else plain | {"active": self.active, "low": self.low}
 
     @staticmethod
-    def from_json(values: Any) -> Entry:
+    def from_json(plain: Any) -> Entry:
         """Returns the entry that plain data describe.
 
         Raises:
             ValueError: they describe none.
         """
-        shape, dtype = values["shape"], values["dtype"]
-        active, low = values.get("active"), values.get("low", 0)
-        if dtype not in _BY_NAME:
-            raise ValueError(f"its dtype is {short(dtype)}, and these can be read: {', '.join(_BY_NAME)}")
+        shape, dtype = plain["shape"], plain["dtype"]
+        active, low, stored = plain.get("active"), plain.get("low", 0), plain.get("stored", dtype)
+        for each in (dtype, stored):
+            if each not in _BY_NAME:
+                raise ValueError(f"its dtype is {short(each)}, and these can be read: {', '.join(_BY_NAME)}")
         if not isinstance(shape, list) or not all(type(number) is int and 0 <= number < 2**48 for number in shape):
             raise ValueError(f"its shape is {short(shape)}, and a list of whole numbers is allowed")
         size = prod(shape)
@@ -85,7 +102,7 @@ class Entry:
             raise ValueError(f"{short(active)} of its entries are stored, and it has {size:,}")
         if type(low) is not int or not 0 <= low <= _MOST_LOW:
             raise ValueError(f"the low bits of its code are {short(low)}, and 0 to {_MOST_LOW} are allowed")
-        return Entry(tuple(shape), _BY_NAME[dtype], active, low)
+        return Entry(tuple(shape), _BY_NAME[dtype], _BY_NAME[stored], active, low)
 
 
 def encode(
@@ -102,33 +119,65 @@ def encode(
     Raises:
         ValueError: it has NaN or infinite numbers, and int8 cannot hold them.
     """
-    numbers = partial(_numbers, tensor, _narrower(tensor, dtype))
-    flat, scales = numbers()
-    mask = _nonzero(flat, signed_zeros)
+    source = _Source(tensor, _narrower(tensor, dtype), signed_zeros)
+    flat, scales = source.numbers()
+    shape, stored, itemsize = tuple(tensor.shape), flat.dtype, 0 if flat.dtype == torch.bool else flat.dtype.itemsize
+    mask = source.mask()
     active = int(np.count_nonzero(mask))
     low, unary = bits.cheapest(mask)
     count = -(-active // 8)
-    itemsize = 0 if flat.dtype == torch.bool else flat.dtype.itemsize
     parts = {}
     if scales is not None:
-        parts[name + SCALES] = Part(scales.dtype, tuple(scales.shape), lambda: numbers()[1])
-    if unary + low * count + active * itemsize + _HEADER >= flat.numel() * flat.dtype.itemsize:
-        parts[name] = Part(flat.dtype, tuple(tensor.shape), lambda: numbers()[0].view(tensor.shape))
-        return Entry(tuple(tensor.shape), tensor.dtype), parts
-
-    def again() -> np.ndarray:
-        return _nonzero(numbers()[0], signed_zeros)
-
-    def values() -> Tensor:
-        now = numbers()[0]
-        return now[torch.from_numpy(_nonzero(now, signed_zeros))]
-
-    parts[name + WHERE] = Part(torch.uint8, (unary,), lambda: torch.from_numpy(bits.unary_code(again(), low)))
+        parts[name + SCALES] = Part(scales.dtype, tuple(scales.shape), source.scales)
+    if unary + low * count + active * itemsize + 2 * _HEADER >= flat.numel() * stored.itemsize:
+        parts[name] = Part(stored, shape, lambda: source.numbers()[0].view(shape))
+        return Entry(shape, tensor.dtype, stored), parts
+    parts[name + WHERE] = Part(torch.uint8, (unary,), lambda: torch.from_numpy(bits.unary_code(source.mask(), low)))
     if low:
-        parts[name + LOW] = Part(torch.uint8, (low, count), lambda: torch.from_numpy(bits.planes(again(), low)))
-    if itemsize:
-        parts[name + VALUES] = Part(flat.dtype, (active,), values)
-    return Entry(tuple(tensor.shape), tensor.dtype, active, low), parts
+        parts[name + LOW] = Part(torch.uint8, (low, count), lambda: torch.from_numpy(bits.planes(source.mask(), low)))
+    top = len(source.top()) if scales is not None or stored.is_floating_point else active
+    if itemsize and top + _HEADER < active:
+        parts[name + TOP] = Part(torch.uint8, (top,), lambda: torch.from_numpy(source.top()))
+        if itemsize > 1:
+            parts[name + REST] = Part(torch.uint8, (active, itemsize - 1), source.rest)
+    elif itemsize:
+        parts[name + VALUES] = Part(stored, (active,), source.values)
+    return Entry(shape, tensor.dtype, stored, active, low), parts
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A tensor to be stored, of which each part is computed anew when it is asked for."""
+
+    tensor: Tensor
+    stored: torch.dtype
+    signed_zeros: bool
+
+    def numbers(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the numbers as they are stored, flat and on the CPU, and the scales of int8."""
+        tensor = self.tensor.detach().cpu()
+        if self.stored == torch.int8 and tensor.dtype != torch.int8:
+            if not tensor.isfinite().all():
+                raise ValueError("it has NaN or infinite numbers, which int8 cannot hold: save it as bfloat16")
+            numbers, scales = quantised_weight(tensor.float())
+            return numbers.reshape(-1), scales
+        return tensor.to(self.stored).contiguous().view(-1), None
+
+    def scales(self) -> Tensor:
+        return self.numbers()[1]
+
+    def mask(self) -> np.ndarray:
+        return _nonzero(self.numbers()[0], self.signed_zeros)
+
+    def values(self) -> Tensor:
+        numbers = self.numbers()[0]
+        return numbers[torch.from_numpy(_nonzero(numbers, self.signed_zeros))]
+
+    def top(self) -> np.ndarray:
+        return values.coded(values.split(_raw(self.values()))[0])
+
+    def rest(self) -> Tensor:
+        return torch.from_numpy(values.split(_raw(self.values()))[1])
 
 
 def count_nonzero(tensor: Tensor) -> int:
@@ -144,23 +193,28 @@ def check(name: str, entry: Entry, parts: Mapping[str, Part]) -> set[str]:
     """
     used: set[str] = set()
 
-    def need(suffix: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> torch.dtype:
+    def need(suffix: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         part = parts.get(name + suffix)
         if part is None:
             raise ValueError(f"its part {name + suffix!r} is missing")
-        if part.shape != shape or dtype not in (None, part.dtype):
+        if part.shape != shape or part.dtype != dtype:
             found = f"{part.dtype} of shape {part.shape}"
-            raise ValueError(f"its part {name + suffix!r} is {found}, and shape {shape} is needed")
+            raise ValueError(f"its part {name + suffix!r} is {found}, and {dtype} of shape {shape} is needed")
         used.add(name + suffix)
-        return part.dtype
 
-    if entry.active is None:
-        stored = need("", None, entry.shape)
+    active, stored = entry.active, entry.stored
+    if active is None:
+        need("", stored, entry.shape)
     else:
-        stored = torch.bool if entry.dtype == torch.bool else need(VALUES, None, (entry.active,))
         need(WHERE, torch.uint8, _code_shape(entry, parts.get(name + WHERE)))
         if entry.low:
-            need(LOW, torch.uint8, (entry.low, -(-entry.active // 8)))
+            need(LOW, torch.uint8, (entry.low, -(-active // 8)))
+        if name + TOP in parts:
+            need(TOP, torch.uint8, parts[name + TOP].shape[:1] or (1,))
+            if stored.itemsize > 1:
+                need(REST, torch.uint8, (active, stored.itemsize - 1))
+        elif stored != torch.bool:
+            need(VALUES, stored, (active,))
     if stored == torch.int8 and entry.dtype.is_floating_point:
         need(SCALES, torch.float32, entry.shape[:1])
     elif stored != entry.dtype and not (stored.is_floating_point and entry.dtype.is_floating_point):
@@ -178,6 +232,8 @@ def verify(name: str, entry: Entry, parts: Mapping[str, Part]) -> None:
         raise ValueError("its scales have NaN or infinite numbers")
     if entry.active is not None:
         bits.verify(*_code(name, parts), entry.size, entry.active)
+        if name + TOP in parts:
+            values.decoded(parts[name + TOP].read().numpy(), entry.active)
     elif parts[name].dtype == torch.bool and (parts[name].read().view(torch.uint8) > 1).any():
         raise ValueError("its bytes must be 0 or 1")
 
@@ -186,20 +242,36 @@ def verify(name: str, entry: Entry, parts: Mapping[str, Part]) -> None:
 def decode(name: str, entry: Entry, parts: Mapping[str, Part], out: Tensor) -> None:
     """Writes a verified tensor into `out`, which has its shape; its dtype and device may be others."""
     out, scales = out.detach(), parts.get(name + SCALES)
-    part = parts.get(name if entry.active is None else name + VALUES)
-    stored = torch.bool if part is None else part.dtype
-    straight = out.dtype == stored and scales is None and out.is_contiguous() and out.device.type == "cpu"
-    target = out if straight else torch.empty(entry.shape, dtype=stored)
+    same = out.dtype == entry.stored and scales is None
+    straight = same and out.is_contiguous() and out.device.type == "cpu"
+    target = out if straight else torch.empty(entry.shape, dtype=entry.stored)
     if entry.active is None:
         parts[name].fill(target)
     else:
         flat = _raw(target.zero_())
         places = bits.places(*_code(name, parts), entry.size, entry.active)
-        flat[places] = 1 if part is None else _raw(part.read())
+        flat[places] = 1 if entry.stored == torch.bool else _raw(nonzero_values(name, entry, parts))
     if scales is not None:
         target = target.float() * scales.read().view(-1, *[1] * (len(entry.shape) - 1))
     if not straight:
         out.copy_(target)
+
+
+def nonzero_values(name: str, entry: Entry, parts: Mapping[str, Part]) -> Tensor:
+    """Returns the stored values of the nonzero entries of a verified tensor, flat."""
+    if entry.active is None:
+        flat = parts[name].read().view(-1)
+        return flat[torch.from_numpy(_nonzero(flat, False))]
+    if name + TOP not in parts:
+        return parts[name + VALUES].read()
+    top = values.decoded(parts[name + TOP].read().numpy(), entry.active)
+    rest = parts[name + REST].read().numpy() if name + REST in parts else np.empty((entry.active, 0), dtype=np.uint8)
+    return torch.from_numpy(values.joined(top, rest)).view(entry.stored)
+
+
+def exponents(found: Tensor) -> np.ndarray:
+    """Returns the byte of each of some contiguous values that is coded."""
+    return values.split(_raw(found))[0]
 
 
 def _code_shape(entry: Entry, part: Part | None) -> tuple[int, ...]:
@@ -221,17 +293,6 @@ def _narrower(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """Returns the dtype in which the numbers of a tensor are stored."""
     wide = tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() > 0
     return dtype if dtype is not None and wide and tensor.dtype.itemsize > dtype.itemsize else tensor.dtype
-
-
-def _numbers(tensor: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Returns the numbers of a tensor as they are stored, flat and on the CPU, and the scales of int8."""
-    tensor = tensor.detach().cpu()
-    if stored == torch.int8 and tensor.dtype != torch.int8:
-        if not tensor.isfinite().all():
-            raise ValueError("it has NaN or infinite numbers, which int8 cannot hold: save it as float32 or bfloat16")
-        values, scales = quantised_weight(tensor.float())
-        return values.reshape(-1), scales
-    return tensor.to(stored).contiguous().view(-1), None
 
 
 def _nonzero(flat: Tensor, signed_zeros: bool) -> np.ndarray:

@@ -55,7 +55,7 @@ class Packed:
         return {KEY: json.dumps(values, separators=(",", ":"))}
 
     def _is_plain(self, name: str) -> bool:
-        return name in self.parts and self.parts[name].dtype == self.entries[name].dtype
+        return self.entries[name].active is None and self.entries[name].stored == self.entries[name].dtype
 
     @overload
     def unpack(self, into: None = None) -> dict[str, Tensor]: ...
@@ -190,7 +190,7 @@ def from_file(file: BinaryIO, source: str) -> Packed:
         if name not in used:
             if name in entries:
                 raise StorageError(f"{source}: tensor {name!r} is stored twice, dense and sparse")
-            entries[name] = Entry(part.shape, part.dtype)
+            entries[name] = Entry(part.shape, part.dtype, part.dtype)
     for name, other in ties.items():
         if other not in entries or name in entries:
             raise StorageError(f"{source}: tensor {name!r} is said to be {short(other)}, which is not there")
@@ -210,7 +210,9 @@ def _described(values: Any, parts: Mapping[str, Part]) -> tuple[dict[str, Any], 
     entries = {}
     for name, entry in values["tensors"].items():
         try:
-            entries[name] = Entry.from_json(entry) if entry else Entry(parts[name].shape, parts[name].dtype)
+            part = parts.get(name)
+            plain = not entry and part is not None
+            entries[name] = Entry(part.shape, part.dtype, part.dtype) if plain else Entry.from_json(entry)
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"tensor {name!r}: {error if type(error) is ValueError else short(entry)}") from None
     ties = values["ties"]

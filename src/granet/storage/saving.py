@@ -39,8 +39,8 @@ def pack(model: Any, dtype: str | torch.dtype | None = None, *, signed_zeros: bo
     >>> model = nn.Sequential(nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
     >>> _ = model[0].weight.data.masked_fill_(torch.arange(10_000).view(100, 100) % 10 > 0, 0)
     >>> packed = pack(model)
-    >>> packed.nbytes, sum(4 * p.numel() for p in model.parameters())
-    (9065, 44440)
+    >>> packed.nbytes < 8600, sum(4 * p.numel() for p in model.parameters())
+    (True, 44440)
     >>> all(torch.equal(packed.unpack()[name], tensor) for name, tensor in model.state_dict().items())
     True
     """

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from granet.storage.codec import LOW, SCALES, VALUES, WHERE, count_nonzero
+from granet.storage import codec, values
+from granet.storage.codec import LOW, REST, SCALES, TOP, VALUES, WHERE
 from granet.storage.packed import Packed
 from granet.text import columns
 
@@ -27,9 +29,9 @@ class Size:
         density: the share of these.
         nbytes: the bytes of its parts.
         dense: the bytes of the dense tensor in the model's dtype.
-        limit: the bytes of the values that are not zero and of the entropy of a mask with as many entries at random
-            places, or those of all values if they are fewer; and of the scales of int8. Masks with a pattern can need
-            less.
+        limit: the entropy in bytes of a mask with as many entries at random places, and of values with as many of each
+            exponent (in int8, of each byte), whose other bits are random; and the scales of int8. Masks with a pattern
+            can need less.
     """
 
     name: str
@@ -74,46 +76,29 @@ def as_text(packed: Packed, found: Sequence[Size], file: int) -> str:
     )
 
 
-def entropy(active: int, size: int) -> float:
-    """Returns the entropy of a mask with `active` of `size` entries at random places, in bits.
-
-    >>> round(entropy(100, 1000) / 1000, 3), entropy(0, 8), entropy(500, 1000)
-    (0.469, 0.0, 1000.0)
-    """
-    if not 0 < active < size:
-        return 0.0
-    share = active / size
-    return -size * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
-
-
 def _size(packed: Packed, name: str) -> Size:
     entry = packed.entries[name]
-    own = {
-        suffix: packed.parts[name + suffix]
-        for suffix in ("", WHERE, LOW, VALUES, SCALES)
-        if name + suffix in packed.parts
-    }
-    part = own.get(VALUES, own.get(""))
-    dtype = torch.bool if part is None else part.dtype
-    if entry.active is None:
-        nonzero, kind = count_nonzero(own[""].read()), ""
-    else:
-        nonzero, kind = entry.active, "distances" if entry.low else "mask"
-    bits_each = 8 * dtype.itemsize if dtype != torch.bool else 0
-    limit = math.ceil((nonzero * bits_each + entropy(nonzero, entry.size)) / 8)
-    limit = min(limit, entry.size * dtype.itemsize)
-    limit += own[SCALES].nbytes if SCALES in own else 0
-    stored = " + ".join(filter(None, (kind, "" if kind and not bits_each else _named(dtype))))
-    nbytes, density = sum(x.nbytes for x in own.values()), nonzero / entry.size if entry.size else 1.0
-    return Size(name, entry.shape, _named(entry.dtype), stored, nonzero, density, nbytes, entry.nbytes, limit)
+    names = [name + suffix for suffix in ("", WHERE, LOW, VALUES, TOP, REST, SCALES)]
+    nbytes = sum(packed.parts[part].nbytes for part in names if part in packed.parts)
+    found = (
+        codec.nonzero_values(name, entry, packed.parts) if entry.stored != torch.bool or entry.active is None else None
+    )
+    nonzero = entry.active if found is None else found.numel()
+    least = values.entropy([nonzero, entry.size - nonzero])
+    if found is not None and entry.stored != torch.bool:
+        random = entry.stored.is_floating_point or entry.stored != entry.dtype
+        least += 8 * nonzero * (entry.stored.itemsize - random)
+        least += values.entropy(np.bincount(codec.exponents(found))) if random else 0
+    limit = math.ceil(least / 8) + (packed.parts[name + SCALES].nbytes if name + SCALES in packed.parts else 0)
+    kind = "" if entry.active is None else "distances" if entry.low else "mask"
+    stored = " + ".join(filter(None, (kind, "" if kind and entry.stored == torch.bool else codec.named(entry.stored))))
+    density = nonzero / entry.size if entry.size else 1.0
+    dtype = codec.named(entry.dtype)
+    return Size(name, entry.shape, dtype, stored, nonzero, density, nbytes, entry.nbytes, limit)
 
 
 def _total(found: Sequence[Size], kind: str) -> int:
     return sum(getattr(x, kind) for x in found)
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _short(value: Any) -> str:
