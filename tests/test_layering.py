@@ -36,6 +36,7 @@ LAYERS = [  # a folder or module may import what stands before it; docs/architec
     "engine",
     "storage",
     "flops",
+    "shrinking",
     "export",
     "train",
     "hub",
@@ -162,6 +163,8 @@ def test_every_module_has_a_test():
         "checks": "first_mistakes",
         "filters": "selection",
         "adapter": "lightning",
+        "walk": "shrink",
+        "cutting": "shrink",
     }
     folders = ("methods", "cli", "engine", "lab", "hub")
     missing = {name for name in MODULES if (last := name.split(".")[-1]) and covered.get(last, last) not in tests}

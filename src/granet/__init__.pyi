@@ -39,6 +39,7 @@ from .methods.synflow import SynFlow as SynFlow
 from .methods.top_kast import TopKAST as TopKAST
 from .probe import Probe as Probe
 from .selection import plan as plan
+from .shrinking.shrink import shrink as shrink
 from .sparsifier.core import Sparsifier as Sparsifier
 from .storage.saving import load as load
 from .storage.saving import pack as pack

@@ -1,5 +1,6 @@
 """Calling a model with other tensors in the place of its own."""
 
+import copy
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -29,3 +30,17 @@ def called_with(
             if tensor is not None:
                 given[f"{path}.{leaf}" if path else leaf] = tensors[first[id(tensor)]]
     return functional_call(model, given, args, kwargs, tie_weights=False)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model.
+
+    Raises:
+        ValueError: it cannot be copied; the message says what most often stands in the way.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # of tensors that are results
+        raise ValueError(
+            f"the model cannot be copied: {error}. If torch.nn.utils.prune computes weights in it, call prune.remove"
+        ) from error

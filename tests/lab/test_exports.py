@@ -29,6 +29,11 @@ def test_a_run_is_compared_on_its_test_images(run):
     assert abs(small.comparison.accuracy[0] - small.comparison.accuracy[1]) < 0.05
 
 
+def test_a_network_is_shrunk_first(run, tmp_path):
+    found = exports.main(str(run), "state-dict", shrink=True, images=50, output=tmp_path / "x.safetensors")
+    assert found.deviation == 0 and "multiply-adds before" in str(found)
+
+
 def test_what_is_not_possible(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="onnx"):

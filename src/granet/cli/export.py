@@ -36,6 +36,8 @@ class Arguments:
     """Number of test images to compare on, spread evenly over the test set."""
     tolerance: float | None = None
     """Largest deviation allowed, as a share of the largest output; 1e-4 in float32, 0.25 in int8, if not given."""
+    shrink: bool = False
+    """Cut dead channels out first, and print what that leaves."""
     sparsity: float = 0.9
     """Sparsity of a named model; a run keeps its own."""
     distribution: Literal["erk", "er", "uniform"] = "erk"

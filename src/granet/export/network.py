@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from granet.functional import copied
 from granet.names import described
 from granet.sparsifier.reparameterize import fold
 
@@ -38,7 +38,7 @@ class Network:
         for name, tensor in model.state_dict().items():
             if isinstance(tensor, Tensor) and not tensor.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinite values: nothing can be exported")
-        self.model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+        self.model = copied(model).cpu().float().eval().requires_grad_(False)
         fold(self.model)  # the weights that a reparameterised model computes with
         self.example = tuple(_plain(one) for one in inputs)
 

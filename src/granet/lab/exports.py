@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,8 +11,9 @@ from granet import files
 from granet.export.comparison import Export
 from granet.export.formats import FORMATS
 from granet.export.staging import checked_path
-from granet.lab.speed import network
+from granet.lab.speed import network as read
 from granet.names import unknown
+from granet.shrinking.shrink import shrink as cut_out
 
 CALIBRATION = 512  # images, spread over the training set
 
@@ -25,6 +27,7 @@ def main(
     checkpoint: str | None = None,
     images: int = 1000,
     tolerance: float | None = None,
+    shrink: bool = False,
     sparsity: float = 0.9,
     distribution: str = "erk",
     size: int = 32,
@@ -39,6 +42,7 @@ def main(
         checkpoint: `"best"`, `"last"`, or None for the best if there is one.
         images: number of test images to compare on.
         tolerance: the largest deviation allowed, as a share of the largest output.
+        shrink: cut dead channels out first; the note of what comes back then has the table.
         sparsity: sparsity of a named model; a run keeps its own.
         distribution: how a named model's sparsity is distributed.
         size: height and width of a named model's images.
@@ -60,7 +64,7 @@ def main(
     if output is not None:
         checked_path(output, form.suffix)
     options = {"sparsity": sparsity, "distribution": distribution, "size": size}
-    model, shape, trainer = network(source, **options, checkpoint=checkpoint)
+    model, shape, trainer = read(source, **options, checkpoint=checkpoint)
     if trainer is None:
         folder, name = Path(), source
         inputs = calibration = [torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))]
@@ -73,4 +77,7 @@ def main(
     if precision == "int8":
         settings["calibration"] = calibration
     example = inputs[0][0][:8] if trainer is not None else inputs[0]
-    return form.write(model, example, path, inputs=inputs, tolerance=tolerance, **settings)
+    small = cut_out(model, example) if shrink else None
+    network = small.model if small else model
+    found = form.write(network, example, path, inputs=inputs, tolerance=tolerance, **settings)
+    return replace(found, note="\n".join(filter(None, [found.note, str(small)]))) if small else found
