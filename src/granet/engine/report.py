@@ -51,6 +51,8 @@ class InferenceReport:
         arena_nbytes: bytes of working memory for one call.
         precision: what the compiled model computes in, "float32" if it is the dense model. The dense milliseconds are
             always those of float32.
+        others: milliseconds of other ways to run the dense model, by name: in the other memory format, and at reduced
+            precision under bfloat16 autocast. The compiled model runs only if it is faster than all of them.
         fill: at reduced precision, the share of active weights in the stored words of channels, with the channels as
             they are in the model and as they were renumbered.
     """
@@ -64,6 +66,7 @@ class InferenceReport:
     nbytes: int = 0
     arena_nbytes: int = 0
     precision: str = "float32"
+    others: Mapping[str, float] = field(default_factory=dict)
     fill: tuple[float, float] | None = None
 
     def __str__(self) -> str:
@@ -74,6 +77,8 @@ class InferenceReport:
             f"({self.dense_ms / max(self.fast_ms, 1e-9):.2f}x), runs {self.chosen}: {self.why}; "
             f"{measure} relative difference {self.error:.1e}"
         )
+        for other, ms in self.others.items():
+            whole += f"; {other} {ms:.2f} ms"
         if self.fill is not None:
             before, after = self.fill
             whole += f"; {after:.0%} of the stored weights are active"
