@@ -106,7 +106,12 @@ class Entry:
 
 
 def encode(
-    name: str, tensor: Tensor, dtype: torch.dtype | None = None, *, signed_zeros: bool = False
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    signed_zeros: bool = False,
+    latest: Latest | None = None,
 ) -> tuple[Entry, dict[str, Part]]:
     """Returns the entry and the parts of a tensor; a part is computed when it is read.
 
@@ -115,12 +120,13 @@ def encode(
         tensor: the tensor.
         dtype: what the numbers of a floating-point matrix are converted to if they are wider.
         signed_zeros: whether -0.0 is stored as a number; else it counts as zero.
+        latest: what the tensors of a file share, so that the parts of each are computed from the same numbers.
 
     Raises:
         ValueError: it has NaN or infinite numbers, and int8 cannot hold them.
     """
-    source = _Source(tensor, _narrower(tensor, dtype), signed_zeros)
-    flat, scales = source.numbers()
+    source = _Source(tensor, _narrower(tensor, dtype), signed_zeros, latest or Latest())
+    flat, scales = source.numbers(), source.scales()
     shape, stored, itemsize = tuple(tensor.shape), flat.dtype, 0 if flat.dtype == torch.bool else flat.dtype.itemsize
     mask = source.mask()
     active = int(np.count_nonzero(mask))
@@ -130,7 +136,7 @@ def encode(
     if scales is not None:
         parts[name + SCALES] = Part(scales.dtype, tuple(scales.shape), source.scales)
     if unary + low * count + active * itemsize + 2 * _HEADER >= flat.numel() * stored.itemsize:
-        parts[name] = Part(stored, shape, lambda: source.numbers()[0].view(shape))
+        parts[name] = Part(stored, shape, lambda: source.numbers().view(shape))
         return Entry(shape, tensor.dtype, stored), parts
     parts[name + WHERE] = Part(torch.uint8, (unary,), lambda: torch.from_numpy(bits.unary_code(source.mask(), low)))
     if low:
@@ -145,16 +151,32 @@ def encode(
     return Entry(shape, tensor.dtype, stored, active, low), parts
 
 
-@dataclass(frozen=True)
+class Latest:
+    """The numbers of the tensor of which a part was computed last: mostly, its next part follows."""
+
+    def __init__(self):
+        self.source: _Source | None = None
+        self.found: tuple[Tensor, Tensor | None, np.ndarray] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class _Source:
-    """A tensor to be stored, of which each part is computed anew when it is asked for."""
+    """A tensor to be stored, of which each part is computed when it is asked for."""
 
     tensor: Tensor
     stored: torch.dtype
     signed_zeros: bool
+    latest: Latest
 
-    def numbers(self) -> tuple[Tensor, Tensor | None]:
-        """Returns the numbers as they are stored, flat and on the CPU, and the scales of int8."""
+    def _found(self) -> tuple[Tensor, Tensor | None, np.ndarray]:
+        if self.latest.source is not self or self.latest.found is None:
+            self.latest.source = self.latest.found = None  # of another tensor: room for this one
+            numbers, scales = self._rounded()
+            self.latest.found = numbers, scales, _nonzero(numbers, self.signed_zeros)
+            self.latest.source = self
+        return self.latest.found
+
+    def _rounded(self) -> tuple[Tensor, Tensor | None]:
         tensor = self.tensor.detach().cpu()
         if self.stored == torch.int8 and tensor.dtype != torch.int8:
             if not tensor.isfinite().all():
@@ -163,20 +185,28 @@ class _Source:
             return numbers.reshape(-1), scales
         return tensor.to(self.stored).contiguous().view(-1), None
 
-    def scales(self) -> Tensor:
-        return self.numbers()[1]
+    def numbers(self) -> Tensor:
+        """Returns the numbers as they are stored, flat and on the CPU."""
+        return self._found()[0]
+
+    def scales(self) -> Tensor | None:
+        """Returns the scales of int8."""
+        return self._found()[1]
 
     def mask(self) -> np.ndarray:
-        return _nonzero(self.numbers()[0], self.signed_zeros)
+        """Returns which numbers are stored."""
+        return self._found()[2]
 
     def values(self) -> Tensor:
-        numbers = self.numbers()[0]
-        return numbers[torch.from_numpy(_nonzero(numbers, self.signed_zeros))]
+        """Returns the numbers that are stored."""
+        return self.numbers()[torch.from_numpy(self.mask())]
 
     def top(self) -> np.ndarray:
+        """Returns the code of their exponents."""
         return values.coded(values.split(_raw(self.values()))[0])
 
     def rest(self) -> Tensor:
+        """Returns their other bytes."""
         return torch.from_numpy(values.split(_raw(self.values()))[1])
 
 

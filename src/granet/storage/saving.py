@@ -146,11 +146,12 @@ def _described(
     ties = contents.tied(tensors)
     found = Packed("the packed model", about, {}, ties, {})
     parts: dict[str, Part] = {}
+    latest = codec.Latest()
     for name, tensor in tensors.items():
         if name in ties:
             continue
         with found.said_of(name):
-            found.entries[name], new = codec.encode(name, tensor, dtype, signed_zeros=signed_zeros)
+            found.entries[name], new = codec.encode(name, tensor, dtype, signed_zeros=signed_zeros, latest=latest)
         for part in new:
             if part in parts or (part != name and part in tensors):
                 raise ValueError(f"two tensors would both be stored as {part!r}: rename one")
