@@ -14,6 +14,7 @@ from . import shards as shards
 from . import topology as topology
 from .engine.fake_quantisation import fake_quantise as fake_quantise
 from .engine.inference import compile as compile
+from .engine.saved.model import load_compiled as load_compiled
 from .engine.training import accelerate as accelerate
 from .importers import import_masks as import_masks
 from .integrations import distributed_checkpoint as distributed_checkpoint

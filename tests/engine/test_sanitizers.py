@@ -27,7 +27,13 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",
     }
     folder = Path(__file__).parent
-    for script, arguments in (("fuzz_layers.py", ["20", "3"]), ("fuzz_models.py", ["2"]), ("fuzz_reduced.py", ["2"])):
+    scripts = {
+        "fuzz_layers.py": ["20", "3"],
+        "fuzz_models.py": ["2"],
+        "fuzz_reduced.py": ["2"],
+        "fuzz_saved.py": ["3", "200"],
+    }
+    for script, arguments in scripts.items():
         done = subprocess.run(
             [sys.executable, "-W", "ignore", str(folder / script), *arguments],
             env=environment,

@@ -4,6 +4,7 @@ A program consists of the number of slots, the number of steps, and one row of `
 A slot is a set of planes in the arena. Slots and constants are given by their numbers; -1 means that there is none.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 ROW_LENGTH = 24  # integers in a row; the last one of a step counts the following steps that are computed with it
@@ -154,6 +155,22 @@ def encode(slots: list[SlotRow], steps: list[AnyStep], links: list[int]) -> list
         numbers = [STEPS.index(type(step)), *step]
         rows.append([*numbers, *[0] * (ROW_LENGTH - 1 - len(numbers)), joined])
     return [len(slots), len(steps), *(number for row in rows for number in row)]
+
+
+def slots_of(program: Sequence[int]) -> list[SlotRow]:
+    """Returns the slots of an encoded program."""
+    return [SlotRow(*row[: len(SlotRow._fields)]) for row in _rows(program, 0, program[0])]
+
+
+def steps_of(program: Sequence[int]) -> list[AnyStep]:
+    """Returns the steps of an encoded program."""
+    kinds = [(STEPS[row[0]], row) for row in _rows(program, program[0], program[1])]
+    return [kind(*row[1 : 1 + len(kind._fields)]) for kind, row in kinds]
+
+
+def _rows(program: Sequence[int], first: int, count: int) -> Iterator[Sequence[int]]:
+    for i in range(first, first + count):
+        yield program[2 + ROW_LENGTH * i : 2 + ROW_LENGTH * (i + 1)]
 
 
 def check(found: list[int]) -> None:

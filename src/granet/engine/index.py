@@ -24,6 +24,7 @@ class IndexStructure:
         offset: for each non-zero, the floats from a tile's first input position to the one it reads.
         index: the position of each non-zero in the flattened dense weight.
         blocks: the number of blocks of columns.
+        chunks: the number of chunks of rows.
     """
 
     ptr: Tensor
@@ -31,6 +32,7 @@ class IndexStructure:
     offset: Tensor
     index: Tensor
     blocks: int
+    chunks: int
 
     @property
     def nonzeros(self) -> int:
@@ -67,7 +69,10 @@ def index_structures(mask: Tensor, geometry: Geometry) -> tuple[IndexStructure, 
         geometry.chunks,
         *blocks,
     )
-    return IndexStructure(*found[:4], blocks[0]), IndexStructure(*found[4:], blocks[1])
+    forward, backward = (
+        IndexStructure(*t, n, geometry.chunks) for t, n in ((found[:4], blocks[0]), (found[4:], blocks[1]))
+    )
+    return forward, backward
 
 
 def forward_structure(
@@ -111,7 +116,7 @@ def forward_structure(
     index = index[source]
     if group > 1:
         index = (index.unsqueeze(1) + torch.arange(group) * per_group * taps).reshape(-1)
-    return IndexStructure(ptr.int(), (run // blocks * group).int(), offset[source].int(), index.int(), blocks)
+    return IndexStructure(ptr.int(), (run // blocks * group).int(), offset[source].int(), index.int(), blocks, chunks)
 
 
 def _check_reach(geometry: Geometry) -> None:

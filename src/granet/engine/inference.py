@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice, pairwise
+from pathlib import Path
 
 import torch
 import torch._dynamo
@@ -22,6 +24,7 @@ from granet.engine.calibration import PIECES, calls, check_finite
 from granet.engine.capture import TOLERANCES, CaptureSettings, Part, capture, recording, separate
 from granet.engine.graph import arguments_of, tensors_of
 from granet.engine.report import InferenceReport
+from granet.engine.saved import whole
 from granet.engine.signature import Signature, signature_of, signature_text
 from granet.engine.snapshot import untouched
 from granet.engine.timing import Spread, milliseconds, time_in_turns
@@ -236,6 +239,19 @@ class CompiledModel(nn.Module):
 
             self._captured = guarded
         return self._captured
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the compiled model to one file, with its present weights, for `granet.load_compiled`.
+
+        The file holds a program for each shape of inputs for which the compiled model runs sparse so far. It contains
+        neither code nor pickles, and replaces an earlier one as a whole.
+
+        Raises:
+            NotSavable: a ValueError that says why a file cannot hold the model: it runs dense, its Python code runs
+                between the captured parts or changes its state, or it calls an operator that files do not know.
+        """
+        with self._lock:
+            whole.save(Path(path), self.model, self._settings, self._reports, self._calibration)
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_captured")}

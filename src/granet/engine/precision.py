@@ -70,12 +70,14 @@ class WordStructure:
         id: the output word plane of each group of rows.
         offset: for each word, the words from a tile's first input position to the one it reads.
         value: the words.
+        chunks: the number of parts that threads may compute separately.
     """
 
     ptr: Tensor
     id: Tensor
     offset: Tensor
     value: Tensor
+    chunks: int
 
     @property
     def groups(self) -> int:
@@ -118,4 +120,4 @@ def word_structure(weight: Tensor, spec: Spec, geometry: Geometry, chunks: int) 
     ptr = torch.zeros(stored.numel() + 1, dtype=torch.int64)
     torch.cumsum(length[stored], 0, out=ptr[1:])
     source = torch.repeat_interleave(begin[stored] - ptr[:-1], length[stored]) + torch.arange(key.numel())
-    return WordStructure(ptr.int(), group.int(), offset[source].int(), value[source].contiguous())
+    return WordStructure(ptr.int(), group.int(), offset[source].int(), value[source].contiguous(), chunks)

@@ -73,14 +73,14 @@ class Program:
         kept: PackedWeights | None = None,
     ):
         self.segment = segment
-        self.batch = batch
+        self.batch, self.chain = batch, chain
         self.constants: list[Tensor] = []
         self.layer_steps: dict[Convolution, list[int]] = {}
         self._shared: dict[tuple[int, ...], int] = {}
         self._lanes: dict[Value, Lanes] = {}
         self._split: dict[Convolution, Value] = {}
         self._assign_lanes()
-        self._encode(choose, chain, {} if kept is None else kept)
+        self._encode(choose, {} if kept is None else kept)
 
     def _assign_lanes(self) -> None:
         """Gives every value its lanes. Layers of stride 1 and sums need the same lanes for their inputs and outputs."""
@@ -118,7 +118,6 @@ class Program:
     def _encode(
         self,
         choose: Callable[[Convolution], KernelChoice],
-        chain: bool,
         kept: PackedWeights,
     ) -> None:
         steps: list[tuple[encoding.AnyStep, list[Value]]] = []
@@ -158,7 +157,7 @@ class Program:
         for value in self.segment.outputs:
             dims = 2 if value.size == (1, 1) else 4
             emit(encoding.UnpackStep(slot(value), value.channels, *value.size, dims), value)
-        links = self._links(steps) if chain else [0] * len(steps)
+        links = self._links(steps) if self.chain else [0] * len(steps)
         offsets, self.arena_floats = self._allocate(steps, links)
         rows = []
         for value in slots:
@@ -226,7 +225,7 @@ class Program:
             value=values,
             bias=bias,
             keep=self._keep(step.out) if lanes.front and kind != "vector" else -1,
-            chunks=chunks,
+            chunks=structure.chunks,
             blocks=blocks,
             activation=ACTIVATIONS[step.activation] if kind != "words" or applies_activation(step) else 0,
             kind=KINDS[kind],
@@ -323,6 +322,10 @@ class Program:
             live.append((at, at + need, value))
             total = max(total, at + need)
         return offsets, total
+
+    def lanes_of(self, layer: Convolution) -> Lanes:
+        """Returns how the activations lie that a layer reads and writes."""
+        return self._lanes[layer.out]
 
     @property
     def nbytes(self) -> int:

@@ -55,6 +55,7 @@ class InferenceReport:
             precision under bfloat16 autocast. The compiled model runs only if it is faster than all of them.
         fill: at reduced precision, the share of active weights in the stored words of channels, with the channels as
             they are in the model and as they were renumbered.
+        machine: the processor, instruction set and threads of the measurement, where it was another process's.
     """
 
     layers: tuple[LayerReport, ...]
@@ -68,6 +69,7 @@ class InferenceReport:
     precision: str = "float32"
     others: Mapping[str, float] = field(default_factory=dict)
     fill: tuple[float, float] | None = None
+    machine: str = ""
 
     def __str__(self) -> str:
         name = "compiled" if self.precision == "float32" else f"compiled to {self.precision}"
@@ -83,6 +85,8 @@ class InferenceReport:
             before, after = self.fill
             whole += f"; {after:.0%} of the stored weights are active"
             whole += f" ({before:.0%} before channels were renumbered)" if after > before else ""
+        if self.machine:
+            whole += f"; measured on {self.machine}"
         return f"{layer_table(self.layers)}\n{whole}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,23 +12,21 @@ from granet.engine.graph import Stages, val_of
 from granet.engine.program import Program
 from granet.engine.steps import Segment
 
+Form = tuple[tuple[int, ...], tuple[int, ...] | None]  # shape and stride of a tensor; None where it is contiguous
+
 
 class SegmentRunner(nn.Module):
     """A module that runs one segment. Its results have the shapes and strides that torch's operators would give.
 
     Args:
         program: the segment, packed.
-        results: for each output, the nodes of the graph whose results it holds.
+        forms: for each output, the forms of the results that hold its numbers.
     """
 
-    def __init__(self, program: Program, results: list[list[fx.Node]]):
+    def __init__(self, program: Program, forms: Sequence[Sequence[Form]]):
         super().__init__()
-        self.program = program
+        self.program, self.forms = program, forms
         self._arenas: list[Tensor] = []  # working memory, kept between calls; two threads never use the same
-        self._forms = []
-        for nodes in results:
-            vals = [val_of(node) for node in nodes]
-            self._forms.append([(tuple(v.shape), None if v.is_contiguous() else v.stride()) for v in vals])
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """Returns the segment's results, one for each node."""
@@ -38,7 +37,7 @@ class SegmentRunner(nn.Module):
         found = self.program.run(list(inputs), arena)
         self._arenas.append(arena)
         results = []
-        for tensor, forms in zip(found, self._forms, strict=True):
+        for tensor, forms in zip(found, self.forms, strict=True):
             for shape, stride in forms:
                 shaped = tensor.view(shape)
                 if stride is not None:
@@ -58,12 +57,12 @@ def build(stages: Stages, programs: dict[Segment, Program]) -> fx.GraphModule:
         if isinstance(item, Segment):
             program, results = programs[item], stages.results[item]
             name = f"segment{len(root._modules)}"
-            root.add_module(name, SegmentRunner(program, results))
+            root.add_module(name, SegmentRunner(program, [list(map(_form, nodes)) for nodes in results]))
             found = graph.call_module(name, tuple(made[s.key] for s in program.inputs))
             for i, node in enumerate(n for nodes in results for n in nodes):
                 made[node] = graph.call_function(operator.getitem, (found, i))
                 if isinstance(node.meta["val"], list | tuple):  # of several results the first is the one that is used
-                    made[node] = graph.call_function(_first, (made[node],))
+                    made[node] = graph.call_function(alone, (made[node],))
         elif item.op == "get_attr":  # a constant that the model makes, or the graph of a branch
             name = f"constant{len(made)}"
             setattr(root, name, operator.attrgetter(item.target)(stages.graph.owning_module))
@@ -74,8 +73,14 @@ def build(stages: Stages, programs: dict[Segment, Program]) -> fx.GraphModule:
     return fx.GraphModule(root, graph)
 
 
-def _first(tensor: Tensor) -> tuple[Tensor]:
+def alone(tensor: Tensor) -> tuple[Tensor]:
+    """Returns a tensor as the only one of several results."""
     return (tensor,)
+
+
+def _form(node: fx.Node) -> Form:
+    val = val_of(node)
+    return tuple(val.shape), None if val.is_contiguous() else val.stride()
 
 
 def _random(node: fx.Node) -> bool:

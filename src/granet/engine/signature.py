@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 Signature = tuple[object, ...]
@@ -31,7 +32,10 @@ def signature_text(signature: Signature) -> str:
     def walk(form: tuple, name: str = "") -> None:
         kind, *rest = form
         if kind is Tensor:
-            words.append(name + "x".join(map(str, rest[0])))
+            shape, dtype, device = rest
+            kind = "" if dtype == torch.float32 else f" of {str(dtype).removeprefix('torch.')}"
+            place = "" if device == "cpu" else f" on {device}"
+            words.append(name + ("x".join(map(str, shape)) or "a number") + kind + place)
         elif kind is dict:
             for key, item in rest:
                 walk(item, f"{key}=")

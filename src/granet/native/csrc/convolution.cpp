@@ -77,7 +77,7 @@ struct Convolution {
     finishing.out_scale = factors[1];
     finishing.out_zero = factors[2];
     finishing.requantise = factors[1] != 0.0f;
-    finishing.fill = 0x01010101 * out.fill;
+    finishing.fill = static_cast<int32_t>(0x01010101u * static_cast<uint32_t>(out.fill));
     finishing.activation = activation;
     finishing.to_float = out.precision == kFloat32;
     finishing.channels = out.planes;

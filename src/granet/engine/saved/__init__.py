@@ -1,0 +1,1 @@
+"""Compiled models in files: what a file holds, how it is checked, and how it runs."""
