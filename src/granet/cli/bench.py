@@ -1,6 +1,7 @@
 """`granet bench`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -13,6 +14,7 @@ DESCRIPTION = """Speed of a network on granet's sparse kernels, layer by layer, 
 examples:
   granet bench runs/digits-granet-3f9a1c                 inference with the weights of a run
   granet bench runs/digits-granet-3f9a1c --precision int8   calibrated on its training images, with accuracy
+  granet bench runs/digits-granet-3f9a1c --save-compiled digits.granet   for granet.load_compiled
   granet bench runs/digits-granet-3f9a1c --training      a training step
   granet bench resnet50 --size 224 --sparsity 0.95       a model by name, random weights and topology"""
 
@@ -35,6 +37,8 @@ class Arguments:
     """How a named model's sparsity is distributed over its layers."""
     size: int = 32
     """Height and width of a named model's images."""
+    save_compiled: Path | None = None
+    """File to which the compiled network is saved, for `granet.load_compiled`."""
 
 
 def main(args: list[str]) -> int:

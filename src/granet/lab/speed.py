@@ -123,7 +123,12 @@ def network(
 
 
 def bench_inference(
-    model: nn.Module, example_inputs: Tensor, *, precision: str = "float32", trainer: Trainer | None = None
+    model: nn.Module,
+    example_inputs: Tensor,
+    *,
+    precision: str = "float32",
+    trainer: Trainer | None = None,
+    save_compiled: Path | None = None,
 ) -> InferenceBench:
     """Returns what `granet.compile` measures for every layer and for the whole model, dense and compiled.
 
@@ -142,6 +147,8 @@ def bench_inference(
         calibration = torch.cat(calibration)[:wanted]
         example_inputs = calibration[:batch]
     fast = compile(model, example_inputs, precision=precision, calibration=calibration)
+    if save_compiled is not None:
+        fast.save(save_compiled)
     if trainer is None:
         return InferenceBench(fast.report())
     correct, images = torch.zeros(2), 0
@@ -219,6 +226,7 @@ def main(
     distribution: str = "erk",
     size: int = 32,
     precision: str = "float32",
+    save_compiled: Path | None = None,
 ) -> InferenceBench | StepReport:
     """Returns the report to print for a run directory or a named model.
 
@@ -230,7 +238,11 @@ def main(
         distribution: how a named model's sparsity is distributed.
         size: height and width of a named model's input.
         precision: precision of the compiled network, "float32", "bfloat16" or "int8".
+        save_compiled: the file to which the compiled network is saved, if any.
     """
+    if save_compiled is not None and (training or not save_compiled.absolute().parent.is_dir()):
+        why = "training is measured, not inference" if training else "there is no such folder"
+        raise ValueError(f"the compiled network cannot be saved to {save_compiled}: {why}")
     if training and precision != "float32":
         raise ValueError("precision is for inference: a training step is measured in float32 and in bfloat16 anyway")
     if batch < 1 or size < 1:
@@ -241,4 +253,4 @@ def main(
     images = torch.randn(batch, *shape)
     if training:
         return bench_training(model, images)
-    return bench_inference(model, images, precision=precision, trainer=trainer)
+    return bench_inference(model, images, precision=precision, trainer=trainer, save_compiled=save_compiled)
