@@ -18,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_map
 
 from granet import native
-from granet.engine import search
+from granet.engine import eager, search
 from granet.engine.baselines import AS_IS, dense_calls, faster_one
 from granet.engine.calibration import PIECES, calls, check_finite
 from granet.engine.capture import TOLERANCES, CaptureSettings, Part, capture, recording, separate
@@ -27,7 +27,7 @@ from granet.engine.report import InferenceReport
 from granet.engine.saved import whole
 from granet.engine.signature import Signature, signature_of, signature_text
 from granet.engine.snapshot import untouched
-from granet.engine.timing import Spread, milliseconds, time_in_turns
+from granet.engine.timing import milliseconds, time_in_turns
 from granet.names import described, unknown
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,9 @@ class CompiledModel(nn.Module):
     def _plain_call(self, inputs: tuple, named: dict) -> bool:
         """Returns whether the model itself has to compute the output, whatever was compiled."""
         tensors = tensors_of([inputs, named])
-        if self.model.training or _transformed() or any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
+        if self.model.training or eager.transformed() or torch.compiler.is_exporting():
+            return True
+        if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
             return True
         if torch.is_autocast_enabled("cpu"):
             self._warn("autocast", "under autocast the model itself runs, because the kernels compute in float32")
@@ -197,7 +199,8 @@ class CompiledModel(nn.Module):
         calls[COMPILED] = lambda: self._run(*tree_map(_copy, (inputs, named)))
         spreads = dict(zip(calls, time_in_turns(list(calls.values()), repeats=3, enough=0.3), strict=True))
         fast = spreads.pop(COMPILED)
-        combined = replace(combined, dense_ms=spreads[AS_IS].least, others=_others(spreads))
+        others = {name: spread.least for name, spread in spreads.items() if name != AS_IS}
+        combined = replace(combined, dense_ms=spreads[AS_IS].least, others=others)
         ahead = faster_one(spreads, fast)
         if ahead is None:
             return replace(combined, fast_ms=fast.least)
@@ -281,12 +284,6 @@ def _hook_guards() -> Iterator[None]:
             _hook_depth[0] -= 1
             if _hook_depth[0] == 0:
                 config.skip_nnmodule_hook_guards = _hook_depth[1]
-
-
-def _transformed() -> bool:
-    """Returns whether torch.func, forward-mode differentiation or an export is active."""
-    level = torch.autograd.forward_ad._current_level
-    return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0 or torch.compiler.is_exporting()
 
 
 def _overlap(tensors: Sequence[Tensor]) -> bool:
@@ -395,10 +392,6 @@ def _unsupported(model: nn.Module, inputs: Sequence[Tensor]) -> str | None:
         if type(tensor) not in (Tensor, nn.Parameter) and not isinstance(tensor, nn.Parameter):
             return f"the kernels take plain tensors, not {type(tensor).__name__}"
     return None
-
-
-def _others(spreads: Mapping[str, Spread]) -> dict[str, float]:
-    return {name: spread.least for name, spread in spreads.items() if name != AS_IS}
 
 
 def _dense_report(call: Callable[[], object], reason: str) -> InferenceReport:
