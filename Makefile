@@ -53,7 +53,7 @@ wheel: $(STAMP)          ## the packages to publish, in dist: one with compiled 
 	rm -rf build/wheel
 	$(BIN)/python -m hatchling build -d dist
 	GRANET_KERNELS=1 $(BIN)/python -m hatchling build -t wheel -d build/wheel
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so -w dist build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so -w dist build/wheel/*.whl
 	@ls -l dist
 
 $(STAMP): pyproject.toml constraints.txt

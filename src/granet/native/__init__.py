@@ -1,7 +1,7 @@
 """granet's kernels as a library that torch loads: the one that the package brings, or one compiled on this machine.
 
 A wheel for a certain kind of machine contains the kernels ready to use. Elsewhere they are compiled at the first use
-(in about ten seconds) into a cache folder of the user, by `build`, and `cache` decides what may be loaded from there.
+(in less than a minute) into a cache folder of the user, by `build`, and `cache` decides what may be loaded from there.
 A library that cannot be loaded is named once in the log, and compiled again.
 """
 

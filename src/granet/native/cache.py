@@ -73,7 +73,7 @@ def compile_into_cache(extra: tuple[str, ...] = (), unusable: Path | None = None
         refuse_foreign(target.parent)
         with files.locked(target.with_suffix(".lock")):
             if target == unusable or not intact(target, check_owner=True):
-                log.info("compiling the sparse kernels into %s (once, about ten seconds)", target)
+                log.info("compiling the sparse kernels into %s (once, in less than a minute)", target)
                 compile_library(cxx, target, Path(torch.__file__).parent / "include", extra)
     except OSError as error:
         raise EngineUnavailable(f"the sparse kernels cannot be stored in {target.parent}: {error}") from error
