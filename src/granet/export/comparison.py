@@ -138,6 +138,6 @@ def compare(network: Network, run: Runner, inputs: Iterable[object] | None, boun
     if deviation > bound:
         raise ExportError(
             f"the file's outputs deviate from the model's by {deviation:.2g} of the largest output on {examples:,} "
-            f"inputs, and {bound:.2g} is allowed: no file is left; a larger tolerance= keeps it"
+            f"inputs, and {bound:.2g} is allowed: no file is left; a larger tolerance keeps it"
         )
     return result
