@@ -27,6 +27,14 @@ def test_a_program_takes_any_batch(model, x, batch):
         torch.testing.assert_close(program(x[:size]), network((x[:size],)))
 
 
+def test_a_compiled_model_is_exported_like_the_model_itself():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    compiled = granet.compile(model, torch.ones(2, 8))  # its forward takes *inputs
+    program = Network(compiled, torch.ones(2, 8)).program().module()
+    torch.testing.assert_close(program(torch.ones(3, 8)), model(torch.ones(3, 8)))
+
+
 def test_a_model_for_one_batch_size_says_so(x):
     class Fixed(nn.Module):
         def forward(self, x):

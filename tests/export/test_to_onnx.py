@@ -65,6 +65,17 @@ def test_several_inputs_and_outputs(tmp_path):
     assert found.deviation < 1e-5 and len(outputs(found.path, *example)) == 2
 
 
+def test_adaptive_max_pooling_with_equal_windows(tmp_path):
+    x = torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(0))
+    found = granet.export.onnx(nn.AdaptiveMaxPool2d((3, 4)), x, tmp_path / "pool.onnx")
+    assert found.deviation == 0
+    with pytest.raises(
+        ExportError, match=r"torch\.onnx cannot convert the model: .*from 7 to 5 has windows of several"
+    ):
+        granet.export.onnx(nn.AdaptiveMaxPool2d((5, 4)), x, tmp_path / "other.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["pool.onnx"]
+
+
 def test_a_deviation_above_the_tolerance_leaves_no_file(model, x, tmp_path):
     with pytest.raises(ExportError, match="1e-12 is allowed: no file is left"):
         granet.export.onnx(model, x, tmp_path / "model.onnx", tolerance=1e-12)

@@ -79,7 +79,10 @@ class Network:
             batch = torch.export.Dim("batch")
             # torch takes a size of 1 for a constant
             example = tuple(torch.cat([one, one]) if len(one) == 1 else one for one in example)
-            shapes = tuple({0: batch} for _ in example)
+            collection = torch.export.ShapesCollection()
+            for one in example:
+                collection[one] = {0: batch}
+            shapes = collection.dynamic_shapes(self.model, example)
         try:
             with torch.no_grad(), quiet():
                 return torch.export.export(self.model, example, dynamic_shapes=shapes)
@@ -87,6 +90,22 @@ class Network:
             sizes = "any batch size" if any_batch else "the example's batch size"
             cause = str(error).strip().partition("\n\n")[0]
             raise ExportError(f"torch.export cannot record the model for {sizes}: {cause}") from error
+
+
+@contextmanager
+def converting(what: str) -> Iterator[None]:
+    """Turns the errors of a converter, which are of many kinds, into one.
+
+    Raises:
+        ExportError: there was one; the message has the first line that says what is missing.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(f"{what} cannot convert the model: {str(cause).strip().partition(chr(10))[0]}") from error
 
 
 @contextmanager

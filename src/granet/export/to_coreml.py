@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from granet.export import staging
 from granet.export.comparison import Export, bound_of
 from granet.export.formats import FORMATS
-from granet.export.network import ExportError, Network, quiet
+from granet.export.network import ExportError, Network, converting, quiet
 
 DENSE_FROM = 0.5  # the share of active weights from which a tensor is stored as it is
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -71,10 +71,8 @@ def _write(network: Network, package: Path) -> None:
         "minimum_deployment_target": coremltools.target.iOS16,
         "compute_precision": coremltools.precision.FLOAT32,
     }
-    try:
+    with converting("coremltools"):
         made = coremltools.convert(program, **options)
-    except Exception as error:  # of many kinds
-        raise ExportError(f"coremltools cannot convert the model: {error}") from error
     zeros = optimize.OpThresholdPrunerConfig(
         threshold=1e-12, minimum_sparsity_percentile=1 - DENSE_FROM, weight_threshold=0
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from granet.export import staging
 from granet.export.calibration import examples
 from granet.export.comparison import Export, bound_of, compare
 from granet.export.formats import FORMATS
-from granet.export.network import Network, quiet
+from granet.export.network import Network, converting, quiet
 
 LARGEST = 2_000_000_000  # bytes of weights: protobuf holds no more in one file
 
@@ -70,7 +71,8 @@ def _write(network: Network, file: Path) -> None:
     import onnx
 
     program = network.program()
-    with quiet():
+    with quiet(), converting("torch.onnx"):
+        program = program.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: _pooled})
         made = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
     symbols = {dim.dim_param for value in made.graph.input for dim in value.type.tensor_type.shape.dim[:1]}
     for value in (*made.graph.input, *made.graph.output, *made.graph.value_info):
@@ -82,6 +84,20 @@ def _write(network: Network, file: Path) -> None:
         del node.metadata_props[:]  # they hold the paths of this machine's files
     onnx.checker.check_model(made)
     onnx.save(made, file)
+
+
+def _pooled(x: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
+    """Returns what adaptive max pooling does, which ONNX lacks, by pooling with one window if all are equally large."""
+    kernel, stride = [], []
+    for n, m in zip(x.shape[-2:], size, strict=True):
+        windows = [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
+        steps = {b[0] - a[0] for a, b in pairwise(windows)} or {n}
+        sizes = {end - start for start, end in windows}
+        if len(steps) > 1 or len(sizes) > 1:
+            raise ValueError(f"adaptive max pooling from {n} to {m} has windows of several sizes")
+        kernel.append(sizes.pop())
+        stride.append(steps.pop())
+    return torch.ops.aten.max_pool2d_with_indices.default(x, kernel, stride)
 
 
 def _quantise(file: Path, data: list[tuple[Tensor, ...]]) -> None:

@@ -15,7 +15,7 @@ from granet.export import staging
 from granet.export.calibration import examples
 from granet.export.comparison import Export, bound_of, compare
 from granet.export.formats import FORMATS
-from granet.export.network import Network, quiet
+from granet.export.network import Network, converting, quiet
 
 
 def openvino(
@@ -68,7 +68,7 @@ def openvino(
 def _converted(network: Network) -> Any:
     import openvino
 
-    with quiet():
+    with quiet(), converting("OpenVINO"):
         made = openvino.convert_model(network.program())
     shapes = [[-1, *one.shape[1:]] for one in network.example]
     made.reshape(dict(zip(made.inputs, shapes, strict=True)))
@@ -80,7 +80,7 @@ def _quantised(made: Any, data: list[tuple[Tensor, ...]]) -> Any:
 
     batches = [tuple(one.numpy() for one in batch) for batch in data]
     feeds = [batch[0] if len(batch) == 1 else dict(enumerate(batch)) for batch in batches]
-    with quiet(), redirect_stdout(io.StringIO()):  # its progress bars
+    with quiet(), redirect_stdout(io.StringIO()), converting("NNCF"):  # it shows progress bars
         return nncf.quantize(made, nncf.Dataset(feeds), subset_size=len(feeds))
 
 
