@@ -38,7 +38,7 @@ def test_what_is_not_possible(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="onnx"):
         exports.main(str(run), "onx")
-    with pytest.raises(ValueError, match="precision='int4' is not possible for onnx; float32 and int8 are"):
+    with pytest.raises(ValueError, match="precision='int4' is not possible for onnx; it can be float32 or int8"):
         exports.main(str(run), "onnx", precision="int4")
     with pytest.raises(ValueError, match="images=0"):
         exports.main(str(run), "onnx", images=0)

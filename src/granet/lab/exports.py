@@ -55,7 +55,7 @@ def main(
         raise ValueError(unknown("format", to, FORMATS))
     form = FORMATS[to]
     if precision not in form.precisions:
-        raise ValueError(f"precision={precision!r} is not possible for {to}; {' and '.join(form.precisions)} are")
+        raise ValueError(f"precision={precision!r} is not possible for {to}; it can be {' or '.join(form.precisions)}")
     if images < 1 or size < 1:
         raise ValueError(f"images={images}, size={size}: both must be at least 1")
     if not 0 <= sparsity < 1:
