@@ -16,10 +16,9 @@ import math
 import statistics
 from pathlib import Path
 
-import torch
-
 from granet.engine import timing
-from granet.lab import speed
+from granet.lab import sources
+from granet.lab.bench.side_by_side import Settings, side_by_side
 from granet.train import checkpoint
 from granet.train.recipe import validate
 from granet.train.run import Run, execute
@@ -38,15 +37,15 @@ def fine_tuned(run, epochs, lr):
 
 def accuracies(run):
     """The test accuracy of a run's last network at each precision; compiled whatever the clock says, in all layers."""
-    found = {}
-    model, shape, trainer = speed.network(str(run.path), sparsity=0)
-    for precision in ("bfloat16", "int8"):
-        bench = speed.bench_inference(model, torch.randn(BATCH, *shape), precision=precision, trainer=trainer)
-        kept = [row.name for row in bench.report.layers if row.chosen != precision]
-        if kept or bench.report.precision != precision or bench.images != len(trainer.splits["test"]):
-            raise RuntimeError(f"{run.path} was not measured in {precision}: {bench}")
-        found |= {"float32": bench.dense_accuracy, precision: bench.fast_accuracy}
-    return found
+    source = sources.read(str(run.path), batch=BATCH)
+    images, precisions = len(source.trainer.splits["test"]), ("bfloat16", "int8")
+    found, prepared = side_by_side(source, Settings(("granet",), precisions, seconds=0.01, images=images))
+    for precision in precisions:
+        report = prepared[precision].report
+        kept = [row.name for row in report.layers if row.chosen != precision]
+        if kept or report.precision != precision or found.images != images:
+            raise RuntimeError(f"{run.path} was not measured in {precision}: {found}")
+    return {row.precision: row.accuracy for row in found.rows}
 
 
 def measured(folder, options):

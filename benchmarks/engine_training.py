@@ -32,7 +32,7 @@ import granet
 from granet.engine import ops, reference
 from granet.engine.spec import Spec
 from granet.engine.training import accelerate
-from granet.lab.speed import bench_training
+from granet.lab.bench.training import training_step
 from granet.report.charts import COLOURS, DENSE_COLOUR
 from granet.train import recipes
 from granet.train.models import build
@@ -184,7 +184,7 @@ def steps(settings: argparse.Namespace, clock: Callable[[], float]) -> None:
             torch.manual_seed(0)
             model, shape = network(name)
             granet.Sparsifier(model, granet.Static(sparsity=sparsity, distribution=settings.distribution))
-            report = bench_training(model, torch.randn(settings.batch, *shape), repeats=settings.repeats)
+            report = training_step(model, torch.randn(settings.batch, *shape), repeats=settings.repeats)
             for step, spread in report.steps.items():
                 kind, setting = step.split(", ", maxsplit=1)
                 rows = report.plans[setting].layers

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from granet.cli import main
-from granet.lab import speed
+from granet.lab.bench import command
 from granet.train import checkpoint
 from granet.train.recipe import RecipeError, validate
 from granet.train.run import Run, execute, load_weights
@@ -47,9 +47,11 @@ def test_fine_tuning_keeps_masks_and_names_and_can_be_compiled(sparse_run, tmp_p
     assert rounded.accuracy == summary["last"]["test_accuracy"]
     trainer.quantisation.remove()
     assert trainer.evaluate("test").loss != rounded.loss
-    found = speed.main(str(run.path), precision="int8", batch=8)
-    assert found.images == 360 and abs(found.fast_accuracy - rounded.accuracy) < 0.02
-    assert found.dense_accuracy == pytest.approx(trainer.evaluate("test").accuracy, abs=1e-6)
+    options = {"engines": ["granet"], "precision": "int8", "seconds": 0.05, "batch": 8}
+    found = command.main(str(run.path), **options)
+    dense, compiled = found.rows
+    assert found.images == 360 and abs(compiled.accuracy - rounded.accuracy) < 0.02
+    assert dense.accuracy == pytest.approx(trainer.evaluate("test").accuracy, abs=1e-6)
 
 
 @pytest.mark.parametrize("train", [{}, {"ema": 0.9}, {"accumulate": 2}], ids=str)

@@ -376,7 +376,7 @@ def test_weights_of_a_checkpoint_load_into_the_plain_model(tmp_path):
 @pytest.mark.parametrize("ema", [None, 0.8])
 @pytest.mark.parametrize("method", [{"name": "str", "s_init": -4.0}, {"name": "top-kast", "sparsity": 0.9}])
 def test_a_reparameterized_run_goes_on_to_the_bit_and_leaves_a_plain_network(tmp_path, method, ema):
-    from granet.lab.speed import network
+    from granet.lab import sources
     from granet.train import models
 
     settings = recipe("digits-cnn", method, batch_size=128, epochs=2, log=3, ema=ema, lr=0.02)
@@ -398,7 +398,7 @@ def test_a_reparameterized_run_goes_on_to_the_bit_and_leaves_a_plain_network(tmp
     zeros = sum(int((p == 0).sum()) for name, p in plain.named_parameters() if name in trainer.sparsifier.masks)
     assert 0 < zeros == trainer.sparsifier.total - trainer.sparsifier.active
     assert trainer.evaluate("test").accuracy == summary["last"]["test_accuracy"]
-    benched, _, _ = network(str(broken.path), sparsity=0.0)
+    benched = sources.read(str(broken.path)).model
     assert set(benched.state_dict()) == set(plain.state_dict())
     assert summary["parameters"]["total"] == sum(p.numel() for p in plain.parameters())
 

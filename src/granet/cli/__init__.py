@@ -18,7 +18,7 @@ COMMANDS = {
     "connectivity": "overlap of masks between runs and through a run, dead units",
     "plan": "every parameter of a recipe's network: sparse or not, why, its budget",
     "show": "a recipe with every default written out",
-    "bench": "speed of a run's network on the sparse kernels, beside dense",
+    "bench": "speed of any model on the engines of this machine, side by side",
     "export": "a run's network as a file for another runtime, compared with the run",
     "share": "a run's network in a folder or on the Hugging Face Hub, with a model card",
     "info": "tensors of a file: shapes, densities, bytes against dense and the limit",

@@ -15,7 +15,8 @@ of the network, on the run's test images; the largest deviation is printed.
 examples:
   granet export runs/digits-granet-3f9a1c --to onnx
   granet export runs/digits-granet-3f9a1c --to onnx --precision int8   calibrated on 512 training images
-  granet export resnet50 --to onnx --size 224                          a model by name, random weights"""
+  granet export resnet50 --to onnx --size 224                          a model by name, random weights
+  granet export mine.py:network --to openvino                          what a function of yours returns"""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Arguments:
     """What to export, as what, compared on what."""
 
     source: tyro.conf.Positional[str]
-    """Run directory, or the name of a model (`granet ls models`)."""
+    """Run directory, name of a model (`granet ls models`), timm:NAME, torchvision:NAME, module:function, or
+    file.py:function."""
     to: Literal["onnx", "openvino", "pt2", "coreml", "state-dict"]
     """Format of the file."""
     output: Path | None = None
@@ -38,12 +40,12 @@ class Arguments:
     """Largest deviation allowed, as a share of the largest output; 1e-4 in float32, 0.25 in int8, if not given."""
     shrink: bool = False
     """Cut dead channels out first, and print what that leaves."""
-    sparsity: float = 0.9
-    """Sparsity of a named model; a run keeps its own."""
+    sparsity: float | None = None
+    """Sparsity of a model by name, 0.9 if not given; a run, a function or a file keeps its own weights."""
     distribution: Literal["erk", "er", "uniform"] = "erk"
     """How a named model's sparsity is distributed over its layers."""
-    size: int = 32
-    """Height and width of a named model's images."""
+    size: int | None = None
+    """Height and width of images; those of the model, or 32, if not given."""
 
 
 def main(args: list[str]) -> int:

@@ -1,0 +1,1 @@
+"""`granet bench`: engines side by side, layers, and training steps."""
