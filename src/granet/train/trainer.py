@@ -391,10 +391,10 @@ class Trainer:
             self.quantisation.load_state_dict(state.get("quantisation", {}))
             self.best = None if state["best"] is None else Best(**state["best"])
             self.training_flops, self.seconds = state["training_flops"], state["seconds"]
-            self._window = [(at, *(x.to(self.device).reshape(()) for x in pair)) for at, *pair in state["window"]]
+            self._window = [(at, *torch.stack(both).to(self.device).view(2)) for at, *both in state["window"]]
             torch.set_rng_state(state["rng"])
             if state["cuda_rng"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        except (RuntimeError, KeyError, TypeError) as error:
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the checkpoint does not fit this recipe: {error}") from error
         self._costs = (-1, 0.0, 0.0)
