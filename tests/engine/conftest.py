@@ -44,3 +44,22 @@ def always(monkeypatch):
 
     monkeypatch.setattr(timing, "NOISE", -1e9)
     monkeypatch.setattr(search, "ROUNDS", 1)
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def precision(request, monkeypatch):
+    """Float32, or bfloat16 autocast for the whole test; weights may change in it, so that none is kept rounded."""
+    from granet.engine import layer
+
+    bfloat16 = request.param == "bfloat16"
+    if bfloat16:  # whatever is the fastest for so few images
+        monkeypatch.setattr(layer.Forward, "_choices", lambda *_: [layer.Planes(bfloat16=True)])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16, cache_enabled=False):
+        yield request.param
+
+
+@pytest.fixture
+def twins(monkeypatch, always_sparse, precision):
+    from twins import Counted
+
+    return Counted(monkeypatch)

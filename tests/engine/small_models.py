@@ -26,6 +26,16 @@ def mlp():
     return sparse(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)))
 
 
+def problem(seed=0):
+    """A small network without normalisation, whose course does not hang on the last bit, and its data."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 16, 10),
+    )  # fmt: skip
+    return model, torch.randn(16, 3, 8, 8), torch.randint(0, 10, (16,))
+
+
 def wide(density=0.02):
     """A model whose zeros pay on any machine."""
     torch.manual_seed(0)

@@ -23,10 +23,10 @@ def test_pointwise_layers_are_the_same_panel_by_panel():
     check_panels()
 
 
-@pytest.mark.parametrize(("isa", "width"), [("generic", 4), ("avx2", 8), ("avx512", 16)])
+@pytest.mark.parametrize(("isa", "width"), [("generic", 4), ("avx2", 8), ("avx512", 16), ("avx512bf16", 16)])
 def test_every_instruction_set_of_this_machine(isa, width):
     flags = Path("/proc/cpuinfo").read_text()
-    needed = {"generic": "", "avx2": " fma ", "avx512": " avx512bw "}[isa]
+    needed = {"generic": "", "avx2": " fma ", "avx512": " avx512bw ", "avx512bf16": " avx512_bf16 "}[isa]
     if needed not in flags:
         pytest.skip(f"this processor has no {isa}")
     environment = {**os.environ, "GRANET_ISA": isa}
@@ -58,22 +58,26 @@ def test_a_nan_in_the_input_reaches_the_output():
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 9, 9), (20, 6)])
-def test_opcheck(shape):
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_opcheck(shape, kind):
     kernel = (3, 3) if len(shape) == 4 else (1, 1)
     spec = Spec(in_channels=6, out_channels=4, kernel=kernel, padding=tuple(k // 2 for k in kernel))
     mask = torch.rand(spec.weight_shape) < 0.3
-    place = ops.layout(mask, spec, shape)
+    half = kind is torch.bfloat16
+    place = ops.layout(mask, spec, shape, bfloat16=half)
     f, b = place.forward, place.backward
     structure = (f.ptr, f.id, f.offset, f.index, b.ptr, b.id, b.offset, b.index, place.numbers)
-    x = torch.randn(shape, requires_grad=True)
+    x = torch.randn(shape, requires_grad=True, dtype=kind)
     weight = torch.randn(spec.weight_shape, requires_grad=True)
     bias = torch.randn(4, requires_grad=True)
-    torch.library.opcheck(torch.ops.granet.conv, (x, weight, bias, *structure, spec.numbers, False))
-    y = torch.ops.granet.conv_forward(x.detach(), weight.detach(), None, *structure[:4], place.numbers)
-    torch.library.opcheck(
-        torch.ops.granet.conv_forward, (x.detach(), weight.detach(), None, *structure[:4], place.numbers)
-    )
-    torch.library.opcheck(torch.ops.granet.conv_backward, (y, x.detach(), weight.detach(), *structure, True, True))
+    torch.library.opcheck(torch.ops.granet.conv, (x, weight, bias, *structure, spec.numbers, half, False, False))
+    forward, backward = torch.ops.granet.conv_forward, torch.ops.granet.conv_backward
+    if half:
+        forward, backward = torch.ops.granet.conv_forward_bfloat16, torch.ops.granet.conv_backward_bfloat16
+    inner = x.detach().movedim(1, -1).contiguous() if half else x.detach()
+    arguments = (inner, weight.detach(), None, *structure[:4], place.numbers)
+    torch.library.opcheck(forward, arguments)
+    torch.library.opcheck(backward, (forward(*arguments), inner, weight.detach(), *structure, True, True))
 
 
 def test_gradients_are_those_of_finite_differences():

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from granet.engine.spec import Spec
 
 PANEL = 512  # positions of a pointwise layer that are packed at a time
 LINE = 16  # floats in a cache line: plane starts are aligned to it, whatever the vector width
+LINE_OF_HALVES = 32  # bfloat16 numbers in a cache line
 FIRST_LEVEL = 24 * 1024  # bytes of activations a block of channels may occupy, of a 32 KiB first-level cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Shapes and strides of a layer's planes. Lengths are in floats unless stated otherwise.
+    """Shapes and strides of a layer's planes. Lengths count the numbers in a plane unless stated otherwise.
 
     Attributes:
         images, channels, height, width: the input, NCHW (height = width = 1 for a linear layer).
@@ -22,11 +24,12 @@ class Geometry:
         pitch: positions from the start of one row of a plane to the next, including the gap between them.
         batch: number of images that lie innermost in a plane.
         front: zeros before a plane's first position.
-        plane: floats from one plane to the next.
-        tile: floats of the output computed at a time.
+        plane: numbers from one plane to the next.
+        tile: numbers of the output computed at a time.
         chunks: number of groups of rows that threads may compute separately.
         phases: the (row, column) phases of the input that are read.
-        taps: (phase index, shift in floats) for each position of the kernel, row by row.
+        taps: (phase index, shift) for each position of the kernel, row by row.
+        bfloat16: whether the numbers are bfloat16 instead of float32.
     """
 
     images: int
@@ -45,6 +48,7 @@ class Geometry:
     chunks: int
     phases: tuple[tuple[int, int], ...]
     taps: tuple[tuple[int, int], ...]
+    bfloat16: bool = False
 
     @property
     def planes(self) -> int:
@@ -53,7 +57,7 @@ class Geometry:
 
     @property
     def spread(self) -> int:
-        """The floats between the first and the last position that one output position reads in a plane."""
+        """The numbers between the first and the last position that one output position reads in a plane."""
         shifts = [shift for _, shift in self.taps]
         return max(shifts) - min(shifts)
 
@@ -62,16 +66,25 @@ class Geometry:
 
         There are no more blocks than leave each row enough non-zeros per block to pay for loading and storing its sums.
         """
-        per_plane = 4 * (min(self.tile, self.positions) + self.spread)
+        per_plane = 2 * self._read if self.bfloat16 else 4 * (min(self.tile, self.positions) + self.spread)
         wanted = -(-columns * per_plane // FIRST_LEVEL)
-        affordable = nonzeros // (
-            (12 if self.height == self.width == 1 else 6) * rows
-        )  # tiles of linear layers are short
+        # Tiles of linear layers are short; in bfloat16 products take less time, but loads and stores of sums do not.
+        least = 24 if self.bfloat16 else 12 if self.height == self.width == 1 else 6
+        affordable = nonzeros // (least * rows)
         return max(1, min(wanted, affordable, columns))
 
     @property
+    def _read(self) -> int:
+        """The numbers that a tile reads in a plane, on an average of the phases."""
+        tile, total = min(self.tile, self.positions), 0
+        for phase in range(len(self.phases)):
+            shifts = sorted(shift for p, shift in self.taps if p == phase)
+            total += tile + sum(min(tile, b - a) for a, b in itertools.pairwise(shifts))
+        return -(-total // len(self.phases))
+
+    @property
     def positions(self) -> int:
-        """The floats from the first output position to the last, gaps included."""
+        """The numbers from the first output position to the last, gaps included."""
         return ((self.out_height - 1) * self.pitch + self.out_width) * self.batch
 
     def as_list(self, forward_blocks: int, backward_blocks: int) -> list[int]:
@@ -106,10 +119,10 @@ def least_front(spec: Spec, pitch: int, batch: int) -> int:
     return -(-reach * batch // LINE) * LINE
 
 
-def plane_stride(front: int, positions: int) -> int:
-    """Returns the floats from one plane to the next: an odd number of lines, which spreads planes over cache sets."""
-    lines = -(-positions // LINE) + 2 * front // LINE + 1
-    return (lines | 1) * LINE
+def plane_stride(front: int, positions: int, line: int = LINE) -> int:
+    """Returns the numbers from one plane to the next: an odd number of lines, which spreads planes over cache sets."""
+    lines = -(-(positions + 2 * front) // line) + 1
+    return (lines | 1) * line
 
 
 @dataclass(frozen=True)
@@ -122,9 +135,15 @@ class Lanes:
 
 
 def least_lanes(
-    layers: list[tuple[Spec, tuple[int, int]]], batch: int, sizes: tuple[tuple[int, int], ...] = ()
+    layers: list[tuple[Spec, tuple[int, int]]],
+    batch: int,
+    sizes: tuple[tuple[int, int], ...] = (),
+    line: int = LINE,
 ) -> Lanes:
-    """Returns the tightest lanes that suit all `layers` (spec and input size) and hold planes of all `sizes`."""
+    """Returns the tightest lanes that suit all `layers` (spec and input size) and hold planes of all `sizes`.
+
+    `line` is how many numbers a cache line holds.
+    """
     sizes = list(sizes)
     for spec, size in layers:
         sizes.append(tuple(-(-n // s) for n, s in zip(size, spec.stride, strict=True)))
@@ -132,7 +151,7 @@ def least_lanes(
     pitch = max([least_pitch(spec, size) for spec, size in layers] + [width for _, width in sizes])
     front = max([least_front(spec, pitch, batch) for spec, _ in layers], default=0)
     positions = max(((height - 1) * pitch + width) * batch for height, width in sizes)
-    return Lanes(pitch, front, plane_stride(front, positions))
+    return Lanes(pitch, front, plane_stride(front, positions, line))
 
 
 def _panel_lanes(spec: Spec, size: tuple[int, int], batch: int, vector: int) -> Lanes | None:
@@ -154,6 +173,7 @@ def geometry(
     chunks: int = 1,
     tile: int = 0,
     lanes: Lanes | None = None,
+    bfloat16: bool = False,
 ) -> Geometry:
     """Returns the geometry of a layer for a number of images of one size.
 
@@ -161,15 +181,18 @@ def geometry(
         spec: the layer.
         images: the number of images (rows of a linear layer's input).
         size: height and width of the input.
-        vector: floats in a vector of the kernels.
+        vector: numbers in a vector of the kernels.
         batch: number of images that lie innermost in a plane: 1, or a multiple of `vector`.
         chunks: number of groups of rows that threads share; lowered until it divides the rows of both directions.
-        tile: floats computed at a time; 0 for the default.
+        tile: numbers computed at a time; 0 for the default.
         lanes: the lanes shared with other layers; None for the tightest ones of this layer alone.
+        bfloat16: whether the planes hold bfloat16 numbers; images then lie innermost.
     """
     taps = kernel_taps(spec)
     phases = tuple(sorted({phase for phase, _ in taps}))
     out_height, out_width = spec.output_size(size)
+    if bfloat16:
+        lanes = least_lanes([(spec, size)], batch, line=LINE_OF_HALVES)
     lanes = lanes or _panel_lanes(spec, size, batch, vector) or least_lanes([(spec, size)], batch)
     planes = spec.in_channels * len(phases)
     while chunks > 1 and (spec.out_channels % chunks or planes % chunks):
@@ -191,4 +214,5 @@ def geometry(
         chunks=chunks,
         phases=phases,
         taps=tuple((phases.index(phase), (row * lanes.pitch + column) * batch) for phase, (row, column) in taps),
+        bfloat16=bfloat16,
     )

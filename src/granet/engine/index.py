@@ -22,7 +22,7 @@ class IndexStructure:
         ptr: the position of each stored row's first non-zero, and the end of the last row.
         id: the output plane of each stored row.
         offset: for each non-zero, the floats from a tile's first input position to the one it reads.
-        index: the position of each non-zero in the flattened dense weight.
+        index: the position of each non-zero in the memory of the dense weight.
         blocks: the number of blocks of columns.
         chunks: the number of chunks of rows.
     """
@@ -45,12 +45,16 @@ class IndexStructure:
         return sum(4 * t.numel() for t in (self.ptr, self.id, self.offset, self.index))
 
 
-def index_structures(mask: Tensor, geometry: Geometry) -> tuple[IndexStructure, IndexStructure]:
+def index_structures(
+    mask: Tensor, geometry: Geometry, *, channels_last: bool = False
+) -> tuple[IndexStructure, IndexStructure]:
     """Returns the structures of a mask: forward, whose rows are output channels, and backward, of input planes.
 
     Args:
         mask: True where the weight is active, of the weight's own shape.
         geometry: the geometry of the layer's activations.
+        channels_last: whether `index` counts the weights in the order of that memory format, instead of a contiguous
+            tensor's.
     """
     _check_reach(geometry)
     planes, outputs, nonzeros = geometry.planes, geometry.out_channels, int(mask.count_nonzero())
@@ -68,6 +72,7 @@ def index_structures(mask: Tensor, geometry: Geometry) -> tuple[IndexStructure, 
         geometry.plane,
         geometry.chunks,
         *blocks,
+        channels_last,
     )
     forward, backward = (
         IndexStructure(*t, n, geometry.chunks) for t, n in ((found[:4], blocks[0]), (found[4:], blocks[1]))

@@ -6,7 +6,7 @@ import functools
 import math
 import types
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +33,14 @@ OUTSIDE = (
 )
 
 
+@dataclass(frozen=True)
+class Planes:
+    """How a layer's activations lie for the kernels: images innermost (None: as ops.layout chooses), and their type."""
+
+    batch: int | None = None
+    bfloat16: bool = False
+
+
 class Forward:
     """The exchanged `forward` of one module. A copy of the module gets its own dense forward back.
 
@@ -55,12 +63,12 @@ class Forward:
         self.module, self.name, self.spec = module, name, layer_spec(module)
         self._sparsifier, self._timings, self._follow = sparsifier, timings, follow
         self.weight = module.weight  # the parameter that the sparsifier has
-        self.batch: int | None = None  # images innermost, where the layer runs sparse
+        self.planes = Planes()  # where the layer runs sparse
         self.runs_sparse = False
         self.sample: Tensor | None = None  # form, type and requires_grad of the example's input, on the meta device
         self.autocast: torch.dtype | None = None  # the type of autocast under which the layer was measured
         self.row = LayerReport(name, tuple(module.weight.shape), 1.0, None, None, "dense", "not measured yet")
-        self._layouts: dict[tuple[int, ...], ops.Layout] = {}
+        self._layouts: dict[tuple, ops.Layout] = {}
         self._seen: tuple[int, int] | None = None  # the weight's memory and version when it was last looked at
         self._zero = False  # and whether it was zero where it is inactive
 
@@ -74,7 +82,7 @@ class Forward:
     def _run(self, x: Tensor) -> Tensor:
         if eager.plain() and self._follow() and self.runs_sparse and not self.unfit(x) and self._is_clean():
             whole = torch.is_grad_enabled() and self._sparsifier.dense_grad_due
-            return self.sparse(x, self.batch, whole=whole)
+            return self.sparse(x, self.planes, whole=whole)
         return self.dense(x)
 
     def unfit(self, x: Tensor) -> str:
@@ -125,23 +133,25 @@ class Forward:
         """The layer's own forward."""
         return type(self.module).forward(self.module, x)
 
-    def sparse(self, x: Tensor, batch: int | None, *, whole: bool = False) -> Tensor:
+    def sparse(self, x: Tensor, planes: Planes, *, whole: bool = False) -> Tensor:
         """The same on the sparse kernels; `whole` asks for the weight gradient at inactive positions too."""
         if self.autocast is not None:
             x = x.to(self.autocast)
         if self.kind is nn.Linear:
-            y = self._conv(x.reshape(-1, self.module.in_features), batch, whole)
+            y = self._conv(x.reshape(-1, self.module.in_features), planes, whole)
             return y.view(*x.shape[:-1], self.module.out_features)
         if self.kind is nn.Conv1d:
-            return self._conv(x.unsqueeze(2), batch, whole).squeeze(2)
-        return self._conv(x, batch, whole)
+            return self._conv(x.unsqueeze(2), planes, whole).squeeze(2)
+        return self._conv(x, planes, whole)
 
-    def _conv(self, x: Tensor, batch: int | None, whole: bool) -> Tensor:
-        key = (batch or 0, *x.shape[1:])
+    def _conv(self, x: Tensor, planes: Planes, whole: bool) -> Tensor:
+        last = _is_channels_last(self.weight)
+        key = (planes, last, *x.shape[1:])
         found = self._layouts.get(key)
         if found is None:
+            how = {"bfloat16": planes.bfloat16, "channels_last": last}
             with torch.inference_mode(False):  # a training step may find it, and save it for its backward
-                found = self._layouts[key] = ops.layout(self._mask, self.spec, tuple(x.shape), batch)
+                found = self._layouts[key] = ops.layout(self._mask, self.spec, tuple(x.shape), planes.batch, **how)
         return ops.conv(x, self.weight, self.module.bias, found.with_images(x.shape[0]), whole=whole)
 
     @property
@@ -200,22 +210,22 @@ class Forward:
             shape = (*shape, *(t.requires_grad for t in (x, self.weight)))
             alike = round(math.log(max(density, 1e-9)) / math.log(ALIKE))
             calls = {(*shape, "dense"): functools.partial(both, self.dense)}
-            for batch in self._batches(x):
-                forward = functools.partial(self.sparse, batch=batch)
-                calls[(*shape, alike, batch)] = functools.partial(both, forward)
+            for planes in self._choices(x):
+                forward = functools.partial(self.sparse, planes=planes)
+                calls[(*shape, alike, planes)] = functools.partial(both, forward)
             dense, *sparse = self._timings.measure(calls)
-        self._settle(density, dense, dict(zip(self._batches(x), sparse, strict=True)), "")
+        self._settle(density, dense, dict(zip(self._choices(x), sparse, strict=True)), "")
 
-    def _settle(self, density: float, dense: Spread | None, sparse: dict[int | None, Spread], why: str) -> None:
-        """Takes the faster kernel by what was measured: dense, and sparse by images innermost."""
-        self.batch, self.runs_sparse, dense_ms, sparse_ms = None, False, None, None
+    def _settle(self, density: float, dense: Spread | None, sparse: dict[Planes, Spread], why: str) -> None:
+        """Takes the faster kernel by what was measured: dense, and sparse by the planes."""
+        self.planes, self.runs_sparse, dense_ms, sparse_ms = Planes(), False, None, None
         if dense is not None:
-            self.batch, best = min(sparse.items(), key=lambda item: item[1].least)
+            self.planes, best = min(sparse.items(), key=lambda item: item[1].least)
             self.runs_sparse, dense_ms, sparse_ms = best.is_faster_than(dense), dense.least, best.least
             why = "faster" if self.runs_sparse else "dense is as fast"
         chosen = "sparse" if self.runs_sparse else "dense"
         self.row = LayerReport(self.name, tuple(self.weight.shape), density, dense_ms, sparse_ms, chosen, why)
-        self._layouts = {key: place for key, place in self._layouts.items() if key[0] == (self.batch or 0)}
+        self._layouts = {key: place for key, place in self._layouts.items() if key[0] == self.planes}
 
     def run_dense(self, why: str) -> None:
         """Takes the choice back, though the layer alone is faster sparse."""
@@ -223,11 +233,15 @@ class Forward:
         self.row = replace(self.row, chosen="dense", why=why)
         self.forget()
 
-    def _batches(self, x: Tensor) -> list[int | None]:
-        if x.dim() != 4 or x.shape[0] < ops.cpu()[0]:
-            return [None]
+    def _choices(self, x: Tensor) -> list[Planes]:
+        """The planes to measure for an input like `x`."""
+        images = x.numel() // x.shape[-1] if self.kind is nn.Linear else x.shape[0]
+        halves = [Planes(bfloat16=True)] if self.autocast and images >= ops.bfloat16_cpu()[0] // 2 else []
+        if x.dim() != 4 or images < ops.cpu()[0]:
+            return [Planes(), *halves]
         out = self.spec.output_size((x.shape[2], x.shape[3]))
-        return [1, ops.cpu()[0]] if out[0] * out[1] <= 256 else [1]
+        batches = [1, ops.cpu()[0]] if out[0] * out[1] <= 256 else [1]
+        return [*map(Planes, batches), *halves]
 
     def __deepcopy__(self, memo: dict) -> Callable[[Tensor], Tensor]:
         module = memo.get(id(self.module), self.module)
@@ -235,6 +249,10 @@ class Forward:
 
     def __reduce__(self) -> tuple:
         return getattr, (self.module, "forward")  # read before the copy has attributes of its own: its class's forward
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

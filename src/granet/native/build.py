@@ -26,6 +26,9 @@ FLAGS = (
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", *_AVX2, "-mprefer-vector-width=512")
 ISA_FLAGS = {
+    "bfloat16_avx2.cpp": _AVX2,
+    "bfloat16_avx512.cpp": _AVX512,
+    "bfloat16_avx512bf16.cpp": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
     "kernels_avx2.cpp": _AVX2,
     "kernels_avx512.cpp": _AVX512,
     "reduced_avx2.cpp": _AVX2,

@@ -82,9 +82,10 @@ void compress(const Tensor& like, const std::vector<Weight>& weights, const Cut&
 }
 
 // `taps` holds the phase and the shift of every kernel position. The numbers of blocks come from Geometry.blocks().
+// With `channels_last`, the dense weight has its input channels innermost in memory.
 std::vector<Tensor> index_structures(const Tensor& mask, std::vector<int64_t> taps, int64_t outputs, int64_t channels,
                                      int64_t phases, int64_t plane, int64_t chunks, int64_t forward_blocks,
-                                     int64_t backward_blocks) {
+                                     int64_t backward_blocks, bool channels_last) {
   const int64_t kernel = static_cast<int64_t>(taps.size()) / 2, planes = channels * phases;
   STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Bool && mask.is_contiguous(),
                   "granet: a mask must be a contiguous bool tensor on the CPU");
@@ -106,8 +107,9 @@ std::vector<Tensor> index_structures(const Tensor& mask, std::vector<int64_t> ta
       const int64_t channel = o / (outputs / groups) * per_group + c;
       for (int64_t tap = 0; tap < kernel; ++tap) {
         if (!active[first + tap]) continue;
+        const int64_t index = channels_last ? (o * kernel + tap) * per_group + c : first + tap;
         weights.push_back({static_cast<int32_t>(o), static_cast<int32_t>(channel * phases + taps[2 * tap]),
-                           static_cast<int32_t>(taps[2 * tap + 1]), static_cast<int32_t>(first + tap)});
+                           static_cast<int32_t>(taps[2 * tap + 1]), static_cast<int32_t>(index)});
       }
     }
   }
@@ -127,7 +129,7 @@ std::vector<Tensor> index_structures(const Tensor& mask, std::vector<int64_t> ta
 STABLE_TORCH_LIBRARY_FRAGMENT(granet, m) {
   m.def(
       "index_structures(Tensor mask, int[] taps, int outputs, int channels, int phases, int plane, int chunks, "
-      "int forward_blocks, int backward_blocks) -> Tensor[]");
+      "int forward_blocks, int backward_blocks, bool channels_last) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet, CPU, m) { m.impl("index_structures", TORCH_BOX(&index_structures)); }

@@ -69,8 +69,6 @@ void unpack_row(const float* from, const Image& image, int64_t sx, int64_t count
   }
 }
 
-int64_t steps(int64_t size, int64_t first, int64_t step) { return size > first ? (size - first + step - 1) / step : 0; }
-
 }  // namespace
 
 void take_every_second(const float* __restrict__ from, float* __restrict__ to, int64_t count) {
@@ -95,18 +93,6 @@ std::vector<Tile> tiles(int64_t positions, int32_t longest, int64_t at_least) {
     start += length;
   }
   return result;
-}
-
-void clear_around(float* plane, const Planes& layout, int64_t rows, int64_t columns, int fill) {
-  const int64_t row = layout.pitch * layout.batch, filled = columns * layout.batch;
-  std::memset(plane, fill, sizeof(float) * layout.front);
-  if (filled < row) {
-    for (int64_t y = 0; y + 1 < rows; ++y) {
-      std::memset(plane + layout.front + y * row + filled, fill, sizeof(float) * (row - filled));
-    }
-  }
-  const int64_t end = layout.front + (rows > 0 && columns > 0 ? (rows - 1) * row + filled : 0);
-  std::memset(plane + end, fill, sizeof(float) * (layout.stride - end));
 }
 
 void pack(const float* from, const Image& image, float* planes, const Planes& layout, const Phase* phases,

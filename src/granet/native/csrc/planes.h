@@ -9,6 +9,7 @@
 // is a plane of its own, so the convolution becomes one of stride 1.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -55,7 +56,23 @@ void unpack(const float* planes, const Planes& layout, float* to, const Image& i
             int64_t phase_count, int64_t sy, int64_t sx, int64_t first_channel, int64_t last_channel);
 
 // The byte `fill` everywhere in a plane but in its first `rows` x `columns` positions.
-void clear_around(float* plane, const Planes& layout, int64_t rows, int64_t columns, int fill = 0);
+template <typename T>
+void clear_around(T* plane, const Planes& layout, int64_t rows, int64_t columns, int fill = 0) {
+  const int64_t row = layout.pitch * layout.batch, filled = columns * layout.batch;
+  std::memset(plane, fill, sizeof(T) * layout.front);
+  if (filled < row) {
+    for (int64_t y = 0; y + 1 < rows; ++y) {
+      std::memset(plane + layout.front + y * row + filled, fill, sizeof(T) * (row - filled));
+    }
+  }
+  const int64_t end = layout.front + (rows > 0 && columns > 0 ? (rows - 1) * row + filled : 0);
+  std::memset(plane + end, fill, sizeof(T) * (layout.stride - end));
+}
+
+// Returns how many of `size` rows or columns a phase has that begins with `first`.
+inline int64_t steps(int64_t size, int64_t first, int64_t step) {
+  return size > first ? (size - first + step - 1) / step : 0;
+}
 
 // to[x] = from[2 * x]. The step is fixed, so that the compiler can shuffle vectors.
 void take_every_second(const float* from, float* to, int64_t count);

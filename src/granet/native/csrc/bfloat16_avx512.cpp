@@ -1,0 +1,7 @@
+#define GRANET_WIDTH 16
+#define GRANET_MAX_VECTORS 10
+#define GRANET_MAX_GRADIENT_VECTORS 12
+#define GRANET_ISA_NAME "avx512"
+#include "bfloat16.inc"
+
+const granet::Bfloat16Kernels& granet::bfloat16_avx512() { return kBfloat16Table; }
