@@ -225,8 +225,8 @@ class Train(Section):
             raise ValueError(f"nesterov belongs to sgd, not to {self.optimizer}: set nesterov to false")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
-        if self.engine == "sparse" and (self.bf16 or self.compile):
-            raise ValueError("engine sparse computes in float32 and compiles nothing: leave out bf16 and compile")
+        if self.engine == "sparse" and self.compile:
+            raise ValueError("engine sparse runs kernels of its own, which torch.compile cannot see: leave out compile")
         if self.quantise and (self.bf16 or self.compile or self.engine == "sparse"):
             raise ValueError(
                 f"quantise {self.quantise} rounds float32 numbers of torch's own layers: leave out bf16, compile and "
