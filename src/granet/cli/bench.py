@@ -82,4 +82,6 @@ def main(args: list[str]) -> int:
     markdown, as_json = options.pop("markdown"), options.pop("json")
     found = command.main(**options)
     say(found.json() if as_json else found.markdown() if markdown else found)
+    if arguments.save_compiled is not None and found.not_saved:
+        raise ValueError(found.not_saved)
     return 0

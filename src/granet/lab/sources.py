@@ -175,7 +175,9 @@ def _from_run(source: str, batch: int, checkpoint: str | None) -> Source:
     trainer.sparsifier.fold()
     trainer.quantisation.remove()
     images = next(iter(trainer.images.spread("train", batch)))[0].cpu()
-    return Source(source, trainer.model, (_sized(images, batch),), trainer, "the weights of the run")
+    averaged = trainer.ema is not None  # then it is the average that `granet eval` evaluates
+    about = "the averaged weights of the run" if averaged else "the weights of the run"
+    return Source(source, trainer.ema if averaged else trainer.model, (_sized(images, batch),), trainer, about)
 
 
 def require(package: str, purpose: str, install: str) -> None:

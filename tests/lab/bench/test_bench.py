@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from granet.cli import main
+from granet.engine.saved.model import load_compiled
 from granet.lab import sources
 from granet.lab.bench import command, engines, measuring
 from granet.lab.bench.results import HEADINGS, Row, SideBySide
@@ -38,6 +40,52 @@ def test_a_run_is_calibrated_on_its_images_and_tested(run):
     assert all(abs(row.accuracy - reference.accuracy) < 0.03 for row in found.rows)
     assert "int8 is calibrated on training images" in found.about and "90.0% of 266,200 weights are zero" in found.about
     assert all(row.latency.runs >= 5 and row.rate > 0 and row.nbytes > 0 for row in found.rows)
+
+
+def test_the_averaged_weights_of_a_run_are_measured_where_it_evaluates_them(tmp_path):
+    train = {"epochs": 1, "batch_size": 32, "lr": 0.1, "threads": 1, "device": "cpu", "ema": 0.99}
+    method = {"name": "static", "sparsity": 0.9}
+    values = {"name": "x", "data": {"name": "digits"}, "model": {"name": "mlp"}, "method": method, "train": train}
+    run = Run.for_recipe(validate(values, source="test"), tmp_path)
+    execute(run)
+    found = sources.read(str(run.path))
+    average, weights = dict(found.trainer.ema.named_parameters()), dict(found.trainer.model.named_parameters())
+    assert found.about == "the averaged weights of the run"
+    for name, p in found.model.named_parameters():
+        assert torch.equal(p, average[name])
+    assert any(not torch.equal(p, weights[name]) for name, p in average.items())
+
+
+def test_a_compiled_network_is_saved_or_the_report_says_why_not(run, tmp_path):
+    path = tmp_path / "saved.granet"
+    found = command.main(str(run), engines=["granet"], precision="int8", images=0, save_compiled=path, **QUICK)
+    assert path.exists() == (not found.not_saved)
+    if path.exists():
+        example = sources.read(str(run)).example
+        assert load_compiled(path)(*example).shape == (1, 10)
+
+
+BRANCHING = """
+import torch
+
+class Branching(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1 if float(x.sum()) > 0 else super().forward(x)
+
+def model():
+    return Branching(8, 4), torch.randn(2, 8)
+"""
+
+
+def test_what_was_measured_is_printed_before_a_file_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("branching.py").write_text(BRANCHING)
+    words = ["branching.py:model", "--engines", "granet", "--precision", "float32", "--seconds", "0.05"]
+    assert main(["bench", *words, "--save-compiled", "saved.granet"]) == 2
+    out, err = capsys.readouterr()
+    assert "torch" in out and "min ms" in out
+    assert "granet: error: nothing was saved to saved.granet: granet in float32: " in err
+    assert not Path("saved.granet").exists()
 
 
 def test_the_engines_that_are_installed_agree(run):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from granet.lab import sources
-from granet.lab.bench.engines import PRECISIONS
+from granet.lab.bench.engines import PRECISIONS, Prepared
 from granet.lab.bench.results import SideBySide
 from granet.lab.bench.side_by_side import Settings, side_by_side
 from granet.lab.bench.training import StepReport, training_step
@@ -26,7 +27,7 @@ def main(
     save_compiled: Path | None = None,
     **options,
 ) -> SideBySide | StepReport:
-    """Returns the report to print.
+    """Returns the report to print; if a network could not be saved, its `not_saved` has the reason.
 
     Args:
         source: a run directory, or what else `granet.lab.sources.read` takes.
@@ -56,15 +57,26 @@ def main(
     if not training:
         measured, prepared = side_by_side(found, settings)
         if save_compiled is not None:
-            if kept not in prepared:
-                raise ValueError(
-                    f"granet in {kept} cannot be saved to {save_compiled}: {measured.reason('granet', kept)}"
-                )
-            prepared[kept].compiled.save(save_compiled)
+            measured = replace(measured, not_saved=_save(measured, prepared.get(kept), kept, save_compiled))
         return measured
     if len(found.example) > 1:
         raise ValueError(f"{source} takes {len(found.example)} inputs; a training step is measured for one")
     return training_step(found.model, found.example[0])
+
+
+def _save(measured: SideBySide, prepared: Prepared | None, precision: str, path: Path) -> str:
+    """Saves the compiled network; returns why that was not possible, and nothing if it was.
+
+    What was measured is printed in any case, and this after it.
+    """
+    why = measured.reason("granet", precision)
+    if prepared is not None:
+        try:
+            prepared.compiled.save(path)
+            return ""
+        except (ValueError, OSError) as error:
+            why = str(error)
+    return f"nothing was saved to {path}: granet in {precision}: {why}"
 
 
 def _check_file(path: Path, *, training: bool, precisions: Sequence[str], engines: Sequence[str]) -> None:

@@ -69,6 +69,7 @@ class SideBySide:
         left_out: the engine, precision and reason of those that were not.
         images: the number of test images for the accuracy.
         streams: the number of sessions at the same time.
+        not_saved: why the compiled network that was to be saved was not, in words; empty if it was or need not be.
     """
 
     name: str
@@ -78,6 +79,7 @@ class SideBySide:
     left_out: tuple[tuple[str, str, str], ...] = ()
     images: int = 0
     streams: int = 1
+    not_saved: str = ""
 
     @property
     def fastest_dense(self) -> Row:
