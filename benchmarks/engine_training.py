@@ -183,7 +183,10 @@ def steps(settings: argparse.Namespace, clock: Callable[[], float]) -> None:
         for sparsity in settings.sparsity:
             torch.manual_seed(0)
             model, shape = network(name)
-            granet.Sparsifier(model, granet.Static(sparsity=sparsity, distribution=settings.distribution))
+            method = granet.Static(sparsity=sparsity, distribution=settings.distribution)
+            # Blocks of inputs do not fit three colours, so the first layer stays dense in a pattern.
+            skip = () if settings.pattern == "unstructured" else next(iter(dict(model.named_parameters())))
+            granet.Sparsifier(model, method, skip=skip, pattern=settings.pattern)
             report = training_step(model, torch.randn(settings.batch, *shape), repeats=settings.repeats)
             for step, spread in report.steps.items():
                 kind, setting = step.split(", ", maxsplit=1)
@@ -343,6 +346,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=5, help="of steps: rounds that are measured")
     parser.add_argument("--distribution", default="erk", help="of steps: how the sparsity is distributed over layers")
+    parser.add_argument("--pattern", default="unstructured", help="of steps: the pattern of the masks, such as 1x4")
     parser.add_argument("--cpu-time", action="store_true", help="processor time: for one thread on a busy machine")
     of_run = parser.add_argument_group("run and chart")
     of_run.add_argument("--recipe", default="fashion")
