@@ -25,6 +25,7 @@ examples:
   granet bench model.onnx                                an ONNX file (pip install onnx2torch)
   granet bench resnet20 --engines all                    torch.compile, too, which takes a minute to compile
   granet bench resnet20 --streams 4 --threads 8          throughput of four sessions of two threads each
+  granet bench resnet20 --against 1x4 --page speed.html  what bounds each layer, would 1x4 help? with bars
   granet bench resnet20 --json > speed.json              for programs; --markdown for a table to paste"""
 
 
@@ -65,6 +66,14 @@ class Arguments:
     """Print Markdown."""
     json: bool = False
     """Print JSON."""
+    layers: bool = False
+    """Also say of each layer of granet's fastest network how long it takes and what bounds it."""
+    against: str | None = None
+    """Pattern, such as 1x4: would the layers be faster with as many weights in it? Implies --layers."""
+    checkpoint: Literal["best", "last"] | None = None
+    """Checkpoint of a run; the best by validation if there is one, else the last, if not given."""
+    page: Path | None = None
+    """HTML file to write, with the tables and bars."""
     save_compiled: Path | None = None
     """File to which granet's compiled network is saved, for `granet.load_compiled`; in float32, or in the one precision
     that is given."""
@@ -76,12 +85,23 @@ def main(args: list[str]) -> int:
     if arguments.training and (arguments.markdown or arguments.json):
         raise words.UsageError("a training step is printed as text: leave out --markdown and --json")
 
+    if arguments.training and arguments.page is not None:
+        raise words.UsageError("a page shows inference: leave out --training or --page")
+
     from granet.lab.bench import command
 
     options = dict(vars(arguments))
-    markdown, as_json = options.pop("markdown"), options.pop("json")
+    markdown, as_json, path = options.pop("markdown"), options.pop("json"), options.pop("page")
+    if path is not None:
+        from granet.lab.bench import page
+
+        page.check(path)
     found = command.main(**options)
     say(found.json() if as_json else found.markdown() if markdown else found)
+    if path is not None:
+        page.write(found, path)
+        if not as_json:
+            say(f"page: {path}")
     if arguments.save_compiled is not None and found.not_saved:
         raise ValueError(found.not_saved)
     return 0

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from granet.cli import main
+from granet.engine.inference import compile as compile_sparse
 from granet.engine.saved.model import load_compiled
 from granet.lab import sources
-from granet.lab.bench import command, engines, measuring
+from granet.lab.bench import command, engines, layers, measuring, page
 from granet.lab.bench.results import HEADINGS, Row, SideBySide
 from granet.lab.bench.side_by_side import Settings, error_of, side_by_side
 from granet.train.recipe import validate
@@ -63,6 +64,72 @@ def test_a_compiled_network_is_saved_or_the_report_says_why_not(run, tmp_path):
     if path.exists():
         example = sources.read(str(run)).example
         assert load_compiled(path)(*example).shape == (1, 10)
+
+
+@pytest.fixture(scope="module")
+def layered():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 3, padding=1)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(32, 8, 3, 3) < 0.25)
+        model[2].weight.mul_(torch.rand(16, 32, 3, 3) < 0.1)
+        example = (torch.randn(2, 8, 12, 12),)
+        work = engines.Work(model, example, [example], Path())
+        return work, layers.measure(work, compile_sparse(model, example).report(), "1x4")
+
+
+def test_layers_say_what_bounds_them(layered):
+    work, found = layered
+    assert [layer.name for layer in found.layers] == ["0", "2"]
+    assert sum(layer.share for layer in found.layers) == pytest.approx(1)
+    arithmetic, memory = found.peaks
+    for layer, inputs in zip(found.layers, (8, 32), strict=True):
+        weight = work.model[int(layer.name)].weight
+        active, positions = int(weight.count_nonzero()), 2 * 12 * 12
+        products = active * positions / (1e6 * layer.ms)  # billions per second
+        assert layer.products == pytest.approx(products)
+        gigabytes = 4e-9 * (positions * (inputs + len(weight)) + active)
+        ideal = {"arithmetic": 1e-9 * active * positions / arithmetic, "memory": gigabytes / memory}
+        assert layer.bound == max(ideal, key=ideal.get)
+        assert layer.reached == pytest.approx(ideal[layer.bound] / (1e-3 * layer.ms))
+
+
+def test_layers_with_another_pattern_have_as_many_weights(layered):
+    work, found = layered
+    assert all(layer.other_ms > 0 and layer.gain == layer.ms / layer.other_ms for layer in found.layers)
+    assert found.advice.startswith("With as many weights in the pattern 1x4, the layers would")
+    twin = layers.with_pattern(work.model, "1x4")
+    for before, after in zip((work.model[0], work.model[2]), (twin[0], twin[2]), strict=True):
+        blocks = after.weight.movedim(1, -1).unflatten(-1, (-1, 4)).ne(0)
+        assert torch.equal(blocks.all(-1), blocks.any(-1))
+        assert abs(int(after.weight.count_nonzero()) - int(before.weight.count_nonzero())) <= 2
+
+
+def test_the_advice():
+    def layer(ms, other):
+        return layers.Layer("conv", (8, 8, 3, 3), 0.1, "x", ms, 0.5, 10.0, "arithmetic", 0.2, other)
+
+    found = layers.Layers("int8", (100.0, 10.0), (layer(2.0, 1.0), layer(1.0, None)), "1x4")
+    assert "would take 2.00 instead of 3.00 ms (1.50x); conv gains most, 2.00x" in found.advice
+    assert [row[-2:] for row in found.cells()] == [["1x4 ms", "gain"], ["1.000", "2.00x"], ["", ""]]
+    assert "would not be faster" in replace(found, layers=(layer(1.0, 1.5),)).advice
+    plain = replace(found, pattern="")
+    assert plain.advice == "" and len(plain.cells()[0]) == 8
+
+
+def test_a_page_with_bars(layered, tmp_path):
+    pytest.importorskip("altair", reason="needs the extra granet[train]")
+    found = SideBySide("x", "about", "machine", tuple(rows(3.0, 2.0, 1.0)), images=50, layers=layered[1])
+    text = page.write(found, tmp_path / "x.html").read_text()
+    for title in ("Latency", "Throughput", "Size of the weights", "Accuracy", "Layers"):
+        assert title in text
+    assert "granet int8" in text and found.verdict in text and layered[1].advice in text
+    assert "layers of granet in float32" in str(found) and "Layers of granet in float32" in found.markdown()
+    assert json.loads(found.json())["layers"]["layers"][0]["name"] == "0"
+    with pytest.raises(ValueError, match="a page is an HTML file"):
+        page.check(tmp_path / "x.txt")
+    with pytest.raises(ValueError, match="there is no such folder"):
+        page.check(tmp_path / "none" / "x.html")
 
 
 BRANCHING = """
@@ -213,6 +280,8 @@ def test_text_markdown_and_json():
         ({"images": -1}, "images=-1"),
         ({"cpu_time": True, "threads": 2}, "add --threads 1"),
         ({"training": True, "precision": "int8"}, "for inference"),
+        ({"training": True, "layers": True}, "for inference"),
+        ({"against": "1by4"}, "1by4"),
         ({"save_compiled": Path("none/x.granet")}, "there is no such folder"),
         ({"save_compiled": Path("x.granet"), "training": True}, "training is measured"),
         ({"save_compiled": Path("x.granet"), "precision": ["int8", "float32"]}, "a file has one precision"),

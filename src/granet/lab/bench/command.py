@@ -24,6 +24,9 @@ def main(
     seconds: float = 3.0,
     images: int = 500,
     cpu_time: bool = False,
+    layers: bool = False,
+    against: str | None = None,
+    checkpoint: str | None = None,
     save_compiled: Path | None = None,
     **options,
 ) -> SideBySide | StepReport:
@@ -39,21 +42,25 @@ def main(
         seconds: how long all engines take turns.
         images: test images of a run for the accuracy; 0 for none.
         cpu_time: measure processor time, for one thread on a busy machine.
+        layers: measure the layers of granet's fastest compiled network, too.
+        against: the pattern with which these are compared, which takes another compilation.
+        checkpoint: that of a run: `"last"`, `"best"`, or None for the best if there is one, as in `granet eval`.
         save_compiled: the file to which granet's compiled network is saved, if any; in float32, or in the one precision
             that is given.
         options: those of `granet.lab.sources.read`.
     """
     precisions = [precision] if isinstance(precision, str) else list(precision)
-    if training and (precisions or engines or streams > 1):
+    if training and (precisions or engines or streams > 1 or layers or against):
         raise ValueError(
-            "engines, precision and streams are for inference: a training step is measured on torch and granet, in "
-            "float32 and in bfloat16"
+            "engines, precision, streams and layers are for inference: a training step is measured on torch and "
+            "granet, in float32 and in bfloat16"
         )
     kept = precisions[0] if len(precisions) == 1 else "float32"
     if save_compiled is not None:
         _check_file(save_compiled, training=training, precisions=precisions, engines=engines)
-    settings = Settings(tuple(engines), precisions or PRECISIONS, threads, streams, seconds, images, cpu_time)
-    found = sources.read(source, **options)
+    settings = Settings(tuple(engines), precisions or PRECISIONS, threads, streams, seconds, images, cpu_time,
+                        layers or bool(against), against or "")  # fmt: skip
+    found = sources.read(source, checkpoint=checkpoint, **options)
     if not training:
         measured, prepared = side_by_side(found, settings)
         if save_compiled is not None:

@@ -8,6 +8,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
+from granet.lab.bench.layers import Layers
 from granet.lab.bench.measuring import Latency
 from granet.text import columns, markdown_table, si
 
@@ -69,6 +70,7 @@ class SideBySide:
         left_out: the engine, precision and reason of those that were not.
         images: the number of test images for the accuracy.
         streams: the number of sessions at the same time.
+        layers: the layers of granet's fastest compiled network, if they were asked for and one runs sparse.
         not_saved: why the compiled network that was to be saved was not, in words; empty if it was or need not be.
     """
 
@@ -79,6 +81,7 @@ class SideBySide:
     left_out: tuple[tuple[str, str, str], ...] = ()
     images: int = 0
     streams: int = 1
+    layers: Layers | None = None
     not_saved: str = ""
 
     @property
@@ -150,7 +153,11 @@ class SideBySide:
     def __str__(self) -> str:
         texts = [f"{self.name}: {self.about}", self.machine], [*self.notes(), self.verdict]
         above, below = ([line for text in part for line in textwrap.wrap(text, WIDTH)] for part in texts)
-        return "\n".join([*above, "", columns(self.cells(), right=self._right), "", *below])
+        lines = [*above, "", columns(self.cells(), right=self._right), "", *below]
+        if self.layers is not None:
+            notes = [line for text in self.layers.notes() for line in textwrap.wrap(text, WIDTH)]
+            lines += ["", f"layers of granet in {self.layers.precision}:", "", str(self.layers), "", *notes]
+        return "\n".join(lines)
 
     def markdown(self) -> str:
         """Returns the same in Markdown."""
@@ -160,7 +167,11 @@ class SideBySide:
             markdown_table(self.cells(), right=self._right),
             "",
         ]
-        return "\n".join([*lines, *(f"- {note}" for note in self.notes()), "", self.verdict])
+        lines += [*(f"- {note}" for note in self.notes()), "", self.verdict]
+        if self.layers is not None:
+            table = markdown_table(self.layers.cells(), right=self.layers.right)
+            lines += ["", f"Layers of granet in {self.layers.precision}:", "", table, "", *self.layers.notes()]
+        return "\n".join(lines)
 
     def values(self) -> dict[str, Any]:
         """Returns everything in numbers, texts, lists and mappings, as JSON has them."""

@@ -7,7 +7,7 @@ import logging
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,10 +30,12 @@ from granet.lab.bench.engines import (
     calibration_of,
     prepare,
 )
+from granet.lab.bench.layers import Layers, measure
 from granet.lab.bench.measuring import latencies, throughput
 from granet.lab.bench.results import Row, SideBySide
 from granet.lab.sources import Source
 from granet.names import unknown
+from granet.pattern import parse
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class Settings:
         seconds: how long all engines take turns.
         images: test images of a run for the accuracy; 0 for none.
         cpu_time: measure processor time, for one thread on a busy machine.
+        layers: measure the layers of granet's fastest compiled network, too.
+        against: the pattern with which these are compared; empty for none.
     """
 
     engines: Sequence[str] = ()
@@ -62,8 +66,11 @@ class Settings:
     seconds: float = 3.0
     images: int = 500
     cpu_time: bool = False
+    layers: bool = False
+    against: str = ""
 
     def __post_init__(self) -> None:
+        parse(self.against or None)
         for name in self.engines:
             if name not in (*ENGINES, "all"):
                 raise ValueError(unknown("engine", name, [*ENGINES, "all"]))
@@ -134,6 +141,7 @@ def side_by_side(source: Source, settings: Settings | None = None) -> tuple[Side
             sparse = made.report is not None and made.report.chosen == "sparse"
             accuracy = _accuracy(run, images) if images else None
             rows.append(Row(name, precision, sparse, latency, rate, made.nbytes, error, accuracy, made.note))
+        layers = _layers(work, rows, ready, settings) if settings.layers else None
     found = SideBySide(
         name=source.name,
         about=_about(source, settings, batches),
@@ -142,8 +150,19 @@ def side_by_side(source: Source, settings: Settings | None = None) -> tuple[Side
         left_out=tuple(left_out),
         images=sum(len(labels) for _, labels in images),
         streams=settings.streams,
+        layers=layers,
     )
     return found, {precision: made for (name, precision), (made, _, _) in ready.items() if name == "granet"}
+
+
+def _layers(work: Work, rows: Sequence[Row], ready: Mapping, settings: Settings) -> Layers | None:
+    sparse = [row for row in rows if row.sparse]
+    if not sparse:
+        return None
+    fastest = min(sparse, key=lambda row: row.latency.least)
+    log.info("measuring the layers of %s", fastest)
+    made, *_ = ready[fastest.engine, fastest.precision]
+    return measure(work, made.report, settings.against)
 
 
 @contextmanager
