@@ -177,13 +177,21 @@ def test_what_is_missing_or_off_is_named_and_the_others_go_on(run, monkeypatch):
     monkeypatch.setitem(
         engines.ENGINES, "absent", engines.Engine("absent", ("int8",), fails, ("no_such_package",), "pip install it")
     )
-    found = command.main(str(run), engines=["off", "fails", "absent", "torch"], images=0, **QUICK)
+    settings = Settings(["off", "fails", "absent", "torch"], images=0, **QUICK)
+    found, _ = side_by_side(sources.read(str(run)), settings)
     assert {row.engine for row in found.rows} == {"torch"}
     reasons = {engine: reason for engine, _, reason in found.left_out if engine != "torch"}
     assert reasons["fails"] == "RuntimeError: no such operator"
     assert reasons["absent"] == "needs no_such_package: pip install it"
     assert reasons["off"].startswith("its outputs are off by") and "0.001 is allowed" in reasons["off"]
     assert "left out: fails in int8: RuntimeError: no such operator" in str(found)
+
+
+def test_an_engine_that_the_user_names_must_be_installed(monkeypatch):
+    absent = engines.Engine("absent", ("int8",), None, ("no_such_package",), "pip install it")
+    monkeypatch.setitem(engines.ENGINES, "absent", absent)
+    with pytest.raises(ModuleNotFoundError, match="engine absent needs no_such_package: pip install it"):
+        command.main("no such model", engines=["absent"], **QUICK)
 
 
 def test_errors_of_outputs():

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from granet.lab import sources
-from granet.lab.bench.engines import PRECISIONS, Prepared
+from granet.lab.bench.engines import ENGINES, PRECISIONS, Prepared
 from granet.lab.bench.results import SideBySide
 from granet.lab.bench.side_by_side import Settings, side_by_side
 from granet.lab.bench.training import StepReport, training_step
@@ -48,6 +48,10 @@ def main(
         save_compiled: the file to which granet's compiled network is saved, if any; in float32, or in the one precision
             that is given.
         options: those of `granet.lab.sources.read`.
+
+    Raises:
+        ValueError: an option is impossible, before anything is measured.
+        ModuleNotFoundError: an engine that was asked for is not installed; the message says how to install it.
     """
     precisions = [precision] if isinstance(precision, str) else list(precision)
     if training and (precisions or engines or streams > 1 or layers or against):
@@ -60,6 +64,9 @@ def main(
         _check_file(save_compiled, training=training, precisions=precisions, engines=engines)
     settings = Settings(tuple(engines), precisions or PRECISIONS, threads, streams, seconds, images, cpu_time,
                         layers or bool(against), against or "")  # fmt: skip
+    for name in set(engines) & set(ENGINES):  # the user asked for it; others that are missing are left out
+        if ENGINES[name].missing:
+            raise ModuleNotFoundError(f"engine {name} needs {ENGINES[name].missing}")
     found = sources.read(source, checkpoint=checkpoint, **options)
     if not training:
         measured, prepared = side_by_side(found, settings)

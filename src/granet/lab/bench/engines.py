@@ -94,11 +94,16 @@ class Engine:
     install: str = ""
     usual: bool = True
 
+    @property
+    def missing(self) -> str:
+        """The packages that are not installed, and how to install them; empty if none is missing."""
+        absent = [package for package in self.packages if find_spec(package) is None]
+        return f"{', '.join(absent)}: {self.install}" if absent else ""
+
     def check(self, precision: str) -> None:
         """Raises `Unable` if the engine cannot run at this precision on this machine."""
-        missing = [package for package in self.packages if find_spec(package) is None]
-        if missing:
-            raise Unable(f"needs {', '.join(missing)}: {self.install}")
+        if self.missing:
+            raise Unable(f"needs {self.missing}")
         if precision == "bfloat16" and self.name != "granet" and not has_bfloat16():
             raise Unable("this processor has no bfloat16 arithmetic")
 
