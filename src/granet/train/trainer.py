@@ -24,6 +24,7 @@ from granet.probe import Probe
 from granet.sparsifier import Sparsifier, masking, stepping
 from granet.train import initial, models, optimizer
 from granet.train.checkpoint import Checkpoint, distrusted, restore_layout
+from granet.train.health import Health
 from granet.train.images import Images
 from granet.train.recipe import Recipe
 from granet.train.scores import Best, Evaluation, Tally
@@ -75,12 +76,10 @@ class Trainer:
         self.settings = recipe.train.counted(self.steps_per_epoch)
         if self.settings.engine == "sparse" and self.ranks.world > 1:
             raise ValueError(f"train.engine: 'sparse' runs in one process, not in {self.ranks.world}; write 'dense'")
-
         shape = self.dataset.shape
         model = models.build(recipe.model.name, classes=self.dataset.classes, in_channels=shape[0])
         self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.layout)
-
         masks = initial.load(recipe, self.model, self.ranks) if begins else None
         method = recipe.resolve(self.steps_per_epoch)
         skip, planned = recipe.skipped(self.model), recipe.plan(self.model, self.steps_per_epoch)
@@ -104,6 +103,7 @@ class Trainer:
         self.best: Best | None = None
         self.engine: TrainingPlan | None = None  # the layers that run on sparse kernels
         self._costs: tuple[int, float, float] = (-1, 0.0, 0.0)
+        self.health = Health()
         self._window: list[tuple[int, Tensor, Tensor]] = []  # step, loss, accuracy since the last line of the log
 
     @property
@@ -302,10 +302,10 @@ class Trainer:
         record(self._record("eval", **values, eligible=self.eligible, seconds=time.perf_counter() - began))
         best = self.best
         better = best is None or (score.accuracy, -score.loss) > (best.accuracy, -best.loss)
-        if not (better and self.eligible):
-            return False
-        self.best = Best(score.loss, score.accuracy, step=self.step)
-        return True
+        if better and self.eligible:
+            self.best = Best(score.loss, score.accuracy, step=self.step)
+        self.health.check(self, score.loss)
+        return better and self.eligible
 
     @torch.no_grad()
     def evaluate(self, split: Literal["train", "validation", "test"]) -> Evaluation:
