@@ -107,7 +107,7 @@ def test_ctrl_c_saves_everything_and_says_how_to_go_on(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 130, err
-    assert "stopped with 10 of 10 runs to go; the same command goes on" in out
+    assert "stopped with 10 of 10 runs to go; the same command continues" in out
     assert "Traceback" not in err
     runs = list((tmp_path / "runs").iterdir())
     assert len(runs) == 2
@@ -140,7 +140,7 @@ def test_a_failed_run_gives_exit_code_1_and_its_last_lines(swept, say, monkeypat
     ("words", "message"),
     [
         (["digit"], "there is no sweep 'digit'; did you mean 'digits'?"),
-        (["none.toml"], "there is no file none.toml; sweeps of the package: digits"),
+        (["none.toml"], "there is no file none.toml; sweeps of the package: cifar10, digits"),
         (["digits", "--jobs", "0"], "jobs=0: at least one must run"),
         (["digits", "--option", "num_gpus", "1"], "the local executor has no options, got num_gpus"),
     ],
