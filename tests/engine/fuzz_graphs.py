@@ -115,7 +115,7 @@ OPERATIONS = {
     "outside": lambda m, i, a, b: a + b.mean(),
     "keep": _keep,
     "remember": _remember,
-    "branch": lambda m, i, a, b: a if a.sum() > 0 else -a,
+    "branch": lambda m, i, a, b: a if a.sum() > 1 else -a,  # not 0, the sum of what a layer norm gives
     "pool": lambda m, i, a, b: F.max_pool2d(a, 3, 1, 1),
     "gate": lambda m, i, a, b: a * torch.sigmoid(m.layers[i](F.adaptive_avg_pool2d(a, 1))),
     "mean": lambda m, i, a, b: a + a.mean([2, 3], keepdim=True),

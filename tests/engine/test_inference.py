@@ -13,7 +13,7 @@ from torch import nn
 from granet.engine import inference
 
 
-def test_other_shapes_are_compiled_when_they_come_up_to_a_number(caplog):
+def test_other_shapes_are_compiled_when_they_come_up_to_a_number(always, caplog):
     model = wide()
     first, second, third = torch.randn(1, 192, 28, 28), torch.randn(2, 192, 20, 20), torch.randn(1, 192, 16, 16)
     fast = inference.compile(model, first, shapes=2)
@@ -43,13 +43,12 @@ class Untraceable(nn.Module):
         return self.head(y.mean([2, 3])) * self.head.weight.abs().max()
 
 
-def test_a_model_with_a_branch_on_its_data_is_captured_in_parts():
+def test_a_model_with_a_branch_on_its_data_is_captured_in_parts(always):
     torch.manual_seed(0)
     model, x = Untraceable().eval(), torch.rand(1, 192, 28, 28)
     fast = inference.compile(model, x)
     report = fast.report()
     assert report.chosen == "sparse"
-    assert report.fast_ms < report.dense_ms
     assert "captured in" in report.why
     chosen = {row.name: row.chosen for row in report.layers}
     assert chosen["features.0"] == chosen["features.3"] == "sparse"
