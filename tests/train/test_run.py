@@ -113,6 +113,16 @@ def test_a_run_killed_again_and_again_is_the_same_to_the_bit(tmp_path, train):
     assert equal(whole.summary, killed.summary)
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_the_same_to_the_bit(tmp_path):
+    run = Run.for_recipe(recipe(), tmp_path)
+    execute(run)
+    whole = checkpoint.load_latest(run.checkpoints)
+    (run.path / "summary.json").unlink()
+    execute(run)
+    again = checkpoint.load_latest(run.checkpoints)
+    assert equal(whole.model, again.model) and equal(whole.state, again.state)
+
+
 def test_a_run_directory_holds_what_went_in_and_came_out(tmp_path):
     run = Run.for_recipe(recipe(), tmp_path)
     summary = execute(run)

@@ -318,13 +318,14 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def restore_layout(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
     """Gives an optimizer its state back, its buffers in the memory layout of their parameters (channels-last, say).
 
-    Its settings (learning rate, momentum, ...) stay those that it was made with.
+    Its settings (momentum, ...) stay those that it was made with, but for the learning rate of the last step.
 
     Raises:
         ValueError: a buffer is none of this optimizer, or of another shape than its parameter.
     """
     own = optimizer.state_dict()["param_groups"]
-    groups = [mine | {"params": saved["params"]} for mine, saved in zip(own, state["param_groups"], strict=True)]
+    pairs = zip(own, state["param_groups"], strict=True)
+    groups = [mine | {"params": saved["params"], "lr": float(saved["lr"])} for mine, saved in pairs]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     known = BUFFERS.get(type(optimizer).__name__)
     for parameter, buffers in optimizer.state.items():
