@@ -1,6 +1,5 @@
 """What a time is, and when one call is the faster of two."""
 
-
 import pytest
 import torch
 from torch import nn
