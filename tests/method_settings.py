@@ -62,9 +62,30 @@ PATTERNED = {
     }.items()
     for pattern in patterns
 }
+STORED = {
+    f"{variant} stored": variant
+    for variant in (
+        "static",
+        "granet",
+        "rigl",
+        "set",
+        "mest",
+        "rigl-itop",
+        "snip",
+        "fixed",
+        "granet layerwise",
+        "granet random",
+        "rigl random",
+        "mest soft",
+        "rigl-itop random",
+        "set by-sign",
+        "rigl 2:4",
+        "granet 4x1",
+    )
+}  # in sparse storage
 every = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def make(variant, **more):
-    variant, _ = PATTERNED.get(variant, (variant, None))
+    variant, _ = PATTERNED.get(STORED.get(variant, variant), (STORED.get(variant, variant), None))
     return METHODS[variant.split()[0]](**VARIANTS[variant], **more)

@@ -18,19 +18,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from math import inf, isfinite
 from typing import TYPE_CHECKING, ClassVar
 
 from granet import distribution, topology
+from granet.criterion import Layer
 from granet.names import did_you_mean
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from granet.criterion import Criterion, Layer
+    from granet.criterion import Criterion
     from granet.methods.base import Method
 
 
@@ -268,8 +269,8 @@ class Pooled(Pattern):
             raise _unable(method, self)
 
     def pooled(self, layer):
-        grad = None if layer.grad is None else self._mean(layer.grad)
-        return replace(layer, weight=self._mean(layer.weight), grad=grad)
+        grad = layer.grad
+        return Layer(self._mean(layer.weight), None if grad is None else self._mean(grad))
 
     def _mean(self, values: Tensor) -> Tensor:
         """The mean of the absolute values of each unit, with the sign of their sum, in float32 at least."""

@@ -12,8 +12,9 @@ from torch import nn
 import granet
 from granet import Probe, Sparsifier
 from granet.selection import unfit
+from granet.sparsifier.sparse_storage import weight as stored
 from granet.topology import count
-from method_settings import PATTERNED, VARIANTS, every, make
+from method_settings import PATTERNED, STORED, VARIANTS, every, make
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -22,7 +23,7 @@ OPTIMIZERS = {
 STEPS = 30
 KEPT = ("dense", "static", "snip", "grasp", "synflow", "fixed")  # methods whose topology training does not change
 both = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-trained = pytest.mark.parametrize("variant", [*VARIANTS, *PATTERNED])
+trained = pytest.mark.parametrize("variant", [*VARIANTS, *PATTERNED, *STORED])
 
 
 def network():
@@ -49,8 +50,9 @@ class Run:
     def __init__(self, variant, optimizer="sgd", seed=0):
         self.model = network()
         probe = Probe(self.model, [batch(-1), batch(-2)])
-        _, pattern = PATTERNED.get(variant, (variant, None))
-        options = {"probe": probe, "pattern": pattern, "skip": unfit(self.model, pattern)}
+        _, pattern = PATTERNED.get(STORED.get(variant, variant), (variant, None))
+        storage = "sparse" if variant in STORED else "dense"
+        options = {"storage": storage, "probe": probe, "pattern": pattern, "skip": unfit(self.model, pattern)}
         method = make(variant)
         if method.sparsity_at(0) is None and not method.reparameterizes:  # it takes over the topology it finds
             for p in self.model.parameters():
@@ -91,8 +93,11 @@ class Run:
 
     def buffers(self, name):
         """All that the optimizer remembers of each weight."""
-        p = dict(self.model.named_parameters())[name]
-        return [v for v in self.optimizer.state[p].values() if torch.is_tensor(v) and v.shape == p.shape]
+        p = self.sparsifier._parameters[name]
+        found = [v for v in self.optimizer.state[p].values() if torch.is_tensor(v) and v.shape == p.shape]
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        shape = stored.shape_of(module)
+        return found if shape is None else [stored.dense(v, module.positions, shape) for v in found]
 
 
 def same(a, b):

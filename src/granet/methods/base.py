@@ -121,6 +121,19 @@ class Method:
     def needs_grad(self) -> bool:
         return self.needs_dense_grad
 
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether updates look at dense gradients of several steps, which are kept from step to step."""
+        return False
+
+    def candidates(self, step: int, active: int) -> int | None:
+        """Returns how many inactive weights a layer can grow at most in an update at `step`.
+
+        A layer that has `active` weights grows those of its largest gradients then, and no other gradient of inactive
+        weights matters. None means that nothing is known.
+        """
+        return None
+
     def drift(
         self,
         step: int,
@@ -252,6 +265,13 @@ class Grows:
     def last_growth(self) -> int:
         """The last step whose update grows weights."""
         raise NotImplementedError
+
+    @property
+    def averages_gradients(self) -> bool:
+        return self.growth == "momentum" or self.accumulate > 1
+
+    def candidates(self, step: int, active: int) -> int | None:
+        return topology.part(self.regeneration_at(step), active)
 
     def gradient_mix(self, step: int) -> tuple[float, float] | None:
         if self.growth == "random" or step > self.last_growth:

@@ -48,6 +48,10 @@ class SNFS(Method):
     def final_counts(self, shapes):
         return sum(self.initial_counts(shapes).values())
 
+    @property
+    def averages_gradients(self):
+        return True
+
     def gradient_mix(self, step):
         return MOMENTUM if step <= Every(self.interval, end=self.total - 1).last else None
 

@@ -25,20 +25,20 @@ from granet.methods.base import Method
 from granet.pattern import Pattern, parse
 from granet.probe import Probe
 from granet.selection import layers_of, refuse, select, units_of
-from granet.sparsifier import masking, ownership, regrowth, state, stepping
+from granet.sparsifier import masking, ownership, sparse_storage, state, stepping
 from granet.sparsifier.attachment import Attachment
 from granet.sparsifier.records import LayerReport, SparsityReport, Update
 from granet.sparsifier.reparameterize import Reparameterization, fold
 from granet.sparsifier.upkeep import Upkeep
-from granet.topology import count
 
 
 class Sparsifier(Upkeep):
     """Makes a model sparse and keeps it so while it trains.
 
     The weights of `model` are masked in place; its parameters, their names and its state dict stay those of the dense
-    model. Until the first step the weights that are masked are kept aside: `load_state_dict` gives them back where its
-    masks are other ones, so that model, optimizer and sparsifier of a run are loaded in any order before that step.
+    model (in sparse storage the state dict does). Until the first step the weights that are masked are kept aside:
+    `load_state_dict` gives them back where its masks are other ones, so that model, optimizer and sparsifier of a run
+    are loaded in any order before that step. In sparse storage they are not, and must come with the model's state.
 
     Args:
         model: the model to train. Make it sparse before the optimizer is built.
@@ -49,6 +49,8 @@ class Sparsifier(Upkeep):
         probe: a `granet.Probe`, for methods that look at gradients before training; the first rank looks, for all.
         masks: masks to start from, by parameter name, instead of those the method would choose.
         pattern: what every mask obeys, `"2:4"`, `"4x1"` or `"channel"`, say; see `granet.pattern`.
+        storage: "dense", or "sparse": linear and convolution layers hold their active weights alone, as a parameter
+            `values`, and so do gradients and optimizers; see `granet.sparsifier.sparse_storage`.
         verify_every: updates between two comparisons of the masks of all ranks; see `verify`. 0 for none.
 
     Attributes:
@@ -90,12 +92,14 @@ class Sparsifier(Upkeep):
         probe: Probe | None = None,
         masks: Mapping[str, Tensor] | None = None,
         pattern: Pattern | str | None = None,
+        storage: str = "dense",
         verify_every: int = 10,
     ):
         checks.require_kinds(model, method, seed=seed, verify_every=verify_every)
         pattern = parse(pattern)
         self._choices = [choice for choice in select(model, only, skip, pattern) if choice.sparse]
         refuse(method, pattern, units_of(self._choices, pattern))
+        sparse_storage.refuse(storage, model, method, self._choices)
         super().__init__(model, pattern, {choice.name: choice.parameter for choice in self._choices})
         self._policy = pattern.policy(method)  # the method, as the pattern has it choose
         self._rng = torch.Generator("cpu").manual_seed(seed)
@@ -112,16 +116,13 @@ class Sparsifier(Upkeep):
         self._set_masks(
             own or state.initial_masks(self._policy, layers_of(self._choices), self._rng, probes, verify_every > 0)
         )
+        if storage == "sparse":
+            self._store()
         if method.reparameterizes:
             self._effective = Reparameterization(model, self._choices, method, self.masks)
             self._set_masks(self.masks)
         self._ever = {name: mask.clone() for name, mask in self.masks.items()}
         self._clear_all()
-
-    @property
-    def exploration(self) -> float:
-        """R_s, the share of the sparse parameters' weights that were ever active (ITOP, Liu et al. 2021)."""
-        return sum(count(mask) for mask in self._ever.values()) / self.total
 
     @property
     def update_due(self) -> bool:
@@ -159,6 +160,7 @@ class Sparsifier(Upkeep):
             raise ValueError("this sparsifier is attached already: call detach() first")
         learned = {} if self._effective is None else self._effective.learned()
         attached = Attachment(optimizers, self._parameters, learned)
+        self._stored.refuse(attached.optimizers)
         ownership.claim(self, self._parameters.values())
         self._attached, self._detached = attached, False
         self._by_hand, self._readied, self._calls_seen = (0, 0), False, {}
@@ -173,6 +175,7 @@ class Sparsifier(Upkeep):
     def __deepcopy__(self, memo):
         other = memo[id(self)] = object.__new__(type(self))
         other.__dict__ |= deepcopy(self.__dict__, memo)
+        other._stored.listen(other)
         if not other._detached:
             ownership.claim(other, other._parameters.values())
         if self._attached is not None and self._attached.hooked:  # torch leaves hooks out of an optimizer's copy
@@ -252,6 +255,7 @@ class Sparsifier(Upkeep):
         if self._mix is not None:
             again = final and self._mix[0] == 0  # the latest one counts, and a mixture is made once
             new = names if again else [name for name in names if name not in self._taken]
+            new = [name for name in new if not (self.method.needs_dense_grad and name in self._stored)]  # it has them
             stepping.keep(self._gradients, {name: self._parameters[name] for name in new}, *self._mix, scale)
             self._taken.update(new)
         replaced = self.update_due and self.method.replaces_step and not self._overdue
@@ -274,8 +278,9 @@ class Sparsifier(Upkeep):
         due = self.update_due
         self.step += 1
         self._taken = set()
+        self._stored.check(self._attached.optimizers)
         if self.method.drifts:
-            self._drift()
+            self._drift(layers_of(self._choices), self._rng)
         if due:
             self._look(everywhere=True)
             self._update()
@@ -285,18 +290,15 @@ class Sparsifier(Upkeep):
         following = self.method.gradient_mix(self.step + 1)
         if following is None or following[0] == 0:
             self._gradients = {}
-
-    def _drift(self) -> None:
-        """Move the active weights as the method says."""
-        lr = stepping.learning_rates(self._attached.optimizers, self._parameters)  # of a frozen parameter 0
-        arguments = layers_of(self._choices), self.masks, self._rng, lr, self._memory
-        for name, change in self.method.drift(self.step, *arguments).items():
-            self._parameters[name].detach().add_(change.mul(self.masks[name]))
+        self._stored.begin_step()
 
     def _layers(self):
-        return layers_of(self._choices, self._gradients) if self._effective is None else self._effective.layers()
+        if self._effective is not None:
+            return self._effective.layers()
+        return layers_of(self._choices, self._gradients) | self._stored.layers(self._gradients)
 
     def _update(self) -> None:
+        self._combine_gradients()
         layers = self._without_masked_gradients(self._layers()) if self.method.needs_dense_grad else self._layers()
         try:
             if self.method.needs_grad and all(layer.grad is None for layer in layers.values()):
@@ -322,10 +324,7 @@ class Sparsifier(Upkeep):
             self._ever[name] |= self.masks[name]
         self.version += self.last_update.changed
         if self.last_update.changed or self._effective is not None:
-            if self._attached is not None:
-                optimizers = self._attached.optimizers
-                regrowth.warm(optimizers, self._parameters, before, self.trained, self._gradients)
-                self._attached.renew()
+            self._carry(old, before)
             self._clear_all()
 
     @torch.no_grad()
@@ -338,8 +337,11 @@ class Sparsifier(Upkeep):
     def fold(self) -> None:
         """Turn the model, and what follows it, into a plain one: parameters become what the network computes with.
 
-        For the end of training by a method that reparameterizes, others do so all along. The topology then stays.
+        For the end of training by a method that reparameterizes, or in sparse storage; the topology then stays. Of
+        sparse storage the dense weights are made again, and optimizers that were made before no longer train them.
         """
+        if self._stored:
+            self._unstore()
         if self._effective is None:
             return
         self.refresh()
@@ -382,6 +384,7 @@ class Sparsifier(Upkeep):
         if self._aside is not None:
             self._aside.give_back(self._parameters)
         self._restore(saved)
+        self._stored.reposition(self.masks)
         self._aside = state.Aside()
         self._clear_all()
 

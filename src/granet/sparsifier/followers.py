@@ -12,7 +12,12 @@ from granet.names import matched
 
 
 def tensors_of(follower, model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of a follower that stand for the named parameters of `model`.
+    """The tensors of a follower that stand for the named parameters of `model`, without gradients; see `held_by`."""
+    return {name: tensor.detach() for name, tensor in held_by(follower, model, names).items()}
+
+
+def held_by(follower, model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The objects themselves that a follower has for the named parameters of `model`.
 
     Raises:
         TypeError: it is nothing that holds tensors.
@@ -41,7 +46,7 @@ def tensors_of(follower, model: nn.Module, names: Iterable[str]) -> dict[str, Te
             raise ValueError(
                 f"{name!r} has shape {there} in {kind}, and {here} in the model: it is no copy of the model"
             )
-    return {name: found[name].detach() for name in names}
+    return {name: found[name] for name in names}
 
 
 def _by_position(tensors: list, parameters: Mapping[str, nn.Parameter], what: str) -> dict[str, Tensor]:

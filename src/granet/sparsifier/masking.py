@@ -127,6 +127,21 @@ class Watch:
         return any(leaks(held([name]), window=window) for name, window in part)
 
 
+def was_masked(grad: Tensor, mask: Tensor) -> bool:
+    """Returns whether the gradients of inactive weights, all of them zero, were masked by other code.
+
+    They are zero as well where an input or an output is dead, or a tap of a kernel meets padding alone. So at least
+    ten must lie where gradients reach other weights of the same input, of the same output and of the same tap.
+    """
+    if grad.ndim < 2 or shards.is_sharded(grad):
+        return False
+    live = (grad != 0).reshape(*grad.shape[:2], -1)
+    inactive = mask.logical_not().reshape(live.shape)
+    for along in ((1, 2), (0, 2), (0, 1)):
+        inactive = inactive & live.any(along, keepdim=True)
+    return int(inactive.sum()) >= 10
+
+
 def _here(work: Work) -> Work:
     """Yields the parts of masks and tensors that lie on this rank; some ranks have none."""
     parts = ((shards.local(mask), [shards.local(tensor) for tensor in tensors]) for mask, tensors in work)

@@ -74,33 +74,53 @@ def warm(
         new: the masks after it.
         gradients: the dense gradients by which weights were grown, where a method looks at them.
     """
-    signed: dict[tuple[int, str], bool] = {}
+    starts = Starts()
     for name, mask in new.items():
         grown = mask > old[name]
         if not count(grown):
             continue
-        n, ratio, grown = count(old[name]), _ratio(gradients.get(name), old[name]), shards.local(grown)
-        for optimizer, group, key, buffer in _buffers(optimizers, parameters[name]):
-            start = STARTS.get(key)
-            if start is None:
-                if (id(optimizer), key) not in signed:
-                    signed[id(optimizer), key] = _is_signed(optimizer, key)
-                start = Start.ZERO if signed[id(optimizer), key] else Start.MEAN
-            if start is Start.ZERO:
-                continue
-            numbers = quantised.numbers(shards.local(buffer))
-            if numbers is None:
-                continue
-            if start is Start.RATE:
-                value = torch.full_like(numbers, float(group["lr"]))
-            else:
-                value = torch.full_like(numbers, _total(numbers, buffer) / n)
-                power = {Start.MEAN: 0, Start.SIZE: 1, Start.SQUARE: 2}[start]
-                value *= (ratio * _part(group)) ** power
-            quantised.put(shards.local(buffer), torch.where(grown, value, numbers))
+        n, ratio, grown = count(old[name]), ratio_of(gradients.get(name), old[name]), shards.local(grown)
+        for optimizer, group, key, buffer in buffers_of(optimizers, parameters[name]):
+            value = starts.of(optimizer, group, key, buffer, n, ratio)
+            if value is not None:
+                numbers = quantised.numbers(shards.local(buffer))
+                quantised.put(shards.local(buffer), torch.where(grown, value, numbers))
 
 
-def _buffers(optimizers: Iterable[Optimizer], parameter: Tensor) -> Iterator[tuple]:
+class Starts:
+    """What the buffers of optimizers hold of weights that have just become active."""
+
+    def __init__(self):
+        self._signed: dict[tuple[int, str], bool] = {}
+
+    def of(
+        self, optimizer: Optimizer, group: Mapping, key: str, buffer, n: int, ratio: Tensor | float
+    ) -> Tensor | None:
+        """Returns the numbers, of the shape of `ratio`; None where they are zero, or cannot be told.
+
+        Args:
+            optimizer: what has the buffer.
+            group: the parameter group of the buffer's parameter.
+            key: the name of the buffer.
+            buffer: it, as it was before weights were grown: zero where they were inactive.
+            n: how many of its numbers belonged to active weights.
+            ratio: see `ratio_of`.
+        """
+        start = STARTS.get(key)
+        if start is None:
+            if (id(optimizer), key) not in self._signed:
+                self._signed[id(optimizer), key] = _is_signed(optimizer, key)
+            start = Start.ZERO if self._signed[id(optimizer), key] else Start.MEAN
+        numbers = None if start is Start.ZERO else quantised.numbers(shards.local(buffer))
+        if numbers is None:
+            return None
+        if start is Start.RATE:
+            return numbers.new_full((), float(group["lr"]))
+        power = {Start.MEAN: 0, Start.SIZE: 1, Start.SQUARE: 2}[start]
+        return numbers.new_full((), _total(numbers, buffer) / n) * (ratio * _part(group)) ** power
+
+
+def buffers_of(optimizers: Iterable[Optimizer], parameter: Tensor) -> Iterator[tuple]:
     """Each buffer of the parameter's shape that holds numbers, with its optimizer, parameter group and name."""
     for optimizer in optimizers:
         state = optimizer.state.get(parameter, {})
@@ -119,8 +139,8 @@ def _part(group: Mapping) -> float:
     return 1.0 if "momentum_decay" in group else 1.0 - float(group.get("betas", (0.0,))[0])
 
 
-def _ratio(grad: Tensor | None, active: Tensor) -> Tensor | float:
-    """The size of each gradient over the root mean square of those of active weights, at least 1; 1 where unknown."""
+def ratio_of(grad: Tensor | None, active: Tensor) -> Tensor | float:
+    """Returns each gradient's size over the root mean square of those of active weights: at least 1; 1 if unknown."""
     if grad is None:
         return 1.0
     squares = grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
@@ -137,7 +157,7 @@ def _is_signed(optimizer: Optimizer, key: str) -> bool:
     """Whether the buffer of that name is negative anywhere: one layer alone may happen to be positive throughout."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            for _, _, name, buffer in _buffers([optimizer], p):
+            for _, _, name, buffer in buffers_of([optimizer], p):
                 if name != key:
                     continue
                 found = bool((quantised.numbers(shards.local(buffer)) < 0).any())

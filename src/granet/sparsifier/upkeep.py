@@ -20,10 +20,12 @@ from granet import checks, shards
 from granet.criterion import Layer
 from granet.methods.base import Method
 from granet.pattern import Pattern
-from granet.sparsifier import followers, masking, state, stepping
+from granet.selection import Choice
+from granet.sparsifier import followers, masking, ownership, regrowth, state, stepping
 from granet.sparsifier.attachment import Attachment
 from granet.sparsifier.records import Update
 from granet.sparsifier.reparameterize import Reparameterization
+from granet.sparsifier.sparse_storage import SparseStorage
 from granet.topology import count
 
 _LOOKS_PER_STEP = 8  # parameters that are checked in each step
@@ -45,11 +47,14 @@ class Upkeep:
     trained: dict[str, Tensor]
     step: int
     last_update: Update | None
+    _choices: list[Choice]
+    _folded: bool
 
     def __init__(self, model: nn.Module, pattern: Pattern, parameters: Mapping[str, nn.Parameter]):
         self.model, self.pattern, self._parameters = model, pattern, dict(parameters)
         self._attached: Attachment | None = None
         self._effective: Reparameterization | None = None  # of a method that reparameterizes, until it is folded
+        self._stored = SparseStorage()  # the layers in sparse storage, whose inactive weights do not exist
         self._ever: dict[str, Tensor] = {}  # the weights that were active at any time so far
         self._gradients: dict[str, Tensor] = {}  # dense ones, gathered from step to step by the method's gradient_mix
         self._taken: set[str] = set()  # parameters whose gradients of the coming step are gathered already
@@ -67,13 +72,67 @@ class Upkeep:
 
     def _set_masks(self, masks: Mapping[str, Tensor], memory: Mapping[str, Tensor] | None = None) -> None:
         """Makes `masks` the current ones, on the devices of the parameters; weights are not cleared yet."""
-        self.masks = {name: masking.like(masks[name], p) for name, p in self._parameters.items()}
+        self.masks = {
+            name: masks[name].to(p.device) if name in self._stored else masking.like(masks[name], p)
+            for name, p in self._parameters.items()
+        }
         self._active = {name: count(mask) for name, mask in self.masks.items()}
         if self._effective is not None:
             self._memory = self._effective.renew(self.masks, memory)
         # where training moves weights: all else is kept clear of gradients, and of what optimizers remember
         self.trained = self.masks if self._effective is None else self._effective.trained()
-        self._masked = {name: mask for name, mask in self.trained.items() if count(mask) < mask.numel()}
+        masked = {name: mask for name, mask in self.trained.items() if name not in self._stored}
+        self._masked = {name: mask for name, mask in masked.items() if count(mask) < mask.numel()}
+
+    def _store(self) -> None:
+        """Puts the layers that can be into sparse storage."""
+        self._stored = SparseStorage.of(self.model, self._choices, self.masks)
+        self._take_over(self._stored.parameters)
+        self._stored.listen(self)
+
+    def _unstore(self) -> None:
+        """Gives layers in sparse storage, and those of followers, dense weights again; the optimizers are let go."""
+        self.detach()
+        dense = self._stored.unstore((self.model, *self._followers))
+        self._stored, self._folded = SparseStorage(), True
+        self._take_over(dense)
+
+    def _take_over(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Goes on with other parameters of the same names, and lets those before go."""
+        self._parameters |= parameters
+        self._choices = [replace(one, parameter=self._parameters[one.name]) for one in self._choices]
+        ownership.claim(self, self._parameters.values())
+        self._set_masks(self.masks)
+
+    def _carry(self, old: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+        """Gives grown weights their places in the optimizers' buffers, and in sparse storage moves all values.
+
+        Args:
+            old: the masks before the update.
+            trained: where training moved weights before it.
+        """
+        optimizers = self._attached.optimizers if self._attached is not None else ()
+        dense = {name: mask for name, mask in self.trained.items() if name not in self._stored}
+        grads = self._gradients if self.method.needs_dense_grad else {}  # those by which weights were grown
+        regrowth.warm(optimizers, self._parameters, trained, dense, grads)
+        self._stored.renew(old, self.masks, optimizers, self._followers)
+        if self._attached is not None:
+            self._attached.renew()
+
+    def _combine_gradients(self) -> None:
+        """Has all ranks look at the same dense gradients of layers in sparse storage."""
+        if cut := self._stored.combine_gradients():
+            self._warn(
+                "cut",
+                f"at step {self.step} the gradient came from several backwards, and that of the step before from one, "
+                f"so of inactive weights of {cut[0]!r} the last one's alone was looked at; later updates look at all",
+            )
+
+    def _drift(self, layers: Mapping[str, Layer], rng: torch.Generator) -> None:
+        """Moves the active weights as the method says."""
+        lr = stepping.learning_rates(self._attached.optimizers, self._parameters)  # of a frozen parameter 0
+        for name, change in self.method.drift(self.step, layers, self.masks, rng, lr, self._memory).items():
+            self._parameters[name].detach().add_(change.mul(self.masks[name]))
 
     def _move(self) -> None:
         """Moves masks, kept gradients and memory to where the parameters are now, after `model.to(device)` say."""
@@ -105,6 +164,11 @@ class Upkeep:
     def active(self) -> int:
         """The number of active weights."""
         return sum(self._active.values())
+
+    @property
+    def exploration(self) -> float:
+        """R_s, the share of the sparse parameters' weights that were ever active (ITOP, Liu et al. 2021)."""
+        return sum(count(mask) for mask in self._ever.values()) / self.total
 
     @property
     def active_units(self) -> int:
@@ -187,7 +251,8 @@ class Upkeep:
     def _clear_copy(self, follower, *, only_look: bool = False) -> None:
         if self._effective is not None:
             return self._effective.put(follower, self._memory)
-        named = followers.tensors_of(follower, self.model, self.masks)
+        self._stored.follow(follower)
+        named = followers.tensors_of(follower, self.model, [name for name in self.masks if name not in self._stored])
         if not only_look:
             masking.clear((masking.like(self.masks[name], named[name]), [named[name]]) for name in self._masked)
 
@@ -227,8 +292,16 @@ class Upkeep:
     def _begin(self) -> None:
         """Runs before the first step: applies the current masks to weights that were loaded since they were made."""
         self._aside = None
-        if masking.leaks(self._weights()):
-            lost = sum(count(shards.local((w != 0) & ~mask)) for mask, (w,) in self._weights())
+        self._stored.check(self._attached.optimizers)
+        lost, unknown = self._stored.begin()
+        if unknown:
+            self._warn(
+                "unknown",
+                f"masks were loaded and {unknown[0]!r} has active weights that never were: they are zero. Load the "
+                "model's state dict too, before the first step",
+            )
+        if lost or masking.leaks(self._weights()):
+            lost += sum(count(shards.local((w != 0) & ~mask)) for mask, (w,) in self._weights())
             self._warn(
                 "loaded",
                 f"{lost:,} weights that the masks call inactive were not zero before the first step, and are lost: "
@@ -243,7 +316,9 @@ class Upkeep:
         grads = {name: layer.grad for name, layer in layers.items() if layer.grad is not None and name in self._masked}
         silent = [name for name, grad in grads.items() if not masking.leaks([(self._masked[name], [grad])])]
         nothing = [name for name in silent if not shards.nonzero(grads[name])]
-        masked = [name for name in silent if name not in nothing and _was_masked(grads[name], self._masked[name])]
+        masked = [
+            name for name in silent if name not in nothing and masking.was_masked(grads[name], self._masked[name])
+        ]
         if masked:
             more = f" and {len(masked) - 1} more" if masked[1:] else ""
             self._warn(
@@ -332,18 +407,3 @@ class Upkeep:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-def _was_masked(grad: Tensor, mask: Tensor) -> bool:
-    """Returns whether the gradients of inactive weights, all of them zero, were masked by other code.
-
-    They are zero as well where an input or an output is dead, or a tap of a kernel meets padding alone. So at least
-    ten must lie where gradients reach other weights of the same input, of the same output and of the same tap.
-    """
-    if grad.ndim < 2 or shards.is_sharded(grad):
-        return False
-    live = (grad != 0).reshape(*grad.shape[:2], -1)
-    inactive = mask.logical_not().reshape(live.shape)
-    for along in ((1, 2), (0, 2), (0, 1)):
-        inactive = inactive & live.any(along, keepdim=True)
-    return int(inactive.sum()) >= 10

@@ -1,0 +1,346 @@
+"""The layers of a model that a sparsifier keeps in sparse storage, and what moves with their weights.
+
+Where the topology changes, the values of a layer are put in the order of its new positions, and so is everything that
+lies beside them one for one: the optimizers' buffers, gradients, and averages of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from math import prod
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from granet import shards
+from granet.criterion import Layer
+from granet.methods.base import Method
+from granet.names import matched, unknown
+from granet.ranks import current
+from granet.selection import Choice
+from granet.sparsifier import followers
+from granet.sparsifier.regrowth import Starts, buffers_of, ratio_of
+from granet.sparsifier.sparse_storage import weight as stored
+from granet.sparsifier.sparse_storage.gradients import Gradient, Gradients
+
+STORAGES = ("dense", "sparse")
+MATRICES = ("Muon", "Shampoo", "SOAP", "LBFGS", "KFAC", "GaLore")  # in the names of optimizers that need whole weights
+
+
+class StoredLayer:
+    """A layer in sparse storage as a method sees it: as a `granet.criterion.Layer`, made dense when it is looked at."""
+
+    effective = None
+
+    def __init__(self, module: nn.Module, kept: Tensor | None, gradient: Gradient | None):
+        self._module, self._kept, self._gradient = module, kept, gradient
+        self.shape = torch.Size(stored.shape_of(module))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight."""
+        return stored.dense(self._module.values, self._module.positions, self.shape)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The dense gradient, zero where it does not count."""
+        if self._gradient is not None:
+            return self._gradient.dense()
+        return None if self._kept is None else stored.dense(self._kept, self._module.positions, self.shape)
+
+    def numel(self) -> int:
+        """The number of weights, active or not."""
+        return self.shape.numel()
+
+    def flat(self) -> Layer:
+        """The layer with one dimension."""
+        return Layer(self.weight, self.grad).flat()
+
+    def parts(self, size: int) -> Iterable[Layer]:
+        """The flat layer in consecutive pieces of at most `size` weights."""
+        return Layer(self.weight, self.grad).parts(size)
+
+
+class SparseStorage:
+    """The layers of a model in sparse storage, by the names of their dense weights. Without arguments there are none.
+
+    Args:
+        model: the model.
+        modules: the layers, by the names of their weights in the model.
+    """
+
+    def __init__(self, model: nn.Module | None = None, modules: Mapping[str, nn.Module] | None = None):
+        self.model, self.modules = model, dict(modules or {})
+        self._unknown: set[str] = set()  # layers with places whose weights were neither trained here nor loaded
+        self._checked = False
+        self._fixed_size = current().world > 1  # DistributedDataParallel does not follow another size
+        self._gradients: Gradients | None = None
+        self._hooks: list = []
+
+    @classmethod
+    def of(cls, model: nn.Module, choices: Iterable[Choice], masks: Mapping[str, Tensor]) -> SparseStorage:
+        """Returns the storage of a model whose linear and convolution layers from now on hold active weights alone."""
+        modules = {
+            one.name: model.get_submodule(one.name.rpartition(".")[0])
+            for one in choices
+            if not reason_for_dense(model, one)
+        }
+        for name, module in modules.items():
+            stored.store(module, masks[name])
+        return cls(model, modules)
+
+    def unstore(self, models: Iterable[object]) -> dict[str, nn.Parameter]:
+        """Gives all layers of the models dense weights again, and returns those of the first by name."""
+        for model in models:
+            for module in model.modules() if isinstance(model, nn.Module) else ():
+                if stored.shape_of(module) is not None:
+                    stored.unstore(module)
+        return {name: module.weight for name, module in self.modules.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.modules
+
+    def __bool__(self) -> bool:
+        return bool(self.modules)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters with the active values."""
+        return {name: module.values for name, module in self.modules.items()}
+
+    def listen(self, sparsifier) -> None:
+        """Has what an update of the sparsifier needs of the dense gradients kept, in the backwards before it."""
+        mine, owner = ref(self), ref(sparsifier)
+        unstructured = str(sparsifier.pattern) == "unstructured"
+
+        def candidates(active: int) -> int | None:
+            return owner().method.candidates(owner().step + 1, active) if unstructured else None
+
+        self._gradients = Gradients(candidates, lambda name: owner().masks[name], alone=current().world == 1)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for name, module in self.modules.items():
+
+            def add(module: nn.Module, grad: Tensor, name: str = name) -> None:
+                if (storage := mine()) is not None and owner() is not None:
+                    storage._gradients.add(name, module, grad)
+
+            def due(module: nn.Module, add: Callable = add) -> Callable | None:
+                return add if (one := owner()) is not None and one.attached and one.dense_grad_due else None
+
+            def count(_: Tensor, name: str = name) -> None:
+                if (storage := mine()) is not None:
+                    storage._gradients.count(name)
+
+            stored.listen(module, due)
+            if module.values.requires_grad:
+                self._hooks.append(module.values.register_post_accumulate_grad_hook(count))
+
+    def __deepcopy__(self, memo: dict) -> SparseStorage:
+        other = memo[id(self)] = SparseStorage(deepcopy(self.model, memo), deepcopy(self.modules, memo))
+        other._unknown, other._checked, other._fixed_size = set(self._unknown), self._checked, self._fixed_size
+        return other
+
+    def layers(self, kept: Mapping[str, Tensor]) -> dict[str, StoredLayer]:
+        """Returns the layers, with the gradients of this step; `kept` has those of active weights alone."""
+        found = self._gradients.found if self._gradients else {}
+        return {name: StoredLayer(m, kept.get(name), found.get(name)) for name, m in self.modules.items()}
+
+    def combine_gradients(self) -> list[str]:
+        """Takes the mean of the dense gradients over all ranks, which call this together.
+
+        Returns the layers of which the gradient is that of the last of several backwards, outside of some candidates.
+        """
+        if self._gradients is None:
+            return []
+        ranks, found = current(), self._gradients.found
+        for name, module in self.modules.items() if ranks.world > 1 else ():
+            if ranks.any(name in found):
+                shape = stored.shape_of(module)
+                zero = Gradient(shape, torch.zeros(prod(shape), device=module.values.device))
+                ranks.mean_([found.setdefault(name, zero).values])
+        return sorted(self._gradients.cut)
+
+    def begin_step(self) -> None:
+        """Forgets the dense gradients: the step that they belong to is complete."""
+        if self._gradients is not None:
+            self._gradients.begin()
+
+    def begin(self) -> tuple[int, list[str]]:
+        """Runs before the first step: drops what was loaded outside of the masks.
+
+        Returns how many weights that is, and the layers with weights that are active and were never given.
+        """
+        unknown = sorted(name for name in self._unknown if not stored.was_loaded(self.modules[name]))
+        lost = sum(stored.forget_loaded(module) for module in self.modules.values())
+        self._unknown = set()
+        return lost, unknown
+
+    def reposition(self, masks: Mapping[str, Tensor]) -> None:
+        """Has the layers hold the weights at the places of loaded masks; what optimizers have stays as it is."""
+        for name, module in self.modules.items():
+            known = stored.reposition(module, masks[name], fixed=self._fixed_size)
+            (self._unknown.discard if known else self._unknown.add)(name)
+
+    def refuse(self, optimizers: Iterable[Optimizer]) -> None:
+        """Raises ValueError if an optimizer needs whole weights, or remembers what cannot follow their values."""
+        for optimizer in optimizers if self.modules else ():
+            kind = type(optimizer).__name__
+            if any(part.lower() in kind.lower() for part in MATRICES):
+                raise ValueError(
+                    f"{kind} needs the matrix shape of weights, or remembers all of them as one, and layers in sparse "
+                    "storage have values in a row: use SGD, AdamW or another optimizer that treats each weight by "
+                    'itself, or storage="dense"'
+                )
+
+    def check(self, optimizers: Iterable[Optimizer]) -> None:
+        """Raises ValueError if an optimizer keeps what cannot follow the values; looks until its state is there."""
+        if self._checked or not self.modules:
+            return
+        self._checked = any(optimizer.state for optimizer in optimizers)
+        for optimizer in optimizers:
+            for name, module in self.modules.items():
+                for key, buffer in optimizer.state.get(module.values, {}).items():
+                    if isinstance(buffer, Tensor) and buffer.numel() > 1 and buffer.shape != module.values.shape:
+                        raise ValueError(
+                            f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(buffer.shape)} for the "
+                            f"{len(module.values)} active weights of {name!r}, which cannot follow them when the "
+                            'topology changes: use another optimizer, or storage="dense"'
+                        )
+
+    def follow(self, follower: object) -> dict[str, tuple[Tensor, nn.Module | None]]:
+        """Returns a follower's values of every layer, and the layer they belong to if the follower is a module.
+
+        Raises:
+            TypeError: it is nothing that holds tensors.
+            ValueError: it has no values of one of the layers.
+        """
+        if not self.modules:
+            return {}
+        names = {f"{name.removesuffix('weight')}values": name for name in self.modules}
+        tensors = followers.held_by(follower, self.model, names)
+        if not isinstance(follower, nn.Module):
+            return {names[key]: (tensor, None) for key, tensor in tensors.items()}
+        found = matched(names, [key for key, _ in follower.named_parameters()])
+        return {
+            names[key]: (module.values, module)
+            for key, other in found.items()
+            for module in [follower.get_submodule(other.rpartition(".")[0])]
+        }
+
+    @torch.no_grad()
+    def renew(
+        self,
+        old: Mapping[str, Tensor],
+        new: Mapping[str, Tensor],
+        optimizers: Iterable[Optimizer],
+        followers: Iterable[object],
+    ) -> None:
+        """Moves the values of every layer whose mask has changed, and what lies beside them.
+
+        Grown weights start from zero, and in the optimizers' buffers as `granet.sparsifier.regrowth` says.
+
+        Args:
+            old: the masks before the update.
+            new: the masks after it.
+            optimizers: those that hold the values.
+            followers: averages of the weights; see `Upkeep.follow`.
+        """
+        starts, layers, optimizers = Starts(), self.layers({}), list(optimizers)
+        averages = [self.follow(follower) for follower in followers]
+        for name, module in self.modules.items():
+            if new[name] is old[name] or torch.equal(new[name], old[name]):
+                continue
+            values, move = module.values, Move(old[name], new[name], len(module.values) if self._fixed_size else None)
+            ratio = ratio_of(layers[name].grad, old[name]) if move.grown.any() else 1.0
+            ratio = ratio[new[name]] if isinstance(ratio, Tensor) else ratio
+            for optimizer, group, key, buffer in buffers_of(optimizers, values):
+                if not isinstance(buffer, Tensor):
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps {key!r} as codes in blocks of many weights, which cannot "
+                        'follow values in sparse storage: use another optimizer, or storage="dense"'
+                    )
+                start = starts.of(optimizer, group, key, buffer, move.before, ratio) if move.grown.any() else None
+                optimizer.state[values][key] = move(buffer, start)
+            for one in averages:
+                tensor, copy = one[name]
+                stored.put(tensor, move(tensor))
+                if copy is not None:
+                    copy.positions = move.positions.to(tensor.device)
+            moved, grad = move(values.detach()), None if values.grad is None else move(values.grad)
+            stored.place(module, moved, move.positions)
+            values.grad = grad
+
+
+class Move:
+    """From the active weights of one mask, in order, to those of another.
+
+    Attributes:
+        before: the number of active weights before.
+        positions: the flat indices of those after.
+        grown: which of these were not active before.
+    """
+
+    def __init__(self, old: Tensor, new: Tensor, size: int | None):
+        was, now = stored.positions_of(old), stored.positions_of(new)
+        self.before, self.positions, self._size = len(was), now, size or len(now)
+        self._kept = new.reshape(-1)[was.long()]
+        self.grown = ~old.reshape(-1)[now.long()]
+
+    def __call__(self, numbers: Tensor, start: Tensor | None = None) -> Tensor:
+        """Returns the numbers of all active weights afterwards; those of grown ones are `start`, zero if None."""
+        moved = numbers.new_zeros(self._size)
+        here = moved[: len(self.positions)]
+        here[~self.grown] = numbers[: self.before][self._kept]
+        if start is not None:
+            here[self.grown] = start.to(numbers.dtype).expand(len(here))[self.grown]
+        return moved
+
+
+def reason_for_dense(model: nn.Module, choice: Choice) -> str:
+    """Returns why a sparse parameter stays in dense storage; an empty string for one that is stored sparse."""
+    path, _, leaf = choice.name.rpartition(".")
+    module = model.get_submodule(path)
+    if choice.aliases:
+        return f"it is also {choice.aliases[0]!r}"
+    if isinstance(module, parametrize.ParametrizationList) or parametrize.is_parametrized(module):
+        return "it is under a parametrization"
+    if leaf != "weight" or not isinstance(module, stored.LAYERS):
+        return f"sparse storage has linear and convolution layers, not {leaf!r} of {type(module).__name__}"
+    if shards.is_sharded(choice.parameter):
+        return "it is sharded over ranks"
+    if type(choice.parameter) is not nn.Parameter:
+        return f"its weight is a {type(choice.parameter).__name__}"
+    if "forward" in vars(module):
+        return "its forward was exchanged"
+    return ""
+
+
+def refuse(storage: str, model: nn.Module, method: Method, choices: Iterable[Choice]) -> None:
+    """Rejects a storage that does not exist, and what cannot train in sparse storage.
+
+    Raises:
+        ValueError: says which of storage, method and layers it is, and what to do.
+    """
+    if storage not in STORAGES:
+        raise ValueError(unknown("storage", storage, STORAGES))
+    if storage == "dense":
+        return
+    kind, instead = type(method).__name__, 'use storage="dense"'
+    if method.reparameterizes or method.drifts or method.remembers:
+        raise ValueError(f"{kind} needs all weights at every step, and sparse storage has the active ones: {instead}")
+    if method.averages_gradients:
+        raise ValueError(
+            f"{kind} averages the dense gradients of several steps here, which take the memory of dense weights: "
+            f'{instead}, or choose growth="gradient" and accumulate=1'
+        )
+    if not method.needs_probe and method.sparsity_at(0) == 0:
+        raise ValueError(f"{kind} starts dense here, which takes more memory in sparse storage: {instead}")
+    reasons = [(one.name, reason_for_dense(model, one)) for one in choices]
+    if all(why for _, why in reasons):
+        raise ValueError(f"no layer can be in sparse storage ({reasons[0][0]!r}: {reasons[0][1]}): {instead}")

@@ -1,0 +1,412 @@
+"""Sparse storage trains what dense storage trains: the same masks and weights, whatever the loop does."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import granet
+from granet import Sparsifier
+from granet.sparsifier.sparse_storage import is_stored
+from granet.sparsifier.sparse_storage import weight as stored
+
+METHODS = {
+    "static": granet.Static(sparsity=0.8),
+    "set": granet.SET(sparsity=0.8, total=24, interval=4),
+    "rigl": granet.RigL(sparsity=0.8, end=24, interval=4),
+    "rigl-itop": granet.RigLITOP(sparsity=0.8, total=24, interval=4),
+    "mest": granet.MEST(sparsity=0.8, halve=9, end=18, interval=4),
+    "granet": granet.GraNet(sparsity=0.9, initial_sparsity=0.5, end=16, total=24, interval=4),
+}
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.001, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+}
+STEPS = 24
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=2), nn.ReLU(),
+        nn.Flatten(2), nn.Conv1d(8, 6, 1), nn.Flatten(), nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 5),
+    )  # fmt: skip
+
+
+def batch(step):
+    rng = torch.Generator().manual_seed(100 + step)
+    return torch.randn(16, 1, 8, 8, generator=rng), torch.randint(0, 5, (16,), generator=rng)
+
+
+class Training:
+    def __init__(self, storage, method, optimizer="sgd", seed=0, **options):
+        self.model = network()
+        self.sparsifier = Sparsifier(self.model, METHODS.get(method, method), storage=storage, seed=seed, **options)
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.sparsifier.attach(self.optimizer)
+
+    def loss(self, part=slice(None)):
+        x, y = batch(self.sparsifier.step)
+        return F.cross_entropy(self.model(x[part]), y[part])
+
+    def step(self, times=1):
+        for _ in range(times):
+            self.loss().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self
+
+
+def pair(method, optimizer="sgd", **options):
+    return [Training(storage, method, optimizer, **options) for storage in ("dense", "sparse")]
+
+
+def assert_equal(a, b, *, rounded=False):
+    """Equal to the bit; `rounded`: but for the last one, where a fused kernel computes the rest of a vector apart."""
+    assert all(torch.equal(mask, b.sparsifier.masks[name]) for name, mask in a.sparsifier.masks.items())
+    one, other = a.model.state_dict(), b.model.state_dict()
+    assert list(one) == list(other)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]) or (rounded and torch.allclose(value, other[name], atol=1e-6)), name
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_and_weights_are_those_of_dense_storage_after_every_step(method, optimizer):
+    dense, sparse = pair(method, optimizer)
+    for _ in range(STEPS):
+        assert_equal(dense.step(), sparse.step(), rounded="fused" in optimizer)
+    assert dense.sparsifier.version == sparse.sparsifier.version
+    assert (method == "static") == (sparse.sparsifier.version == 0)
+
+
+def test_parameters_gradients_and_buffers_are_as_many_as_active_weights():
+    run = Training("sparse", "granet", "adamw")
+    for _ in range(STEPS):
+        run.loss().backward()
+        for name, values in run.sparsifier._parameters.items():
+            assert values.shape == values.grad.shape == (run.sparsifier.counts[name],)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        for name, values in run.sparsifier._parameters.items():
+            buffers = [b for b in run.optimizer.state[values].values() if b.numel() > 1]
+            assert len(buffers) == 2 and all(b.shape == values.shape for b in buffers)
+            assert values.shape == (run.sparsifier.counts[name],)
+    assert run.sparsifier.active == granet.distribution.budget(run.sparsifier.total, 0.1)
+    assert {id(p) for p in run.model.parameters()} >= {id(p) for p in run.sparsifier._parameters.values()}
+
+
+def test_a_module_shows_its_dense_weight_and_state_dict():
+    dense, sparse = pair("static")
+    layer, twin = sparse.model[8], dense.model[8]
+    assert isinstance(layer, nn.Linear) and str(layer) == str(twin)
+    assert torch.equal(layer.weight, twin.weight) and layer.weight.shape == (40, 24)
+    assert list(dict(layer.named_parameters())) == ["values", "bias"]
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    layer.weight.square().sum().backward()  # gradients flow through it, wherever it is read
+    assert torch.equal(layer.values.grad, 2 * layer.values.detach())
+    assert list(sparse.model.state_dict()) == list(network().state_dict())
+
+
+@pytest.mark.parametrize("order", ["model, optimizer, sparsifier", "sparsifier, optimizer, model"])
+@pytest.mark.parametrize("method", ["rigl", "granet"])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(method, order):
+    whole = Training("sparse", method, "adamw").step(10)
+    file = io.BytesIO()
+    torch.save({name: getattr(whole, name).state_dict() for name in ("model", "optimizer", "sparsifier")}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed = Training("sparse", method, "adamw", seed=7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in order.split(", "):
+            getattr(resumed, name).load_state_dict(state[name])
+        assert_equal(whole, resumed)
+        for _ in range(STEPS - 10):
+            assert_equal(whole.step(), resumed.step())
+
+
+def test_dense_checkpoints_of_a_model_and_its_masks_go_on_in_sparse_storage():
+    dense = Training("dense", "rigl").step(10)
+    sparse = Training("sparse", "rigl", seed=3)
+    sparse.model.load_state_dict(dense.model.state_dict())
+    sparse.sparsifier.load_state_dict(dense.sparsifier.state_dict())
+    assert_equal(dense, sparse)
+
+
+def test_an_optimizer_state_of_dense_storage_is_refused_before_the_first_step():
+    dense, sparse = (one.step(3) if one is None else one for one in pair("rigl", "adamw"))
+    dense.step(3)
+    sparse.optimizer.load_state_dict(dense.optimizer.state_dict())
+    sparse.loss().backward()
+    with pytest.raises(ValueError, match=r"AdamW keeps 'exp_avg' of shape .* cannot follow"):
+        sparse.optimizer.step()
+
+
+def test_what_is_loaded_beside_the_masks_is_lost_with_a_warning():
+    run = Training("sparse", "static")
+    run.model.load_state_dict(network().state_dict())
+    with pytest.warns(RuntimeWarning, match=r"weights that the masks call inactive were not zero .* are lost"):
+        run.step()
+
+
+def test_masks_that_were_loaded_without_their_weights_are_warned_of():
+    other = Training("sparse", "rigl", seed=5)
+    run = Training("sparse", "rigl")
+    run.sparsifier.load_state_dict(other.sparsifier.state_dict())
+    with pytest.warns(RuntimeWarning, match="active weights that never were"):
+        run.step()
+
+
+def test_a_state_dict_of_another_shape_is_an_error_as_in_torch():
+    run = Training("sparse", "static")
+    state = run.model.state_dict()
+    with pytest.raises(RuntimeError, match=r"size mismatch for 8.weight"):
+        run.model.load_state_dict(state | {"8.weight": torch.zeros(3, 3)})
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "8.weight"'):
+        run.model.load_state_dict({k: v for k, v in state.items() if k != "8.weight"})
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "8.values"'):
+        run.model.load_state_dict(state | {"8.values": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("method", ["rigl", "granet"])
+def test_accumulated_gradients_grow_what_dense_storage_grows(method):
+    runs = pair(method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(STEPS):
+            for run in runs:
+                for part in (slice(0, 8), slice(8, 16)):
+                    (run.loss(part) / 2).backward()
+                run.optimizer.step()
+                run.optimizer.zero_grad(set_to_none=False)
+            assert_equal(*runs)
+
+
+def test_a_backward_that_is_thrown_away_does_not_count():
+    """As in sharpness-aware training: the second gradient of a step is the one that counts."""
+    runs = pair("rigl")
+    for _ in range(STEPS):
+        for run in runs:
+            (-run.loss()).backward()
+            run.optimizer.zero_grad()
+            run.loss().backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        assert_equal(*runs)
+
+
+def test_a_first_step_in_two_parts_where_one_was_expected_is_warned_of():
+    run = Training("sparse", "rigl").step(3)
+    for part in (slice(0, 8), slice(8, 16)):
+        (run.loss(part) / 2).backward()
+    with pytest.warns(RuntimeWarning, match="several backwards"):
+        run.optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["rigl", "granet"])
+def test_under_bfloat16_autocast_weights_are_those_of_dense_storage(method):
+    runs = pair(method)
+    for _ in range(STEPS):
+        for run in runs:
+            x, y = batch(run.sparsifier.step)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = F.cross_entropy(run.model(x), y)
+            loss.backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        assert_equal(*runs)
+
+
+def test_clipping_and_averages_follow():
+    runs = pair("granet", "adamw")
+    averages, lists, dicts = [], [], []
+    for run in runs:
+        averages.append(AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.9)))
+        lists.append([p.detach().clone() for p in run.model.parameters()])
+        dicts.append({name: p.detach().clone() for name, p in run.model.named_parameters()})
+        for follower in (averages[-1], lists[-1], dicts[-1]):
+            run.sparsifier.follow(follower)
+    for _ in range(STEPS):
+        for run, average, listed, named in zip(runs, averages, lists, dicts, strict=True):
+            run.loss().backward()
+            norm = run.sparsifier.clip_grad_norm_(0.5)
+            assert norm > 0
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            average.update_parameters(run.model)
+            for follower in (listed, named.values()):
+                for mine, p in zip(follower, run.model.parameters(), strict=True):
+                    mine.lerp_(p.detach(), 0.1)
+        assert_equal(*runs)
+        one, other = (average.module.state_dict() for average in averages)
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=0, atol=0)
+    active = runs[1].sparsifier.counts["8.weight"]
+    for name, at in (("8.values", "8.weight"),):
+        assert dicts[1][name].shape == (active,)
+        module = runs[1].model[8]
+        whole = stored.dense(dicts[1][name], module.positions, stored.shape_of(module))
+        assert torch.equal(whole, dicts[0][at])
+    assert [tuple(t.shape) for t in lists[1]] == [tuple(p.shape) for p in runs[1].model.parameters()]
+
+
+def test_a_graph_that_lives_on_does_not_hinder_an_update_that_shrinks_the_values():
+    run = Training("sparse", "granet")
+    losses = []
+    for _ in range(STEPS):
+        losses.append(run.loss())
+        losses[-1].backward(retain_graph=True)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    assert run.sparsifier.active < 0.2 * run.sparsifier.total
+
+
+def test_values_that_change_between_forward_and_backward_are_an_error():
+    run = Training("sparse", "static")
+    loss = run.loss()
+    with torch.no_grad():
+        run.model[8].values.add_(1)
+    with pytest.raises(RuntimeError, match="changed between its forward and its backward"):
+        loss.backward()
+
+
+def test_second_derivatives_are_those_of_dense_storage():
+    grads = []
+    for run in pair("static"):
+        (first,) = torch.autograd.grad(run.loss(), [run.model[8].bias], create_graph=True)
+        first.square().sum().backward()
+        grads.append(run.model[3].bias.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_torch_func_computes_gradients():
+    run = Training("sparse", "static")
+    x, y = batch(0)
+    run.model.eval()
+    parameters = {name: p.detach() for name, p in run.model.named_parameters()}
+
+    def loss(parameters, x, y):
+        return F.cross_entropy(torch.func.functional_call(run.model, parameters, (x[None],)), y[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+    for name, p in run.model.named_parameters():
+        (grad,) = torch.autograd.grad(F.cross_entropy(run.model(x), y), p)
+        torch.testing.assert_close(each[name].mean(0), grad, rtol=1e-4, atol=1e-6)
+
+
+def test_one_dense_weight_at_a_time():
+    """What autograd keeps for the backward is the values, not the dense weights."""
+    run = Training("sparse", "static")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        run.loss().backward()
+    assert (40, 24) not in kept and (24, 40) not in kept and (5, 40) not in kept
+
+
+def test_attention_reads_the_dense_weight_of_its_projection():
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(16, 2, batch_first=True)
+    dense, sparse = copy.deepcopy(model), model
+    one, other = (
+        Sparsifier(m, granet.RigL(sparsity=0.5, end=20, interval=2), storage=s)
+        for m, s in ((dense, "dense"), (sparse, "sparse"))
+    )
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (dense, sparse)]
+    for sparsifier, optimizer in zip((one, other), optimizers, strict=True):
+        sparsifier.attach(optimizer)
+    assert "in_proj_weight" in one.masks and list(other._stored.modules) == ["out_proj.weight"]
+    for step in range(10):
+        x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(step))
+        for m, optimizer in zip((dense, sparse), optimizers, strict=True):
+            m(x, x, x)[0].square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, value in dense.state_dict().items():
+            torch.testing.assert_close(value, sparse.state_dict()[name])
+    assert one.version == other.version > 0
+
+
+def test_fold_gives_a_plain_model():
+    run = Training("sparse", "rigl").step(6)
+    state, x = run.model.state_dict(), batch(0)[0]
+    y = run.model.eval()(x)
+    run.sparsifier.fold()
+    assert not is_stored(run.model) and type(run.model[8]) is nn.Linear
+    assert list(run.model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in run.model.state_dict().items())
+    assert torch.equal(run.model(x), y)
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    run.sparsifier.attach(optimizer)
+    F.cross_entropy(run.model(x), batch(0)[1]).backward()
+    optimizer.step()
+    assert not run.model[8].weight[~run.sparsifier.masks["8.weight"]].any()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (granet.STR(s_init=-3.0, interval=4), "needs all weights"),
+        (granet.DeepR(sparsity=0.8), "needs all weights"),
+        (granet.GMP(sparsity=0.9, end=10), "starts dense"),
+        (granet.GraNet(sparsity=0.9, initial_sparsity=0.0, end=10, total=20), "starts dense"),
+        (granet.RigL(sparsity=0.8, end=9, growth="momentum"), "averages the dense gradients"),
+        (granet.RigL(sparsity=0.8, end=9, accumulate=4), "averages the dense gradients"),
+        (granet.SNFS(sparsity=0.8, total=9), "averages the dense gradients"),
+    ],
+)
+def test_methods_that_need_dense_weights_are_refused(method, message):
+    model = network()
+    with pytest.raises(ValueError, match=rf'{type(method).__name__}.*{message}.*storage="dense"'):
+        Sparsifier(model, method, storage="sparse")
+    assert not is_stored(model)
+
+
+def test_other_bad_input_is_refused():
+    with pytest.raises(ValueError, match=r"storage 'spares'.*sparse"):
+        Sparsifier(network(), METHODS["rigl"], storage="spares")
+    with pytest.raises(ValueError, match="no layer can be in sparse storage"):
+        Sparsifier(nn.LSTM(8, 8), METHODS["rigl"], storage="sparse")
+    model = network()
+    sparsifier = Sparsifier(model, METHODS["rigl"], storage="sparse")
+    with pytest.raises(ValueError, match=r'LBFGS needs the matrix shape .* storage="dense"'):
+        sparsifier.attach(torch.optim.LBFGS(model.parameters()))
+    dense_copy = network()
+    with pytest.raises(ValueError, match=r"'0\.values'"):
+        sparsifier.follow(dense_copy)
+
+
+def test_layers_that_cannot_be_stored_stay_dense():
+    shared = nn.Linear(12, 12)
+    model = nn.Sequential(
+        shared, nn.ReLU(), nn.Linear(12, 12), nn.utils.parametrizations.weight_norm(nn.Linear(12, 12))
+    )
+    model[2].weight = shared.weight
+    model.append(nn.Linear(12, 3))
+    sparsifier = Sparsifier(model, granet.Static(sparsity=0.5), storage="sparse")
+    assert list(sparsifier._stored.modules) == ["4.weight"]
+    assert "0.weight" in sparsifier.masks and not model[0].weight[~sparsifier.masks["0.weight"]].any()
+
+
+def test_a_gradient_that_is_not_finite_grows_nothing_and_loses_nothing():
+    run = Training("sparse", "rigl-itop").step(3)
+    before = {name: mask.clone() for name, mask in run.sparsifier.masks.items()}
+    (run.loss() * float("nan")).backward()
+    for p in run.model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.warns(RuntimeWarning, match="skipped, to be tried again"):
+        run.optimizer.step()
+    assert all(torch.equal(mask, before[name]) for name, mask in run.sparsifier.masks.items())
+    run.optimizer.zero_grad()
+    run.step()
+    assert run.sparsifier.version == 1
