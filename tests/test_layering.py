@@ -155,6 +155,7 @@ def test_every_module_has_a_test():
         "base": "every_method",
         "recipes": "recipe",
         "records": "core",
+        "sparse_storage": "storage",
         "optimizer": "trainer",
         "sections": "recipe",
         "images": "trainer",

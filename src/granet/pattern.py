@@ -24,14 +24,13 @@ from math import inf, isfinite
 from typing import TYPE_CHECKING, ClassVar
 
 from granet import distribution, topology
-from granet.criterion import Layer
 from granet.names import did_you_mean
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from granet.criterion import Criterion
+    from granet.criterion import Criterion, Layer
     from granet.methods.base import Method
 
 
@@ -269,6 +268,8 @@ class Pooled(Pattern):
             raise _unable(method, self)
 
     def pooled(self, layer):
+        from granet.criterion import Layer  # imports torch, which recipes do without
+
         grad = layer.grad
         return Layer(self._mean(layer.weight), None if grad is None else self._mean(grad))
 

@@ -81,8 +81,8 @@ class Upkeep:
             self._memory = self._effective.renew(self.masks, memory)
         # where training moves weights: all else is kept clear of gradients, and of what optimizers remember
         self.trained = self.masks if self._effective is None else self._effective.trained()
-        masked = {name: mask for name, mask in self.trained.items() if name not in self._stored}
-        self._masked = {name: mask for name, mask in masked.items() if count(mask) < mask.numel()}
+        dense = {name: mask for name, mask in self.trained.items() if name not in self._stored}
+        self._masked = {name: mask for name, mask in dense.items() if count(mask) < mask.numel()}
 
     def _store(self) -> None:
         """Puts the layers that can be into sparse storage."""
@@ -93,9 +93,9 @@ class Upkeep:
     def _unstore(self) -> None:
         """Gives layers in sparse storage, and those of followers, dense weights again; the optimizers are let go."""
         self.detach()
-        dense = self._stored.unstore((self.model, *self._followers))
-        self._stored, self._folded = SparseStorage(), True
+        dense, self._stored = self._stored.unstore((self.model, *self._followers)), SparseStorage()
         self._take_over(dense)
+        self._folded = True
 
     def _take_over(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Goes on with other parameters of the same names, and lets those before go."""
@@ -121,12 +121,7 @@ class Upkeep:
 
     def _combine_gradients(self) -> None:
         """Has all ranks look at the same dense gradients of layers in sparse storage."""
-        if cut := self._stored.combine_gradients():
-            self._warn(
-                "cut",
-                f"at step {self.step} the gradient came from several backwards, and that of the step before from one, "
-                f"so of inactive weights of {cut[0]!r} the last one's alone was looked at; later updates look at all",
-            )
+        self._warn("cut", self._stored.combine_gradients())
 
     def _drift(self, layers: Mapping[str, Layer], rng: torch.Generator) -> None:
         """Moves the active weights as the method says."""
@@ -293,13 +288,8 @@ class Upkeep:
         """Runs before the first step: applies the current masks to weights that were loaded since they were made."""
         self._aside = None
         self._stored.check(self._attached.optimizers)
-        lost, unknown = self._stored.begin()
-        if unknown:
-            self._warn(
-                "unknown",
-                f"masks were loaded and {unknown[0]!r} has active weights that never were: they are zero. Load the "
-                "model's state dict too, before the first step",
-            )
+        lost, text = self._stored.begin()
+        self._warn("unknown", text)
         if lost or masking.leaks(self._weights()):
             lost += sum(count(shards.local((w != 0) & ~mask)) for mask, (w,) in self._weights())
             self._warn(
@@ -403,7 +393,7 @@ class Upkeep:
             self._warn("unattached", "An optimizer " + _NOT_ATTACHED)
 
     def _warn(self, kind: str, message: str) -> None:
-        """Warns once for each kind of warning."""
-        if kind not in self._warned:
+        """Warns once for each kind of warning; an empty message is none."""
+        if message and kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, RuntimeWarning, stacklevel=4)

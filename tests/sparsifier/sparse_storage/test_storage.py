@@ -1,11 +1,11 @@
 """Sparse storage trains what dense storage trains: the same masks and weights, whatever the loop does."""
 
-import copy
 import io
 import warnings
 
 import pytest
 import torch
+from stored_training import METHODS, OPTIMIZERS, STEPS, Training, batch, network, pair
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -14,61 +14,6 @@ import granet
 from granet import Sparsifier
 from granet.sparsifier.sparse_storage import is_stored
 from granet.sparsifier.sparse_storage import weight as stored
-
-METHODS = {
-    "static": granet.Static(sparsity=0.8),
-    "set": granet.SET(sparsity=0.8, total=24, interval=4),
-    "rigl": granet.RigL(sparsity=0.8, end=24, interval=4),
-    "rigl-itop": granet.RigLITOP(sparsity=0.8, total=24, interval=4),
-    "mest": granet.MEST(sparsity=0.8, halve=9, end=18, interval=4),
-    "granet": granet.GraNet(sparsity=0.9, initial_sparsity=0.5, end=16, total=24, interval=4),
-}
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.001, momentum=0.9, centered=True),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
-    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
-}
-STEPS = 24
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=2), nn.ReLU(),
-        nn.Flatten(2), nn.Conv1d(8, 6, 1), nn.Flatten(), nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 5),
-    )  # fmt: skip
-
-
-def batch(step):
-    rng = torch.Generator().manual_seed(100 + step)
-    return torch.randn(16, 1, 8, 8, generator=rng), torch.randint(0, 5, (16,), generator=rng)
-
-
-class Training:
-    def __init__(self, storage, method, optimizer="sgd", seed=0, **options):
-        self.model = network()
-        self.sparsifier = Sparsifier(self.model, METHODS.get(method, method), storage=storage, seed=seed, **options)
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
-        self.sparsifier.attach(self.optimizer)
-
-    def loss(self, part=slice(None)):
-        x, y = batch(self.sparsifier.step)
-        return F.cross_entropy(self.model(x[part]), y[part])
-
-    def step(self, times=1):
-        for _ in range(times):
-            self.loss().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        return self
-
-
-def pair(method, optimizer="sgd", **options):
-    return [Training(storage, method, optimizer, **options) for storage in ("dense", "sparse")]
 
 
 def assert_equal(a, b, *, rounded=False):
@@ -104,18 +49,6 @@ def test_parameters_gradients_and_buffers_are_as_many_as_active_weights():
             assert values.shape == (run.sparsifier.counts[name],)
     assert run.sparsifier.active == granet.distribution.budget(run.sparsifier.total, 0.1)
     assert {id(p) for p in run.model.parameters()} >= {id(p) for p in run.sparsifier._parameters.values()}
-
-
-def test_a_module_shows_its_dense_weight_and_state_dict():
-    dense, sparse = pair("static")
-    layer, twin = sparse.model[8], dense.model[8]
-    assert isinstance(layer, nn.Linear) and str(layer) == str(twin)
-    assert torch.equal(layer.weight, twin.weight) and layer.weight.shape == (40, 24)
-    assert list(dict(layer.named_parameters())) == ["values", "bias"]
-    assert list(layer.state_dict()) == ["weight", "bias"]
-    layer.weight.square().sum().backward()  # gradients flow through it, wherever it is read
-    assert torch.equal(layer.values.grad, 2 * layer.values.detach())
-    assert list(sparse.model.state_dict()) == list(network().state_dict())
 
 
 @pytest.mark.parametrize("order", ["model, optimizer, sparsifier", "sparsifier, optimizer, model"])
@@ -166,17 +99,6 @@ def test_masks_that_were_loaded_without_their_weights_are_warned_of():
     run.sparsifier.load_state_dict(other.sparsifier.state_dict())
     with pytest.warns(RuntimeWarning, match="active weights that never were"):
         run.step()
-
-
-def test_a_state_dict_of_another_shape_is_an_error_as_in_torch():
-    run = Training("sparse", "static")
-    state = run.model.state_dict()
-    with pytest.raises(RuntimeError, match=r"size mismatch for 8.weight"):
-        run.model.load_state_dict(state | {"8.weight": torch.zeros(3, 3)})
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "8.weight"'):
-        run.model.load_state_dict({k: v for k, v in state.items() if k != "8.weight"})
-    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "8.values"'):
-        run.model.load_state_dict(state | {"8.values": torch.zeros(3)})
 
 
 @pytest.mark.parametrize("method", ["rigl", "granet"])
@@ -270,71 +192,6 @@ def test_a_graph_that_lives_on_does_not_hinder_an_update_that_shrinks_the_values
         run.optimizer.step()
         run.optimizer.zero_grad()
     assert run.sparsifier.active < 0.2 * run.sparsifier.total
-
-
-def test_values_that_change_between_forward_and_backward_are_an_error():
-    run = Training("sparse", "static")
-    loss = run.loss()
-    with torch.no_grad():
-        run.model[8].values.add_(1)
-    with pytest.raises(RuntimeError, match="changed between its forward and its backward"):
-        loss.backward()
-
-
-def test_second_derivatives_are_those_of_dense_storage():
-    grads = []
-    for run in pair("static"):
-        (first,) = torch.autograd.grad(run.loss(), [run.model[8].bias], create_graph=True)
-        first.square().sum().backward()
-        grads.append(run.model[3].bias.grad)
-    torch.testing.assert_close(*grads)
-
-
-def test_torch_func_computes_gradients():
-    run = Training("sparse", "static")
-    x, y = batch(0)
-    run.model.eval()
-    parameters = {name: p.detach() for name, p in run.model.named_parameters()}
-
-    def loss(parameters, x, y):
-        return F.cross_entropy(torch.func.functional_call(run.model, parameters, (x[None],)), y[None])
-
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
-    for name, p in run.model.named_parameters():
-        (grad,) = torch.autograd.grad(F.cross_entropy(run.model(x), y), p)
-        torch.testing.assert_close(each[name].mean(0), grad, rtol=1e-4, atol=1e-6)
-
-
-def test_one_dense_weight_at_a_time():
-    """What autograd keeps for the backward is the values, not the dense weights."""
-    run = Training("sparse", "static")
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        run.loss().backward()
-    assert (40, 24) not in kept and (24, 40) not in kept and (5, 40) not in kept
-
-
-def test_attention_reads_the_dense_weight_of_its_projection():
-    torch.manual_seed(0)
-    model = nn.MultiheadAttention(16, 2, batch_first=True)
-    dense, sparse = copy.deepcopy(model), model
-    one, other = (
-        Sparsifier(m, granet.RigL(sparsity=0.5, end=20, interval=2), storage=s)
-        for m, s in ((dense, "dense"), (sparse, "sparse"))
-    )
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (dense, sparse)]
-    for sparsifier, optimizer in zip((one, other), optimizers, strict=True):
-        sparsifier.attach(optimizer)
-    assert "in_proj_weight" in one.masks and list(other._stored.modules) == ["out_proj.weight"]
-    for step in range(10):
-        x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(step))
-        for m, optimizer in zip((dense, sparse), optimizers, strict=True):
-            m(x, x, x)[0].square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        for name, value in dense.state_dict().items():
-            torch.testing.assert_close(value, sparse.state_dict()[name])
-    assert one.version == other.version > 0
 
 
 def test_fold_gives_a_plain_model():

@@ -151,35 +151,46 @@ class SparseStorage:
         found = self._gradients.found if self._gradients else {}
         return {name: StoredLayer(m, kept.get(name), found.get(name)) for name, m in self.modules.items()}
 
-    def combine_gradients(self) -> list[str]:
+    def combine_gradients(self) -> str:
         """Takes the mean of the dense gradients over all ranks, which call this together.
 
-        Returns the layers of which the gradient is that of the last of several backwards, outside of some candidates.
+        Returns a warning if the gradient of inactive weights is only that of the last of several backwards.
         """
         if self._gradients is None:
-            return []
+            return ""
         ranks, found = current(), self._gradients.found
         for name, module in self.modules.items() if ranks.world > 1 else ():
             if ranks.any(name in found):
                 shape = stored.shape_of(module)
                 zero = Gradient(shape, torch.zeros(prod(shape), device=module.values.device))
                 ranks.mean_([found.setdefault(name, zero).values])
-        return sorted(self._gradients.cut)
+        if not self._gradients.cut:
+            return ""
+        return (
+            "the gradient of this update came from several backwards, and that of the step before it from one, so of "
+            f"inactive weights of {min(self._gradients.cut)!r} the last one's alone was looked at; later updates look "
+            "at all"
+        )
 
     def begin_step(self) -> None:
         """Forgets the dense gradients: the step that they belong to is complete."""
         if self._gradients is not None:
             self._gradients.begin()
 
-    def begin(self) -> tuple[int, list[str]]:
+    def begin(self) -> tuple[int, str]:
         """Runs before the first step: drops what was loaded outside of the masks.
 
-        Returns how many weights that is, and the layers with weights that are active and were never given.
+        Returns how many weights that is, and a warning if some that are active were never given.
         """
         unknown = sorted(name for name in self._unknown if not stored.was_loaded(self.modules[name]))
         lost = sum(stored.forget_loaded(module) for module in self.modules.values())
         self._unknown = set()
-        return lost, unknown
+        if not unknown:
+            return lost, ""
+        return lost, (
+            f"masks were loaded and {unknown[0]!r} has active weights that never were: they are zero. Load the model's "
+            "state dict too, before the first step"
+        )
 
     def reposition(self, masks: Mapping[str, Tensor]) -> None:
         """Has the layers hold the weights at the places of loaded masks; what optimizers have stays as it is."""
