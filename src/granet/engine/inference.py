@@ -29,6 +29,7 @@ from granet.engine.signature import Signature, signature_of, signature_text
 from granet.engine.snapshot import untouched
 from granet.engine.timing import milliseconds, time_in_turns
 from granet.names import described, unknown
+from granet.sparsifier.sparse_storage import is_stored
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,7 @@ class CompiledModel(nn.Module):
 
     def __init__(self, model: nn.Module, settings: CaptureSettings, *, shapes: int, calibration: object = None):
         super().__init__()
-        self.training = (
-            False  # not eval(), which would change the model too: a layer may be in training mode on purpose
-        )
+        self.training = False  # not by eval(), which changes the model too: a layer may train on purpose
         self.model = model
         self._settings = settings
         self._calibration = calibration
@@ -370,8 +369,7 @@ def compile(
             raise TypeError(f"calibration is {described(calibration)}, and an iterable of batches is needed")
         calibration = calibration if isinstance(calibration, Sequence | Tensor) else list(islice(calibration, PIECES))
         check_finite(calls(calibration, inputs, named))
-    settings = CaptureSettings(tolerance, precision)
-    fast = CompiledModel(model, settings, shapes=shapes, calibration=calibration)
+    fast = CompiledModel(model, CaptureSettings(tolerance, precision), shapes=shapes, calibration=calibration)
     with untouched(model, inputs, named), torch.no_grad():
         fast._first_call(signature_of(inputs, named), inputs, named)
     return fast
@@ -382,6 +380,8 @@ def _unsupported(model: nn.Module, inputs: Sequence[Tensor]) -> str | None:
         return "the sparse kernels are not available on this machine"
     if isinstance(model, torch.jit.ScriptModule):
         return "a scripted model cannot be captured"
+    if is_stored(model):
+        return "its layers are in sparse storage: call fold() of the sparsifier first"
     for tensor in (*model.parameters(), *inputs):
         if tensor.device.type != "cpu":
             return f"the kernels run on the CPU, not on {tensor.device.type}"

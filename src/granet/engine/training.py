@@ -27,6 +27,7 @@ from granet.names import described
 from granet.ranks import Ranks, current
 from granet.sparsifier.core import Sparsifier
 from granet.sparsifier.reparameterize import is_reparameterized
+from granet.sparsifier.sparse_storage.weight import shape_of as stored_shape
 
 log = logging.getLogger(__name__)
 
@@ -319,6 +320,8 @@ def _planned(plan: TrainingPlan, name: str, module: nn.Module, refused: str) -> 
     shared = [key for key in masks if key not in own and any(parameters.get(key) is p for p in own.values())]
     if shared:
         why = f"it shares its weight with {shared[0]!r}"
+    elif stored_shape(module) is not None:
+        why, sparse = "in sparse storage, which computes with torch's kernels", [masks[f"{name}.weight".lstrip(".")]]
     elif not sparse:
         why = f"{type(module).__name__} has no sparse weight"
     elif refused:
@@ -334,7 +337,7 @@ def _planned(plan: TrainingPlan, name: str, module: nn.Module, refused: str) -> 
             why = str(error)
     total = sum(mask.numel() for mask in sparse)
     density = sum(mask.count_nonzero().item() for mask in sparse) / total if total else 1.0
-    shape = max((tuple(p.shape) for p in own.values()), key=lambda s: (len(s), s))
+    shape = stored_shape(module) or max((tuple(p.shape) for p in own.values()), key=lambda s: (len(s), s))
     return LayerReport(name, shape, density, None, None, DENSE, why)
 
 

@@ -41,8 +41,11 @@ def batch(step):
 
 
 class Training:
-    def __init__(self, storage, method, optimizer="sgd", seed=0, **options):
+    def __init__(self, storage, method, optimizer="sgd", seed=0, *, doubles=False, **options):
         self.model = network()
+        if doubles:  # several ranks add up in another order; batch norm would see other batches
+            self.model = self.model.double()
+            self.model[1] = nn.Identity()
         self.sparsifier = Sparsifier(self.model, METHODS.get(method, method), storage=storage, seed=seed, **options)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self.sparsifier.attach(self.optimizer)

@@ -1,10 +1,13 @@
 """Sparse storage trains what dense storage trains: the same masks and weights, whatever the loop does."""
 
 import io
+import os
 import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from stored_training import METHODS, OPTIMIZERS, STEPS, Training, batch, network, pair
 from torch import nn
 from torch.nn import functional as F
@@ -267,3 +270,50 @@ def test_a_gradient_that_is_not_finite_grows_nothing_and_loses_nothing():
     run.optimizer.zero_grad()
     run.step()
     assert run.sparsifier.version == 1
+
+
+def test_kernels_leave_stored_layers_alone_and_say_so():
+    run = Training("sparse", "static")
+    x, _ = batch(0)
+    plan = granet.accelerate(run.sparsifier, x)
+    rows = {row.name: row for row in plan.report().layers}
+    assert rows["8"].why.startswith("in sparse storage") and rows["8"].shape == (40, 24)
+    assert rows["8"].density == pytest.approx(run.sparsifier.counts["8.weight"] / 960)
+    fast = granet.compile(run.model.eval(), x)
+    assert fast.report().chosen == "dense" and "call fold()" in fast.report().why
+    assert torch.equal(fast(x), run.model(x).detach())
+
+
+def two_ranks(rank, world, folder, name):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
+    run = Training("sparse", name, "adamw", verify_every=1, doubles=True)
+    replica = nn.parallel.DistributedDataParallel(run.model)
+    half = slice(rank * 8, rank * 8 + 8)
+    for _ in range(STEPS):
+        x, y = batch(run.sparsifier.step)
+        F.cross_entropy(replica(x[half].double()), y[half]).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    if rank == 0:
+        torch.save((run.model.state_dict(), run.sparsifier.masks), folder / "state.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["rigl", "granet"])
+def test_two_ranks_train_what_one_trains_with_the_whole_batch(name, tmp_path):
+    mp.start_processes(two_ranks, args=(2, tmp_path, name), nprocs=2, start_method="spawn")
+    weights, masks = torch.load(tmp_path / "state.pt")
+    one = Training("dense", name, "adamw", doubles=True)
+    for _ in range(STEPS):
+        x, y = batch(one.sparsifier.step)
+        F.cross_entropy(one.model(x.double()), y).backward()
+        one.optimizer.step()
+        one.optimizer.zero_grad()
+    assert all(torch.equal(mask, masks[key]) for key, mask in one.sparsifier.masks.items())
+    for key, value in one.model.state_dict().items():
+        if key.startswith("1."):
+            continue
+        torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-8)  # Adam divides by what is near zero
