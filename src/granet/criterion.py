@@ -35,6 +35,21 @@ class Layer:
         """The number of weights, active or not."""
         return self.weight.numel()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's type."""
+        return self.weight.dtype
+
+    @property
+    def has_grad(self) -> bool:
+        """Whether the layer comes with its gradient."""
+        return self.grad is not None
+
+    def every(self, stride: int) -> Layer:
+        """The first weight of each `stride`, in the order of the flat index."""
+        flat = self.flat()
+        return Layer(flat.weight[::stride], None if flat.grad is None else flat.grad[::stride])
+
     def flat(self) -> Layer:
         """The same layer with one dimension, in the order of the flat index."""
         return Layer(self.weight.reshape(-1), None if self.grad is None else self.grad.reshape(-1))
@@ -92,7 +107,7 @@ def with_gradient(layers: Mapping[str, Layer]) -> dict[str, Layer]:
     Raises:
         ValueError: none does.
     """
-    found = {name: layer for name, layer in layers.items() if layer.grad is not None}
+    found = {name: layer for name, layer in layers.items() if layer.has_grad}
     if not found:
         raise ValueError("this update needs dense gradients, and no layer came with one")
     return found

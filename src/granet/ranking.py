@@ -219,15 +219,14 @@ def _wider(low: float, high: float, n: int, above: int) -> tuple[float, float]:
 
 def _of_many_kinds(layers: Sequence[Layer]) -> bool:
     """Whether types differ: a bound of one type would be rounded in another."""
-    return len({layer.weight.dtype for layer in layers}) > 1
+    return len({layer.dtype for layer in layers}) > 1
 
 
 def _sample(layers, criterion, among, stride) -> list[Tensor]:
     """The scores of every `stride`-th entry of each layer, where it is a candidate."""
     sample = []
     for layer, mask in zip(layers, among, strict=True):
-        flat = layer.flat()
-        thin = Layer(flat.weight[::stride], None if flat.grad is None else flat.grad[::stride])
+        thin = layer.every(stride)
         sample.append(_plain(criterion(thin)[mask[::stride]]))
     return sample
 

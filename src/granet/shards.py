@@ -132,7 +132,7 @@ def checksum(tensor: Tensor) -> int:
 def total(values: Tensor) -> float:
     """The sum of all entries, on all ranks, in float64."""
     if not is_sharded(values):
-        return float(values.double().sum())
+        return float(values.sum(dtype=torch.float64))
     mine = local(values).double().sum()
     return float(summed(mine if is_owner(values) else torch.zeros_like(mine), values.device_mesh))
 

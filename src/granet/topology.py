@@ -21,6 +21,7 @@ from granet.criterion import Criterion, Layer, own_values
 from granet.criterion import NonFiniteScores as NonFiniteScores  # what `top` and all that is made of it may raise
 
 Masks = Mapping[str, Tensor]
+_PIECE = 1 << 20  # positions that are hashed together
 
 # multipliers of SplitMix64, as signed 64-bit numbers
 _GOLDEN, *_MIX = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -185,11 +186,21 @@ def random_scores(tensor: Tensor, rng: torch.Generator) -> Tensor:
     Lea and Flood 2014 at that index), so that shards of a tensor get the scores that they would have in the whole.
     """
     seed = int(torch.randint(1 << 62, (), generator=rng, device="cpu"))
-    state = shards.positions(tensor).add_(seed & (1 << 31) - 1).mul_(_GOLDEN).add_(seed)
+    if shards.is_sharded(tensor):
+        return shards.like(_hashed(shards.positions(tensor), seed), tensor)
+    scores = torch.empty(tensor.numel(), device=tensor.device)
+    for start in range(0, scores.numel(), _PIECE):
+        piece = scores[start : start + _PIECE]
+        piece.copy_(_hashed(torch.arange(start, start + piece.numel(), device=tensor.device), seed))
+    return scores.view(tensor.shape)
+
+
+def _hashed(state: Tensor, seed: int) -> Tensor:
+    """The score of each of the positions, which are changed in place."""
+    state.add_(seed & (1 << 31) - 1).mul_(_GOLDEN).add_(seed)
     for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
         state.bitwise_xor_((state >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
-    scores = (state >> 40).bitwise_and_((1 << 24) - 1).float().div_(1 << 24)
-    return shards.like(scores, tensor) if shards.is_sharded(tensor) else scores
+    return (state >> 40).bitwise_and_((1 << 24) - 1).float().div_(1 << 24)
 
 
 def count(mask: Tensor) -> int:

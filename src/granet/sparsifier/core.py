@@ -301,7 +301,7 @@ class Sparsifier(Upkeep):
         self._combine_gradients()
         layers = self._without_masked_gradients(self._layers()) if self.method.needs_dense_grad else self._layers()
         try:
-            if self.method.needs_grad and all(layer.grad is None for layer in layers.values()):
+            if self.method.needs_grad and not any(layer.has_grad for layer in layers.values()):
                 raise NonFiniteScores("no sparse parameter has a gradient at this step")
             memory = (self._memory,) if self.method.remembers else ()
             masks = self._policy.update(self.step, layers, self.masks, self._rng, *memory)

@@ -145,7 +145,12 @@ def ratio_of(grad: Tensor | None, active: Tensor) -> Tensor | float:
         return 1.0
     squares = grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
     usual = shards.total(squares.masked_fill(active.logical_not(), 0)) / count(active)
-    return shards.local(squares).div(usual).sqrt().clamp(min=1) if 0 < usual < float("inf") else 1.0
+    return ratio_to(shards.local(squares), usual)
+
+
+def ratio_to(squares: Tensor, usual: float) -> Tensor | float:
+    """The same from squared gradients and the mean square of those of active weights."""
+    return squares.div(usual).sqrt().clamp(min=1) if 0 < usual < float("inf") else 1.0
 
 
 def _total(numbers: Tensor, buffer: Tensor) -> float:

@@ -303,7 +303,7 @@ class Upkeep:
 
     def _without_masked_gradients(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
         """Returns the layers, without gradients that are zero at all inactive weights and so cannot rank them."""
-        grads = {name: layer.grad for name, layer in layers.items() if layer.grad is not None and name in self._masked}
+        grads = {name: layer.grad for name, layer in layers.items() if name in self._masked and layer.has_grad}
         silent = [name for name, grad in grads.items() if not masking.leaks([(self._masked[name], [grad])])]
         nothing = [name for name in silent if not shards.nonzero(grads[name])]
         masked = [

@@ -25,7 +25,20 @@ class Gradient:
 
     shape: tuple[int, ...]
     values: Tensor
-    positions: Tensor | None = None  # None: all of them, in order
+    positions: Tensor | None = None  # in order; None: all of them
+
+    def part(self, start: int, stop: int, stride: int = 1) -> Tensor:
+        """Returns the entries from flat index `start` to `stop`, or the first of each `stride`, dense."""
+        if self.positions is None:
+            return self.values[start:stop:stride]
+        return part(self.values, self.positions, start, stop, stride)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Returns the entries at flat indices."""
+        if self.positions is None:
+            return self.values[positions.long()]
+        found = torch.searchsorted(self.positions, positions).clamp_(max=len(self.positions) - 1)
+        return self.values[found].where(self.positions[found] == positions, 0)
 
     def dense(self) -> Tensor:
         """Returns it as a dense tensor."""
@@ -33,6 +46,17 @@ class Gradient:
             return self.values.view(self.shape)
         flat = self.values.new_zeros(prod(self.shape))
         return flat.index_copy_(0, self.positions.long(), self.values).view(self.shape)
+
+
+def part(values: Tensor, positions: Tensor, start: int, stop: int, stride: int = 1) -> Tensor:
+    """Returns what a dense tensor with `values` at ordered `positions` has from `start` to `stop`, every `stride`."""
+    ends = torch.searchsorted(positions, torch.tensor([start, stop], dtype=positions.dtype, device=positions.device))
+    low, high = ends.tolist()
+    at, inside = positions[low:high].long() - start, values.detach()[low:high]
+    if stride > 1:
+        kept = at % stride == 0
+        at, inside = at[kept] // stride, inside[kept]
+    return values.new_zeros(-(-(stop - start) // stride)).index_copy_(0, at, inside)
 
 
 class Gradients:
@@ -89,7 +113,7 @@ class Gradients:
             best = mask
         positions = (best | mask).reshape(-1).nonzero().squeeze(1)
         values = grad.reshape(-1)[positions]
-        if not grad.isfinite().all():
+        if best is mask:
             values = values.fill_(float("nan"))
         self.found[name] = Gradient(shape, values, positions.to(torch.int32 if prod(shape) < 1 << 31 else torch.int64))
 

@@ -6,7 +6,7 @@ lies beside them one for one: the optimizers' buffers, gradients, and averages o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from math import prod
 from weakref import ref
@@ -23,9 +23,9 @@ from granet.names import matched, unknown
 from granet.ranks import current
 from granet.selection import Choice
 from granet.sparsifier import followers
-from granet.sparsifier.regrowth import Starts, buffers_of, ratio_of
+from granet.sparsifier.regrowth import Starts, buffers_of, ratio_to
 from granet.sparsifier.sparse_storage import weight as stored
-from granet.sparsifier.sparse_storage.gradients import Gradient, Gradients
+from granet.sparsifier.sparse_storage.gradients import Gradient, Gradients, part
 
 STORAGES = ("dense", "sparse")
 MATRICES = ("Muon", "Shampoo", "SOAP", "LBFGS", "KFAC", "GaLore")  # in the names of optimizers that need whole weights
@@ -56,13 +56,49 @@ class StoredLayer:
         """The number of weights, active or not."""
         return self.shape.numel()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the values."""
+        return self._module.values.dtype
+
+    @property
+    def has_grad(self) -> bool:
+        """Whether the layer comes with a gradient."""
+        return self._gradient is not None or self._kept is not None
+
     def flat(self) -> Layer:
         """The layer with one dimension."""
         return Layer(self.weight, self.grad).flat()
 
-    def parts(self, size: int) -> Iterable[Layer]:
-        """The flat layer in consecutive pieces of at most `size` weights."""
-        return Layer(self.weight, self.grad).parts(size)
+    def every(self, stride: int) -> Layer:
+        """The first weight of each `stride`, in the order of the flat index."""
+        return self._part(0, self.numel(), stride)
+
+    def parts(self, size: int) -> Iterator[Layer]:
+        """The flat layer in consecutive pieces of at most `size` weights, of which one is dense at a time."""
+        for start in range(0, self.numel(), size):
+            yield self._part(start, min(start + size, self.numel()))
+
+    def _part(self, start: int, stop: int, stride: int = 1) -> Layer:
+        positions, grad = self._module.positions, None
+        weight = part(self._module.values[: len(positions)], positions, start, stop, stride)
+        if self._gradient is not None:
+            grad = self._gradient.part(start, stop, stride)
+        elif self._kept is not None:
+            grad = part(self._kept[: len(positions)], positions, start, stop, stride)
+        return Layer(weight, grad)
+
+    def ratio(self, old: Tensor, positions: Tensor) -> Tensor | float:
+        """Returns what `granet.sparsifier.regrowth.ratio_of` says of the weights at `positions`.
+
+        Args:
+            old: flat indices of the weights that were active when the gradient was taken.
+            positions: flat indices.
+        """
+        if self._gradient is None:
+            return 1.0
+        usual = float(self._gradient.at(old).square().sum(dtype=torch.float64)) / len(old)
+        return ratio_to(self._gradient.at(positions).square(), usual)
 
 
 class SparseStorage:
@@ -268,8 +304,7 @@ class SparseStorage:
             if new[name] is old[name] or torch.equal(new[name], old[name]):
                 continue
             values, move = module.values, Move(old[name], new[name], len(module.values) if self._fixed_size else None)
-            ratio = ratio_of(layers[name].grad, old[name]) if move.grown.any() else 1.0
-            ratio = ratio[new[name]] if isinstance(ratio, Tensor) else ratio
+            ratio = layers[name].ratio(move.old, move.positions) if move.grown.any() else 1.0
             for optimizer, group, key, buffer in buffers_of(optimizers, values):
                 if not isinstance(buffer, Tensor):
                     raise ValueError(
@@ -292,14 +327,15 @@ class Move:
     """From the active weights of one mask, in order, to those of another.
 
     Attributes:
-        before: the number of active weights before.
+        old: the flat indices of the active weights before.
+        before: their number.
         positions: the flat indices of those after.
         grown: which of these were not active before.
     """
 
     def __init__(self, old: Tensor, new: Tensor, size: int | None):
         was, now = stored.positions_of(old), stored.positions_of(new)
-        self.before, self.positions, self._size = len(was), now, size or len(now)
+        self.old, self.before, self.positions, self._size = was, len(was), now, size or len(now)
         self._kept = new.reshape(-1)[was.long()]
         self.grown = ~old.reshape(-1)[now.long()]
 
