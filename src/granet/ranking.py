@@ -56,13 +56,16 @@ def top(
 def top_cpu(layers, criterion, n, among, candidates) -> list[Tensor]:
     """`top` on the CPU; masks are flat."""
     low, high = _bracket(layers, criterion, n, among, candidates)
+    least = _next(low, layers)  # without the lowest score itself: it may be zero, and most others too
     while True:
-        found = [_look(layer, criterion, mask, low, high) for layer, mask in zip(layers, among, strict=True)]
+        found = [_look(layer, criterion, mask, least, high) for layer, mask in zip(layers, among, strict=True)]
         above = sum(one.above for one in found)
         ranked = np.concatenate([one.scores.numpy() for one in found])
         if above <= n <= above + ranked.size:
             break
-        low, high = _wider(low, high, n, above)
+        if least == low or above > n:
+            low, high = _wider(low, high, n, above)
+        least = low
     if n > above:
         best = n - above
         threshold = np.partition(ranked, ranked.size - best)[ranked.size - best]
@@ -210,11 +213,20 @@ def _compare_native(part: Layer, criterion: Criterion, mask: Tensor, low: float,
     return above, at, inside
 
 
+def _next(low: float, layers: Sequence[Layer]) -> float:
+    """The score that follows `low`."""
+    kind = np.float64 if any(layer.dtype == torch.float64 for layer in layers) else np.float32
+    return float(np.nextafter(kind(low), kind(inf))) if low > -inf else low
+
+
 def _wider(low: float, high: float, n: int, above: int) -> tuple[float, float]:
     """The bracket to try next, after one that had `above` candidates above it."""
     if (low, high) == (-inf, inf):
         raise ValueError(f"there are fewer than {n} candidates")
-    return (low, inf) if above > n else (-inf, high)
+    if above > n:
+        return low, inf
+    # a lower one by steps: all scores at once would be as many as there are weights
+    return (low / 4 if low > 0 and low > high * 1e-4 else -inf), high
 
 
 def _of_many_kinds(layers: Sequence[Layer]) -> bool:
@@ -238,7 +250,7 @@ def _plain(scores: Tensor) -> Tensor:
 
 def _stride(total: int) -> int:
     # reading n samples costs about n, ranking what they bracket total / sqrt(n): the best n grows as total ** (2 / 3)
-    return round(total ** (1 / 3))
+    return round(total ** (1 / 3)) | 1  # odd, so that it meets all columns of a matrix whose width is a power of two
 
 
 def _ranks(size: int, share: float) -> tuple[int, int]:
