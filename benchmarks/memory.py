@@ -28,7 +28,7 @@ def mlp():
     from torch import nn
 
     model = nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(4096, 4096), nn.ReLU())])
-    return model, lambda: model(torch.randn(128, 4096)).square().mean(), {}
+    return model, lambda: model(torch.randn(128, 4096)).square().mean()
 
 
 def classifier():
@@ -38,7 +38,7 @@ def classifier():
     from torch.nn import functional as F
 
     model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 65536))
-    return model, lambda: F.cross_entropy(model(torch.randn(32, 512)), torch.randint(0, 65536, (32,))), {}
+    return model, lambda: F.cross_entropy(model(torch.randn(32, 512)), torch.randint(0, 65536, (32,)))
 
 
 def gpt():
@@ -82,7 +82,7 @@ def gpt():
         x = torch.stack([data[i : i + length + 1] for i in at])
         return F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
 
-    return model, loss, {}
+    return model, loss
 
 
 def vgg19():
@@ -90,10 +90,10 @@ def vgg19():
     import torch
     from torch.nn import functional as F
 
-    from granet.train.models import create
+    from granet.train.models import build
 
-    model = create("vgg19", classes=10, shape=(3, 32, 32))
-    return model, lambda: F.cross_entropy(model(torch.randn(64, 3, 32, 32)), torch.randint(0, 10, (64,))), {}
+    model = build("vgg19", classes=10, in_channels=3)
+    return model, lambda: F.cross_entropy(model(torch.randn(64, 3, 32, 32)), torch.randint(0, 10, (64,)))
 
 
 NETWORKS = {"mlp": mlp, "gpt": gpt, "classifier": classifier, "vgg19": vgg19}
@@ -114,7 +114,7 @@ def measure(network: str, way: str, optimizer: str, sparsity: float) -> dict:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     before = resident()
-    model, loss, _ = NETWORKS[network]()
+    model, loss = NETWORKS[network]()
     total = sum(p.numel() for p in model.parameters())
     sparsifier = None
     if way != "dense":

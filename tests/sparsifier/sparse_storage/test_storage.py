@@ -139,6 +139,34 @@ def test_a_first_step_in_two_parts_where_one_was_expected_is_warned_of():
         run.optimizer.step()
 
 
+def test_a_layer_that_is_used_twice_grows_by_both_gradients_from_the_second_update_on():
+    """Whether a layer is shared within the forward is seen at the first update; the warning says so."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    sparsifier = Sparsifier(model, METHODS["rigl-itop"], storage="sparse")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+
+    def step():
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(sparsifier.step))
+        model(model(x)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with pytest.warns(RuntimeWarning, match="several uses of a layer"):
+        for _ in range(4):
+            step()
+    for _ in range(3):
+        step()
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(sparsifier.step))
+    model(model(x)).square().mean().backward()
+    (found,) = sparsifier._stored.layers({}).values()
+    weight = model[0].weight.detach().requires_grad_()
+    once = torch.tanh(F.linear(x, weight, model[0].bias))
+    torch.tanh(F.linear(once, weight, model[0].bias)).square().mean().backward()
+    torch.testing.assert_close(found.grad, weight.grad)
+
+
 @pytest.mark.parametrize("method", ["rigl", "granet"])
 def test_under_bfloat16_autocast_weights_are_those_of_dense_storage(method):
     runs = pair(method)

@@ -75,7 +75,8 @@ class Gradients:
         self._passes: dict[str, set[int]] = {}  # the backwards of this step, by layer
         self._latest: dict[str, int] = {}  # the backward of the latest gradient
         self._several: bool | None = None  # whether the last step had several of them; None: not known yet
-        self.cut: set[str] = set()  # layers of which a further backward came after candidates had been chosen
+        self._shared: set[str] = set()  # layers that a forward uses several times, so far as that is known
+        self.cut: set[str] = set()  # layers of which a further gradient came after candidates had been chosen
 
     def count(self, name: str) -> None:
         """Notes that a backward has reached the layer's values."""
@@ -98,17 +99,21 @@ class Gradients:
         if earlier is not None:
             if earlier.positions is not None:
                 self.cut.add(name)
+                self._shared.add(name)
             grad = earlier.dense() + grad
         shape = tuple(grad.shape)
         mask = self._mask(name)
-        n = self._candidates(topology.count(mask)) if self._alone and self._several is False else None
+        n = (
+            self._candidates(topology.count(mask))
+            if self._alone and self._several is False and name not in self._shared
+            else None
+        )
         if n is None or n + topology.count(mask) >= prod(shape) // 2:
             self.found[name] = Gradient(shape, grad.contiguous().clone().view(-1))
             return
         try:
-            (best,) = topology.top(
-                [Layer(grad.contiguous())], _size, min(n, mask.numel() - topology.count(mask)), [~mask]
-            )
+            n = min(n, mask.numel() - topology.count(mask))
+            (best,) = topology.top([Layer(grad.contiguous())], criterion.magnitude, n, [~mask])
         except NonFiniteScores:  # the update says so
             best = mask
         positions = (best | mask).reshape(-1).nonzero().squeeze(1)
@@ -116,10 +121,3 @@ class Gradients:
         if best is mask:
             values = values.fill_(float("nan"))
         self.found[name] = Gradient(shape, values, positions.to(torch.int32 if prod(shape) < 1 << 31 else torch.int64))
-
-
-def _size(layer: Layer) -> Tensor:
-    return criterion.magnitude(layer)
-
-
-_size.absolute = "weight"

@@ -66,10 +66,6 @@ class StoredLayer:
         """Whether the layer comes with a gradient."""
         return self._gradient is not None or self._kept is not None
 
-    def flat(self) -> Layer:
-        """The layer with one dimension."""
-        return Layer(self.weight, self.grad).flat()
-
     def every(self, stride: int) -> Layer:
         """The first weight of each `stride`, in the order of the flat index."""
         return self._part(0, self.numel(), stride)
@@ -190,7 +186,7 @@ class SparseStorage:
     def combine_gradients(self) -> str:
         """Takes the mean of the dense gradients over all ranks, which call this together.
 
-        Returns a warning if the gradient of inactive weights is only that of the last of several backwards.
+        Returns a warning if some gradients of inactive weights were left out.
         """
         if self._gradients is None:
             return ""
@@ -203,9 +199,9 @@ class SparseStorage:
         if not self._gradients.cut:
             return ""
         return (
-            "the gradient of this update came from several backwards, and that of the step before it from one, so of "
-            f"inactive weights of {min(self._gradients.cut)!r} the last one's alone was looked at; later updates look "
-            "at all"
+            "the gradient of this update came from several backwards, where the step before had one, or from several "
+            f"uses of a layer, so of inactive weights of {min(self._gradients.cut)!r} the first ones were looked at in "
+            "part; later updates look at all"
         )
 
     def begin_step(self) -> None:

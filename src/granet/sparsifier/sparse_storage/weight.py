@@ -111,11 +111,9 @@ def unstore(module: nn.Module) -> None:
     module._parameters.update(others)
 
 
-def listen(module: nn.Module, listener: Callable[[nn.Module], Listener | None] | None) -> None:
-    """Has `listener(module)` asked, whenever a dense weight is made, for what is to see its gradient; None: nobody."""
-    _listeners.pop(module, None)
-    if listener is not None:
-        _listeners[module] = listener
+def listen(module: nn.Module, listener: Callable[[nn.Module], Listener | None]) -> None:
+    """Has `listener(module)` asked, whenever a dense weight is made, for what is to see its gradient."""
+    _listeners[module] = listener
 
 
 @torch.no_grad()
