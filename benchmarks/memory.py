@@ -6,6 +6,8 @@ arithmetic: four bytes for each number, and four for the position of each weight
 
     python benchmarks/memory.py                     # all networks, at 90 %
     python benchmarks/memory.py mlp --sparsity 0.95
+
+If SparseLab is installed, networks of linear layers alone train with it as well: RigL, with its own layers.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 STEPS, BYTES = 8, 4
 
@@ -105,6 +108,19 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def with_sparselab(model, sparsity: float):
+    """The model with SparseLab's layers in the place of linear ones, and its RigL."""
+    import sparselab
+    from torch import nn
+
+    for i, layer in enumerate(model):
+        if isinstance(layer, nn.Linear):
+            model[i] = sparselab.SparseLinear(layer.in_features, layer.out_features, sparsity=sparsity)
+    rigl = sparselab.RigL(sparsity=sparsity, drop_fraction=0.3, update_freq=4)
+    model.apply(rigl)
+    return rigl
+
+
 def measure(network: str, way: str, optimizer: str, sparsity: float) -> dict:
     """One row, in this process."""
     import torch
@@ -116,8 +132,10 @@ def measure(network: str, way: str, optimizer: str, sparsity: float) -> dict:
     before = resident()
     model, loss = NETWORKS[network]()
     total = sum(p.numel() for p in model.parameters())
-    sparsifier = None
-    if way != "dense":
+    sparsifier = other = None
+    if way == "sparselab":
+        other = with_sparselab(model, sparsity)
+    elif way != "dense":
         method = granet.RigL(sparsity=sparsity, end=STEPS, interval=4, distribution="uniform")
         sparsifier = granet.Sparsifier(model, method, storage={"masked": "dense"}.get(way, way))
     rate = {"lr": 1e-3}
@@ -131,10 +149,12 @@ def measure(network: str, way: str, optimizer: str, sparsity: float) -> dict:
         start = time.perf_counter()
         loss().backward()
         trained.step()
+        if other is not None:
+            other.step()
         trained.zero_grad()
         times.append(time.perf_counter() - start)
     held = sum(p.numel() for p in model.parameters())
-    stored = 0 if sparsifier is None or way == "masked" else sparsifier.active
+    stored = sparsifier.active if way == "sparse" else held if way == "sparselab" else 0
     plain = [t for i, t in enumerate(times) if i % 4 in (1, 2)]  # neither the first step nor one with an update
     return {
         "peak": resident() - before,
@@ -168,7 +188,8 @@ def main() -> None:
         for optimizer in given.optimizer:
             for sparsity in given.sparsity:
                 dense = None
-                for way in WAYS:
+                theirs = ["sparselab"] if network in ("mlp", "classifier") and find_spec("sparselab") else []
+                for way in [*WAYS, *theirs]:
                     row = json.dumps([network, way, optimizer, sparsity])
                     done = subprocess.run([sys.executable, __file__, "--row", row], capture_output=True, text=True)
                     if done.returncode:

@@ -21,7 +21,7 @@ from granet import native, shards
 from granet.criterion import Criterion, Layer, NonFiniteScores
 
 _PART = 1 << 16  # weights looked at together: scores and comparisons of one part stay in the cache
-_PART_NATIVE = 1 << 22
+_PART_NATIVE = 1 << 20
 _SMALL = 1 << 16  # scores so few that all of them are ranked
 _NOT_FINITE = "a score is NaN or infinite: the gradients or weights overflowed at this step"
 

@@ -21,7 +21,7 @@ from granet.criterion import Criterion, Layer, own_values
 from granet.criterion import NonFiniteScores as NonFiniteScores  # what `top` and all that is made of it may raise
 
 Masks = Mapping[str, Tensor]
-_PIECE = 1 << 20  # positions that are hashed together
+_PIECE = 1 << 16  # positions that are hashed together, in the cache
 
 # multipliers of SplitMix64, as signed 64-bit numbers
 _GOLDEN, *_MIX = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -110,8 +110,11 @@ def exchange(mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain:
         return mask
     kept = top([layer], lose, active - n, [mask], candidates=active)[0]
     inactive = mask.numel() - active + n
-    pair = [(kept, mask)]
-    return kept.logical_or_(top([layer], gain, n, [kept.logical_not()], candidates=inactive, beside=pair)[0])
+    if _PATTERN.get() is not None:
+        return kept.logical_or_(top([layer], gain, n, [~kept], candidates=inactive, beside=[(kept, mask)])[0])
+    others = kept.logical_not_()  # the same memory, for masks of large layers
+    grown = top([layer], gain, n, [others], candidates=inactive)[0]
+    return others.logical_not_().logical_or_(grown)
 
 
 def rewire(mask: Tensor, layer: Layer, ratio: float, rng: torch.Generator, *, lose: Criterion) -> Tensor:
@@ -176,7 +179,10 @@ def random_masks(
 
 def grow_random(mask: Tensor, n: int, rng: torch.Generator) -> Tensor:
     """`mask` with `n` of its inactive entries, drawn uniformly, active as well."""
-    return grow(mask, random_scores(mask, rng), n)
+    if shards.is_sharded(mask):
+        return grow(mask, random_scores(mask, rng), n)
+    layer = _Random(_seed(rng), mask.shape, mask.device)
+    return top([layer], own_values, n, [~mask], beside=[(mask, mask)])[0].logical_or_(mask)
 
 
 def random_scores(tensor: Tensor, rng: torch.Generator) -> Tensor:
@@ -185,14 +191,51 @@ def random_scores(tensor: Tensor, rng: torch.Generator) -> Tensor:
     It depends on one number drawn from `rng` and on the entry's flat index alone (the SplitMix64 generator of Steele,
     Lea and Flood 2014 at that index), so that shards of a tensor get the scores that they would have in the whole.
     """
-    seed = int(torch.randint(1 << 62, (), generator=rng, device="cpu"))
     if shards.is_sharded(tensor):
-        return shards.like(_hashed(shards.positions(tensor), seed), tensor)
-    scores = torch.empty(tensor.numel(), device=tensor.device)
-    for start in range(0, scores.numel(), _PIECE):
-        piece = scores[start : start + _PIECE]
-        piece.copy_(_hashed(torch.arange(start, start + piece.numel(), device=tensor.device), seed))
-    return scores.view(tensor.shape)
+        return shards.like(_hashed(shards.positions(tensor), _seed(rng)), tensor)
+    return _Random(_seed(rng), tensor.shape, tensor.device).weight
+
+
+def _seed(rng: torch.Generator) -> int:
+    return int(torch.randint(1 << 62, (), generator=rng, device="cpu"))
+
+
+class _Random:
+    """A layer of random scores, made when they are looked at; otherwise as a `granet.criterion.Layer`."""
+
+    grad, effective, has_grad, dtype = None, None, False, torch.float32
+
+    def __init__(self, seed: int, shape: torch.Size, device: torch.device):
+        self._seed, self.shape, self._device = seed, shape, device
+
+    @property
+    def weight(self) -> Tensor:
+        """All scores."""
+        return self._from(0, self.numel()).view(self.shape)
+
+    def numel(self) -> int:
+        """Their number."""
+        return prod(self.shape)
+
+    def every(self, stride: int) -> Layer:
+        """The first score of each `stride`, in the order of the flat index."""
+        return Layer(self._from(0, self.numel(), stride))
+
+    def parts(self, size: int) -> Iterator[Layer]:
+        """The scores in consecutive pieces of at most `size`, each valid until the next is asked for."""
+        room = torch.empty(min(size, self.numel()), device=self._device)
+        for start in range(0, self.numel(), size):
+            yield Layer(self._from(start, min(start + size, self.numel()), out=room))
+
+    def _from(self, start: int, stop: int, stride: int = 1, out: Tensor | None = None) -> Tensor:
+        """The scores from one flat index to another."""
+        size = -(-(stop - start) // stride)
+        scores = torch.empty(size, device=self._device) if out is None else out[:size]
+        for i, piece in enumerate(scores.split(_PIECE)):
+            first = start + i * _PIECE * stride
+            places = torch.arange(first, first + len(piece) * stride, stride, device=self._device)
+            piece.copy_(_hashed(places, self._seed))
+        return scores
 
 
 def _hashed(state: Tensor, seed: int) -> Tensor:

@@ -13,6 +13,7 @@ import granet
 from granet import Probe, Sparsifier
 from granet.selection import unfit
 from granet.sparsifier.sparse_storage import weight as stored
+from granet.sparsifier.sparse_storage.values import dense
 from granet.topology import count
 from method_settings import PATTERNED, STORED, VARIANTS, every, make
 
@@ -97,7 +98,7 @@ class Run:
         found = [v for v in self.optimizer.state[p].values() if torch.is_tensor(v) and v.shape == p.shape]
         module = self.model.get_submodule(name.rpartition(".")[0])
         shape = stored.shape_of(module)
-        return found if shape is None else [stored.dense(v, module.positions, shape) for v in found]
+        return found if shape is None else [dense(v, module.positions, shape) for v in found]
 
 
 def same(a, b):

@@ -317,7 +317,8 @@ class Sparsifier(Upkeep):
 
     def _apply(self, masks: Mapping[str, Tensor]) -> None:
         """Take over new masks: clear what they drop, in the weights, the optimizers' buffers and the followers."""
-        old, before = self.masks, {name: mask.clone() for name, mask in self.trained.items()}  # some change in place
+        own = self._effective is not None  # sets that change in place
+        old, before = self.masks, {n: m.clone() if own else m for n, m in self.trained.items()}
         self._set_masks(masks)
         self.last_update = Update.between(self.step, old, self.masks, self._active)
         for name in filter(self.last_update.grown.get, old):

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import granet
-from granet import Sparsifier
+from granet import Sparsifier, ranks
 from granet.sparsifier.sparse_storage import is_stored
 from granet.sparsifier.sparse_storage import weight as stored
+from granet.sparsifier.sparse_storage.values import dense
 
 
 def assert_equal(a, b, *, rounded=False):
@@ -209,7 +210,7 @@ def test_clipping_and_averages_follow():
     for name, at in (("8.values", "8.weight"),):
         assert dicts[1][name].shape == (active,)
         module = runs[1].model[8]
-        whole = stored.dense(dicts[1][name], module.positions, stored.shape_of(module))
+        whole = dense(dicts[1][name], module.positions, stored.shape_of(module))
         assert torch.equal(whole, dicts[0][at])
     assert [tuple(t.shape) for t in lists[1]] == [tuple(p.shape) for p in runs[1].model.parameters()]
 
@@ -327,7 +328,7 @@ def two_ranks(rank, world, folder, name):
         run.optimizer.zero_grad()
     if rank == 0:
         torch.save((run.model.state_dict(), run.sparsifier.masks), folder / "state.pt")
-    dist.destroy_process_group()
+    ranks.leave()
 
 
 @pytest.mark.parametrize("name", ["rigl", "granet"])

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from granet import criterion, topology
-from granet.criterion import Layer, NonFiniteScores
+from granet.criterion import Layer
+from granet.sparsifier.sparse_storage.blocks import BLOCK, Pieces
+from granet.sparsifier.sparse_storage.values import bounds, give_back, part
 
 
 @dataclass
@@ -27,11 +29,11 @@ class Gradient:
     values: Tensor
     positions: Tensor | None = None  # in order; None: all of them
 
-    def part(self, start: int, stop: int, stride: int = 1) -> Tensor:
-        """Returns the entries from flat index `start` to `stop`, or the first of each `stride`, dense."""
+    def part(self, start: int, stop: int, stride: int = 1, *, out: Tensor | None = None) -> Tensor:
+        """Returns the entries from flat index `start` to `stop`, or the first of each `stride`, dense; see `part`."""
         if self.positions is None:
             return self.values[start:stop:stride]
-        return part(self.values, self.positions, start, stop, stride)
+        return part(self.values, self.positions, start, stop, stride, out=out)
 
     def at(self, positions: Tensor) -> Tensor:
         """Returns the entries at flat indices."""
@@ -46,17 +48,6 @@ class Gradient:
             return self.values.view(self.shape)
         flat = self.values.new_zeros(prod(self.shape))
         return flat.index_copy_(0, self.positions.long(), self.values).view(self.shape)
-
-
-def part(values: Tensor, positions: Tensor, start: int, stop: int, stride: int = 1) -> Tensor:
-    """Returns what a dense tensor with `values` at ordered `positions` has from `start` to `stop`, every `stride`."""
-    ends = torch.searchsorted(positions, torch.tensor([start, stop], dtype=positions.dtype, device=positions.device))
-    low, high = ends.tolist()
-    at, inside = positions[low:high].long() - start, values.detach()[low:high]
-    if stride > 1:
-        kept = at % stride == 0
-        at, inside = at[kept] // stride, inside[kept]
-    return values.new_zeros(-(-(stop - start) // stride)).index_copy_(0, at, inside)
 
 
 class Gradients:
@@ -89,35 +80,104 @@ class Gradients:
         self._passes, self._latest, self.found, self.cut = {}, {}, {}, set()
 
     @torch.no_grad()
-    def add(self, name: str, module: nn.Module, grad: Tensor) -> None:
-        """Takes in the dense gradient of one use of the layer's weight."""
+    def add(self, name: str, module: nn.Module, pieces: Pieces) -> None:
+        """Takes in the dense gradient of one use of the layer's weight, all of its pieces in order."""
         this, so_far = torch._C._current_graph_task_id(), module.values.grad
         anew = self._latest.get(name) != this and (so_far is None or not so_far.any())  # as zero_grad() leaves it
         self._latest[name] = this
         earlier = None if anew else self.found.get(name)
-        grad = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))
-        if earlier is not None:
-            if earlier.positions is not None:
-                self.cut.add(name)
-                self._shared.add(name)
-            grad = earlier.dense() + grad
-        shape = tuple(grad.shape)
+        if earlier is not None and earlier.positions is not None:
+            self.cut.add(name)
+            self._shared.add(name)
         mask = self._mask(name)
-        n = (
-            self._candidates(topology.count(mask))
-            if self._alone and self._several is False and name not in self._shared
-            else None
-        )
-        if n is None or n + topology.count(mask) >= prod(shape) // 2:
-            self.found[name] = Gradient(shape, grad.contiguous().clone().view(-1))
+        active, shape = topology.count(mask), tuple(mask.shape)
+        one = self._alone and self._several is False and name not in self._shared and earlier is None
+        n = self._candidates(active) if one else None
+        if n is None or n + active >= mask.numel() // 2:
+            self.found[name] = _whole(shape, pieces, earlier)
+        else:
+            self.found[name] = _largest(shape, pieces, module.positions, min(n, mask.numel() - active))
+
+
+def _whole(shape: tuple[int, ...], pieces: Pieces, earlier: Gradient | None) -> Gradient:
+    """All entries, added to those that came earlier."""
+    flat = None if earlier is None else earlier.dense().view(-1).clone()
+    for start, piece in pieces:
+        if flat is None:
+            flat = piece.new_zeros(prod(shape), dtype=torch.promote_types(piece.dtype, torch.float32))
+        flat[start : start + len(piece)] += piece
+    return Gradient(shape, flat)
+
+
+def _largest(shape: tuple[int, ...], pieces: Pieces, active: Tensor, n: int) -> Gradient:
+    """The entries of active weights and the `n` largest others, of equal ones those of the smallest flat index."""
+    kept, pool, finite = None, None, True
+    for start, whole in pieces:
+        if pool is None:  # memory for all at once: small pieces that stay would tear holes into what is free
+            kind = torch.promote_types(whole.dtype, torch.float32)
+            kept, pool = (
+                whole.new_empty(len(active), dtype=kind),
+                _Pool(n, whole.new_empty(0, dtype=kind), active.dtype),
+            )
+        for begin in range(start, start + len(whole), BLOCK):
+            piece = whole[begin - start : begin - start + BLOCK].to(kept.dtype)
+            low, high = bounds(active, [begin, begin + len(piece)])
+            here = (active[low:high] - begin).long()
+            kept[low:high] = piece[here]
+            others = piece.abs().index_fill_(0, here, -1.0)
+            finite = finite and bool(others.max() < float("inf"))
+            if finite:
+                pool.add(piece, others, begin)
+    if not finite:  # infinite, or NaN: the update says so
+        return Gradient(shape, kept.fill_(float("nan")), active)
+    found = Gradient(shape, *_merged(kept, active, *pool.best()))
+    if prod(shape) > BLOCK:
+        give_back()
+    return found
+
+
+class _Pool:
+    """The largest of the entries that were added, at most `n` of them when it is asked, by flat index."""
+
+    def __init__(self, n: int, like: Tensor, kind: torch.dtype):
+        self._n, self._room = n, n + max(n // 4, BLOCK)
+        self._values = like.new_empty(self._room + BLOCK)
+        self._places = like.new_empty(self._room + BLOCK, dtype=kind)
+        self._size, self._least = 0, -1.0
+
+    def add(self, piece: Tensor, sizes: Tensor, start: int) -> None:
+        """Adds entries with their sizes, the first one at flat index `start`; a size below 0 says that it is none."""
+        at = (sizes > self._least).nonzero().squeeze(1)
+        end = self._size + len(at)
+        self._values[self._size : end] = piece[at]
+        self._places[self._size : end] = at.add_(start)
+        self._size = end
+        if end > self._room:
+            self._reduce()
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """Returns the `n` largest, of equal ones those added first, and their flat indices."""
+        self._reduce()
+        return self._values[: self._size], self._places[: self._size]
+
+    def _reduce(self) -> None:
+        if self._size <= self._n:
             return
-        try:
-            n = min(n, mask.numel() - topology.count(mask))
-            (best,) = topology.top([Layer(grad.contiguous())], criterion.magnitude, n, [~mask])
-        except NonFiniteScores:  # the update says so
-            best = mask
-        positions = (best | mask).reshape(-1).nonzero().squeeze(1)
-        values = grad.reshape(-1)[positions]
-        if best is mask:
-            values = values.fill_(float("nan"))
-        self.found[name] = Gradient(shape, values, positions.to(torch.int32 if prod(shape) < 1 << 31 else torch.int64))
+        values = self._values[: self._size]
+        among = torch.ones_like(values, dtype=torch.bool)
+        (best,) = topology.top([Layer(values)], criterion.magnitude, self._n, [among])
+        for tensor in (self._values, self._places):
+            tensor[: self._n] = tensor[: self._size][best]
+        self._size = self._n
+        self._least = float(self._values[: self._n].abs().min()) if self._n else float("inf")
+
+
+def _merged(values: Tensor, positions: Tensor, others: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Values at ordered positions and others between them, all in order."""
+    new = torch.searchsorted(positions, places) + torch.arange(len(places), device=places.device)
+    total = len(positions) + len(places)
+    old = torch.ones(total, dtype=torch.bool, device=places.device).index_fill_(0, new, False)
+    both, at = values.new_empty(total), positions.new_empty(total)
+    both[old], at[old] = values, positions
+    both[new], at[new] = others, places
+    return both, at

@@ -6,7 +6,7 @@ lies beside them one for one: the optimizers' buffers, gradients, and averages o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from math import prod
 from weakref import ref
@@ -25,7 +25,9 @@ from granet.selection import Choice
 from granet.sparsifier import followers
 from granet.sparsifier.regrowth import Starts, buffers_of, ratio_to
 from granet.sparsifier.sparse_storage import weight as stored
-from granet.sparsifier.sparse_storage.gradients import Gradient, Gradients, part
+from granet.sparsifier.sparse_storage.blocks import Pieces
+from granet.sparsifier.sparse_storage.gradients import Gradient, Gradients
+from granet.sparsifier.sparse_storage.values import PIECE, Move, dense, give_back, part
 
 STORAGES = ("dense", "sparse")
 MATRICES = ("Muon", "Shampoo", "SOAP", "LBFGS", "KFAC", "GaLore")  # in the names of optimizers that need whole weights
@@ -43,14 +45,14 @@ class StoredLayer:
     @property
     def weight(self) -> Tensor:
         """The dense weight."""
-        return stored.dense(self._module.values, self._module.positions, self.shape)
+        return dense(self._module.values, self._module.positions, self.shape)
 
     @property
     def grad(self) -> Tensor | None:
         """The dense gradient, zero where it does not count."""
         if self._gradient is not None:
             return self._gradient.dense()
-        return None if self._kept is None else stored.dense(self._kept, self._module.positions, self.shape)
+        return None if self._kept is None else dense(self._kept, self._module.positions, self.shape)
 
     def numel(self) -> int:
         """The number of weights, active or not."""
@@ -71,17 +73,19 @@ class StoredLayer:
         return self._part(0, self.numel(), stride)
 
     def parts(self, size: int) -> Iterator[Layer]:
-        """The flat layer in consecutive pieces of at most `size` weights, of which one is dense at a time."""
+        """The flat layer in consecutive pieces of at most `size` weights, each valid until the next is asked for."""
+        held = self._module.values, self._kept if self._gradient is None else self._gradient.values
+        out = [None if one is None else one.new_empty(min(size, self.numel())) for one in held]
         for start in range(0, self.numel(), size):
-            yield self._part(start, min(start + size, self.numel()))
+            yield self._part(start, min(start + size, self.numel()), out=out)
 
-    def _part(self, start: int, stop: int, stride: int = 1) -> Layer:
+    def _part(self, start: int, stop: int, stride: int = 1, out: Sequence = (None, None)) -> Layer:
         positions, grad = self._module.positions, None
-        weight = part(self._module.values[: len(positions)], positions, start, stop, stride)
+        weight = part(self._module.values[: len(positions)], positions, start, stop, stride, out=out[0])
         if self._gradient is not None:
-            grad = self._gradient.part(start, stop, stride)
+            grad = self._gradient.part(start, stop, stride, out=out[1])
         elif self._kept is not None:
-            grad = part(self._kept[: len(positions)], positions, start, stop, stride)
+            grad = part(self._kept[: len(positions)], positions, start, stop, stride, out=out[1])
         return Layer(weight, grad)
 
     def ratio(self, old: Tensor, positions: Tensor) -> Tensor | float:
@@ -93,8 +97,8 @@ class StoredLayer:
         """
         if self._gradient is None:
             return 1.0
-        usual = float(self._gradient.at(old).square().sum(dtype=torch.float64)) / len(old)
-        return ratio_to(self._gradient.at(positions).square(), usual)
+        pieces = (self._gradient.at(piece).square().sum(dtype=torch.float64) for piece in old.split(PIECE))
+        return ratio_to(self._gradient.at(positions).square(), float(sum(pieces)) / len(old))
 
 
 class SparseStorage:
@@ -158,9 +162,9 @@ class SparseStorage:
         self._hooks = []
         for name, module in self.modules.items():
 
-            def add(module: nn.Module, grad: Tensor, name: str = name) -> None:
+            def add(module: nn.Module, pieces: Pieces, name: str = name) -> None:
                 if (storage := mine()) is not None and owner() is not None:
-                    storage._gradients.add(name, module, grad)
+                    storage._gradients.add(name, module, pieces)
 
             def due(module: nn.Module, add: Callable = add) -> Callable | None:
                 return add if (one := owner()) is not None and one.attached and one.dense_grad_due else None
@@ -294,20 +298,24 @@ class SparseStorage:
             optimizers: those that hold the values.
             followers: averages of the weights; see `Upkeep.follow`.
         """
+        if self.modules:
+            give_back()
         starts, layers, optimizers = Starts(), self.layers({}), list(optimizers)
         averages = [self.follow(follower) for follower in followers]
         for name, module in self.modules.items():
             if new[name] is old[name] or torch.equal(new[name], old[name]):
                 continue
-            values, move = module.values, Move(old[name], new[name], len(module.values) if self._fixed_size else None)
-            ratio = layers[name].ratio(move.old, move.positions) if move.grown.any() else 1.0
+            values, size = module.values, len(module.values) if self._fixed_size else None
+            move = Move(module.positions, old[name], new[name], size)
+            growing = bool(move.grown.any())
+            ratio = layers[name].ratio(module.positions, move.positions[move.grown]) if growing else 1.0
             for optimizer, group, key, buffer in buffers_of(optimizers, values):
                 if not isinstance(buffer, Tensor):
                     raise ValueError(
                         f"{type(optimizer).__name__} keeps {key!r} as codes in blocks of many weights, which cannot "
                         'follow values in sparse storage: use another optimizer, or storage="dense"'
                     )
-                start = starts.of(optimizer, group, key, buffer, move.before, ratio) if move.grown.any() else None
+                start = starts.of(optimizer, group, key, buffer, move.before, ratio) if growing else None
                 optimizer.state[values][key] = move(buffer, start)
             for one in averages:
                 tensor, copy = one[name]
@@ -317,32 +325,7 @@ class SparseStorage:
             moved, grad = move(values.detach()), None if values.grad is None else move(values.grad)
             stored.place(module, moved, move.positions)
             values.grad = grad
-
-
-class Move:
-    """From the active weights of one mask, in order, to those of another.
-
-    Attributes:
-        old: the flat indices of the active weights before.
-        before: their number.
-        positions: the flat indices of those after.
-        grown: which of these were not active before.
-    """
-
-    def __init__(self, old: Tensor, new: Tensor, size: int | None):
-        was, now = stored.positions_of(old), stored.positions_of(new)
-        self.old, self.before, self.positions, self._size = was, len(was), now, size or len(now)
-        self._kept = new.reshape(-1)[was.long()]
-        self.grown = ~old.reshape(-1)[now.long()]
-
-    def __call__(self, numbers: Tensor, start: Tensor | None = None) -> Tensor:
-        """Returns the numbers of all active weights afterwards; those of grown ones are `start`, zero if None."""
-        moved = numbers.new_zeros(self._size)
-        here = moved[: len(self.positions)]
-        here[~self.grown] = numbers[: self.before][self._kept]
-        if start is not None:
-            here[self.grown] = start.to(numbers.dtype).expand(len(here))[self.grown]
-        return moved
+            give_back()
 
 
 def reason_for_dense(model: nn.Module, choice: Choice) -> str:

@@ -11,20 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import cache
 from math import prod
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from granet import native
+from granet.sparsifier.sparse_storage import blocks
+from granet.sparsifier.sparse_storage.blocks import CHANGED, Listener
+from granet.sparsifier.sparse_storage.values import dense, positions_of, taken
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 SHAPE = "_dense_shape"
 LOADED = "_loaded_weight"  # the weight that was loaded last; True if it was zero outside of the positions
 
-Listener = Callable[[nn.Module, Tensor], None]
 _listeners: WeakKeyDictionary[nn.Module, Callable[[nn.Module], Listener | None]] = WeakKeyDictionary()
 _made: ContextVar[dict | None] = ContextVar("made", default=None)  # dense weights of the forward under way, by memory
 
@@ -53,24 +54,6 @@ class _Densify(torch.autograd.Function):
         return taken, None, None, None
 
 
-def dense(values: Tensor, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Returns the dense tensor of that shape with the first of the `values` at `positions`, without a gradient."""
-    values = values.detach()[: len(positions)]
-    flat = torch.zeros(prod(shape), dtype=dtype or values.dtype, device=values.device)
-    quick = flat.dtype == values.dtype == torch.float32 and positions.dtype == torch.int32
-    if quick and flat.device.type == "cpu" and native.ready():
-        torch.ops.granet.place_values(flat, values.contiguous(), positions)
-    else:
-        flat.index_copy_(0, positions.long(), values.to(flat.dtype))
-    return flat.view(shape)
-
-
-def positions_of(mask: Tensor) -> Tensor:
-    """Returns the flat indices of the True entries, in order: in 32 bits where these suffice."""
-    narrow = torch.int32 if mask.numel() < 1 << 31 else torch.int64
-    return mask.reshape(-1).nonzero().squeeze(1).to(narrow)
-
-
 def is_stored(model: nn.Module) -> bool:
     """Whether the model has layers in sparse storage."""
     return any(SHAPE in vars(module) for module in model.modules())
@@ -85,14 +68,15 @@ def shape_of(module: nn.Module) -> tuple[int, ...] | None:
 def store(module: nn.Module, mask: Tensor) -> nn.Parameter:
     """Puts the active values of the module's weight in the place of the weight, and returns them as its parameter."""
     weight = module._parameters["weight"]
-    values = nn.Parameter(weight.detach()[mask], requires_grad=weight.requires_grad)
+    positions = positions_of(mask).to(weight.device)
+    values = nn.Parameter(taken(weight.detach(), positions), requires_grad=weight.requires_grad)
     others = {key: value for key, value in module._parameters.items() if key != "weight"}
     module._parameters.clear()
     module.__class__ = _class_of(type(module))
     module.__dict__[SHAPE] = tuple(weight.shape)
     module.register_parameter("values", values)
     module._parameters.update(others)
-    module.register_buffer("positions", positions_of(mask).to(weight.device), persistent=False)
+    module.register_buffer("positions", positions, persistent=False)
     return values
 
 
@@ -176,12 +160,17 @@ def _weight(module: nn.Module) -> Tensor:
     cast = recipes is not None and torch.is_autocast_enabled(kind) and values.dtype == torch.float32
     dtype = torch.get_autocast_dtype(kind) if cast else values.dtype
     made = _Densify.apply(values, positions, shape, dtype)
-    ask = _listeners.get(module)
-    if ask is not None and made.requires_grad and not _transformed() and (listener := ask(module)) is not None:
-        made.register_hook(partial(listener, module))
+    if made.requires_grad and not _transformed() and (listener := _listener_of(module)) is not None:
+        made.register_hook(lambda grad: listener(module, [(0, grad.reshape(-1))]))
     if recipes is not None:
         recipes[made.untyped_storage().data_ptr()] = made, _Recipe(values, positions, shape, dtype)
     return made
+
+
+def _listener_of(module: nn.Module) -> Listener | None:
+    """What is to see the dense gradient of the forward under way."""
+    ask = _listeners.get(module)
+    return None if ask is None else ask(module)
 
 
 def _transformed() -> bool:
@@ -199,15 +188,15 @@ class _Recipe:
     def __call__(self) -> Tensor:
         """Returns the dense weight."""
         if self.values._version != self.version:
-            raise RuntimeError(
-                "the weights of a layer in sparse storage changed between its forward and its backward, which needs "
-                "them as they were: call backward() before the optimizer's step"
-            )
+            raise RuntimeError(CHANGED)
         return dense(self.values, self.positions, self.shape, self.dtype)
 
 
 def _forward(plain: type[nn.Module], module: nn.Module, *inputs: object, **named: object) -> object:
     """The module's own forward, in which autograd keeps values instead of the dense weight."""
+    if plain.forward is nn.Linear.forward and prod(shape_of(module)) > blocks.BLOCK and not _transformed():
+        (x,) = (*inputs, *named.values())
+        return blocks.apply(module, x, shape_of(module), _listener_of(module) if torch.is_grad_enabled() else None)
     if not torch.is_grad_enabled() or _transformed():
         return plain.forward(module, *inputs, **named)
     recipes: dict[int, tuple[Tensor, _Recipe]] = {}
