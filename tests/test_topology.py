@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from granet.criterion import Layer, gradient, magnitude
 from granet.pattern import NM, Block, parse
-from granet.topology import count, drop, exchange, grow, grow_random, obeying, prune_to, random_masks, rewire, top
+from granet.topology import count, drop, exchange, grow, grow_random, obeying, prune_to, random_masks, rewire, some, top
 
 SCORES = st.lists(st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0, 3.5, 7.25]), min_size=1, max_size=40)
 
@@ -152,3 +152,35 @@ def test_random_growth_is_even():
     often = sum(grow_random(mask, 5, rng).int() for _ in range(2000))
     assert (often[:10] == 2000).all()
     assert (often[10:] - 500).abs().max() < 90
+
+
+def test_some_draws_inactive_entries_uniformly_and_never_more_than_there_are():
+    mask = torch.rand(40, 50, generator=torch.Generator().manual_seed(0)) < 0.1
+    active, times = int(mask.sum()), torch.zeros(40, 50)
+    for seed in range(400):
+        drawn = some(mask, 1.5, seed)
+        assert not (drawn & mask).any() and int(drawn.sum()) == int(1.5 * active)
+        times += drawn
+    expected = 400 * int(1.5 * active) / (2000 - active)
+    others = times[~mask]
+    assert others.min() > 0.5 * expected and others.max() < 1.6 * expected
+    assert torch.equal(some(mask, 100.0, 0), ~mask)
+    assert torch.equal(some(mask, 1.5, 7), some(mask, 1.5, 7))
+
+
+def test_an_exchange_among_drawn_entries_grows_the_largest_gradients_of_these():
+    weight = torch.tensor([5.0, 1.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    grad = torch.tensor([9.0, 9.0, 9.0, 8.0, 1.0, 7.0, 2.0, 6.0])
+    mask = weight != 0
+    among = torch.tensor([0, 0, 0, 0, 1, 0, 1, 1]).bool()
+    layer = Layer(weight, grad)
+    by = {"lose": magnitude, "gain": gradient}
+    assert exchange(mask, layer, 0.34, among=among, **by).nonzero().flatten().tolist() == [
+        0,
+        2,
+        7,
+    ]  # the 1.0 is dropped; 8 and 7 were not drawn
+    assert exchange(mask, layer, 1.0, among=among, **by).nonzero().flatten().tolist() == [4, 6, 7]
+    few = torch.zeros(8, dtype=torch.bool)
+    few[4] = True  # no more are dropped than can be grown
+    assert exchange(mask, layer, 1.0, among=few, **by).nonzero().flatten().tolist() == [0, 2, 4]

@@ -82,7 +82,12 @@ class Flops:
         return float(sum(layer.flops for layer in self.per_layer(active)))
 
     def training_step(
-        self, active: Active | None = None, *, trained: Active | None = None, dense_gradient: bool = False
+        self,
+        active: Active | None = None,
+        *,
+        trained: Active | None = None,
+        dense_gradient: bool = False,
+        explored: float | None = None,
     ) -> float:
         """Return the FLOPs of a training step: 3 f_S, or 2 f_S + f_D if it needs the gradient of inactive weights.
 
@@ -90,8 +95,11 @@ class Flops:
             active: Masks or active counts; parameters that are not in it are dense.
             trained: The weights whose gradient is needed, where they are not those that are active (Top-KAST).
             dense_gradient: Whether the gradient of every weight is needed.
+            explored: With `dense_gradient`, for how many inactive weights for each active one; None for all of them.
         """
         f_s = self.inference(active)
+        if dense_gradient and explored is not None:
+            return 2 * f_s + min((1 + explored) * f_s, self.inference())
         return 2 * f_s + (self.inference() if dense_gradient else self.inference(trained) if trained else f_s)
 
 

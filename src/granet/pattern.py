@@ -157,7 +157,7 @@ class NM(Pattern):
         return Patterned(self, method)
 
     def refuse(self, method, shapes):
-        if method.reparameterizes:
+        if method.reparameterizes or method.explores is not None:
             raise _unable(method, self)
         final = method.final_counts(shapes)
         if final is None:
@@ -264,7 +264,7 @@ class Pooled(Pattern):
         return Patterned(self, method)
 
     def refuse(self, method, shapes):
-        if method.needs_probe or method.drifts or method.reparameterizes:
+        if method.needs_probe or method.drifts or method.reparameterizes or method.explores is not None:
             raise _unable(method, self)
 
     def pooled(self, layer):

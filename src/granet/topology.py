@@ -6,7 +6,7 @@ position: the earlier layer, then the smaller flat index, is kept (or grown) fir
 refused with `NonFiniteScores`, because one of them would decide the whole topology.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fractions import Fraction
@@ -97,18 +97,23 @@ def part(ratio: float, n: int) -> int:
     return floor(Fraction(repr(round(ratio, 12))) * n)
 
 
-def exchange(mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain: Criterion) -> Tensor:
+def exchange(
+    mask: Tensor, layer: Layer, ratio: float, *, lose: Criterion, gain: Criterion, among: Tensor | None = None
+) -> Tensor:
     """`mask` after a share `ratio` of its active entries was dropped by `lose` and as many were grown by `gain`.
 
     The number exchanged is `ratio * active`, rounded down. Entries that were just dropped are candidates again, as in
     RigL and GraNet, so it may be larger than the number of inactive entries; of a mask that is True everywhere the
-    same mask comes back.
+    same mask comes back. With `among`, a mask of inactive entries, only those are grown, and the number exchanged is
+    theirs if that is smaller.
     """
     active = count(mask)
-    n = part(ratio, active)
+    n = part(ratio, active) if among is None else min(part(ratio, active), count(among))
     if n == 0 or active == mask.numel():
         return mask
     kept = top([layer], lose, active - n, [mask], candidates=active)[0]
+    if among is not None:
+        return kept.logical_or_(top([layer], gain, n, [among])[0])
     inactive = mask.numel() - active + n
     if _PATTERN.get() is not None:
         return kept.logical_or_(top([layer], gain, n, [~kept], candidates=inactive, beside=[(kept, mask)])[0])
@@ -179,10 +184,22 @@ def random_masks(
 
 def grow_random(mask: Tensor, n: int, rng: torch.Generator) -> Tensor:
     """`mask` with `n` of its inactive entries, drawn uniformly, active as well."""
-    if shards.is_sharded(mask):
-        return grow(mask, random_scores(mask, rng), n)
-    layer = _Random(_seed(rng), mask.shape, mask.device)
-    return top([layer], own_values, n, [~mask], beside=[(mask, mask)])[0].logical_or_(mask)
+    scores = _random(mask, _seed(rng))
+    return mask | top([scores], own_values, n, [~mask], beside=[(mask, mask)])[0]
+
+
+def seeds(names: Iterable[str], rng: torch.Generator) -> dict[str, int]:
+    """A random number for each name, of which `some` makes a draw."""
+    return {name: _seed(rng) for name in names}
+
+
+def some(mask: Tensor, share: float, seed: int) -> Tensor:
+    """A mask of random inactive entries, `share` for each active one (rounded down), or all if there are fewer.
+
+    The draw is uniform, and the same for every device and number of ranks.
+    """
+    active = count(mask)
+    return top([_random(mask, seed)], own_values, min(part(share, active), mask.numel() - active), [~mask])[0]
 
 
 def random_scores(tensor: Tensor, rng: torch.Generator) -> Tensor:
@@ -191,9 +208,14 @@ def random_scores(tensor: Tensor, rng: torch.Generator) -> Tensor:
     It depends on one number drawn from `rng` and on the entry's flat index alone (the SplitMix64 generator of Steele,
     Lea and Flood 2014 at that index), so that shards of a tensor get the scores that they would have in the whole.
     """
+    return _random(tensor, _seed(rng)).weight
+
+
+def _random(tensor: Tensor, seed: int) -> "Layer | _Random":
+    """Random scores for the entries of a tensor, as a layer."""
     if shards.is_sharded(tensor):
-        return shards.like(_hashed(shards.positions(tensor), _seed(rng)), tensor)
-    return _Random(_seed(rng), tensor.shape, tensor.device).weight
+        return Layer(shards.like(_hashed(shards.positions(tensor), seed), tensor))
+    return _Random(seed, tensor.shape, tensor.device)
 
 
 def _seed(rng: torch.Generator) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 
 from granet import DeepR, GraNet, RigL, Sparsifier
 from granet.criterion import Layer
-from granet.topology import count
+from granet.topology import count, seeds, some
 
 STEPS = 30
 
@@ -24,7 +24,9 @@ class Spy:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.sparsifier.attach(optimizer, hooks=False)
         self.due, self.grads, self.masks, self.weights = [], [], [self.sparsifier.masks["weight"]], []
+        self.states = []  # of the topology's random generator, before each step
         for step in range(1, STEPS + 1):
+            self.states.append(self.sparsifier._rng.get_state())
             rng = torch.Generator().manual_seed(step)
             self.model(torch.randn(8, 30, generator=rng).to(dtype)).square().mean().backward()
             self.due.append(self.sparsifier.dense_grad_due)
@@ -101,6 +103,32 @@ def test_random_growth_never_asks_for_a_dense_gradient(name):
     assert not torch.equal(run.masks[8], Spy(METHODS[name]()).masks[8])
 
 
+@each
+@pytest.mark.parametrize("explored", [0.5, 1.0, 50.0])
+def test_exploration_grows_the_largest_gradients_of_the_drawn_weights(name, explored):
+    method = METHODS[name](growth="explore", explored=explored)
+    run = Spy(method)
+    assert method.needs_dense_grad and run.due == [method.is_update(step) for step in range(1, STEPS + 1)]
+    for at in (8, 16, 24):
+        before, weight, grad = (x.flatten() for x in (run.masks[at - 1], run.weights[at - 1], run.grads[at - 1]))
+        rng = torch.Generator().set_state(run.states[at - 1])
+        drawn = some(run.masks[at - 1], explored, seeds(["weight"], rng)["weight"]).flatten()
+        assert count(drawn) == min(floor(explored * count(before)), count(~before)) and not (drawn & before).any()
+        n = min(floor(Fraction(str(round(method.regeneration_at(at), 12))) * count(before)), count(drawn))
+        lost = sorted(before.nonzero().flatten().tolist(), key=lambda i: weight[i].abs())[:n]
+        grown = sorted(drawn.nonzero().flatten().tolist(), key=lambda i: -grad[i].abs())[:n]
+        want = before.clone()
+        want[lost], want[grown] = False, True
+        assert n and torch.equal(run.masks[at].flatten(), want)
+
+
+def test_exploration_takes_no_pattern():
+    with pytest.raises(
+        ValueError, match="RigL decides about single weights in its own way and cannot obey pattern 2:4"
+    ):
+        Sparsifier(nn.Linear(32, 32), METHODS["rigl"](growth="explore"), pattern="2:4")
+
+
 def test_gradients_of_half_precision_are_averaged_in_float32():
     run = Spy(METHODS["rigl"](accumulate=8), torch.bfloat16)
     mean = torch.stack([grad.float() for grad in run.grads[:8]]).mean(0)
@@ -115,6 +143,9 @@ def test_gradients_of_half_precision_are_averaged_in_float32():
         ({"accumulate": 9}, "accumulate=9 is more than the interval=8"),
         ({"accumulate": 0}, "accumulate=0 is not a positive"),
         ({"accumulate": 2, "growth": "random"}, "accumulate=2 requires growth="),
+        ({"accumulate": 2, "growth": "explore"}, "accumulate=2 requires growth="),
+        ({"explored": 0.0, "growth": "explore"}, "explored=0.0 must be a finite number above 0"),
+        ({"explored": 2.0}, "explored=2.0 has an effect with growth=\"explore\", not 'gradient'"),
     ],
 )
 def test_nonsense_is_refused(name, more, message):

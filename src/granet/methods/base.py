@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from granet.criterion import Layer
+    from granet.topology import Masks
 
 Steps = Annotated[int, "steps"]
 """A number of optimizer steps; recipes may also write it as epochs, `80ep`, or as a share of training, `50%`."""
@@ -125,6 +126,14 @@ class Method:
     def averages_gradients(self) -> bool:
         """Whether updates look at dense gradients of several steps, which are kept from step to step."""
         return False
+
+    @property
+    def explores(self) -> float | None:
+        """How many random inactive weights an update looks at for each active one; None if it looks at all or none.
+
+        They are what `granet.topology.seeds` and `some` draw from the random generator before the update.
+        """
+        return None
 
     def candidates(self, step: int, active: int) -> int | None:
         """Returns how many inactive weights a layer can grow at most in an update at `step`.
@@ -250,11 +259,12 @@ class AtInitialization(Method):
 
 
 class Grows:
-    """The base of methods whose updates exchange weights; these have the fields `growth`, `accumulate` and `interval`.
+    """The base of methods that exchange weights, with the fields `growth`, `explored`, `accumulate` and `interval`.
 
     `growth="gradient"` grows the weights with the largest dense gradient, averaged over the last `accumulate` steps
     up to the update. `"momentum"` grows those with the largest exponential mean of the dense gradients of all steps.
-    `"random"` grows weights at random places and needs no dense gradient.
+    `"explore"` grows those with the largest gradient among random inactive ones, `explored` for each active weight
+    (guided stochastic exploration, Heddes et al. 2024). `"random"` grows at random places, without a dense gradient.
     """
 
     @property
@@ -269,6 +279,10 @@ class Grows:
     @property
     def averages_gradients(self) -> bool:
         return self.growth == "momentum" or self.accumulate > 1
+
+    @property
+    def explores(self) -> float | None:
+        return self.explored if self.growth == "explore" else None
 
     def candidates(self, step: int, active: int) -> int | None:
         return topology.part(self.regeneration_at(step), active)
@@ -286,26 +300,31 @@ class Grows:
         return (0.0 if first else 1.0), 1 / n
 
     def exchanged(
-        self, masks: Mapping[str, Tensor], layers: Mapping[str, Layer], ratio: float, rng: torch.Generator
+        self, masks: Masks, layers: Mapping[str, Layer], ratio: float, rng: torch.Generator, before: Masks | None = None
     ) -> dict[str, Tensor]:
         """Returns `masks` after each layer dropped a share `ratio` of its active entries by magnitude and grew as many.
 
-        If growth is by gradients, a layer without one (frozen, or not used by the loss) keeps its mask.
+        If growth is by gradients, a layer without one (frozen, or not used by the loss) keeps its mask. Growth by
+        exploration draws from the weights that were inactive `before` the update, by default in `masks`.
         """
         lose = criterion.magnitude
         if self.growth == "random":
             return {name: topology.rewire(masks[name], layer, ratio, rng, lose=lose) for name, layer in layers.items()}
+        before = masks if before is None else before
+        seeds = topology.seeds(before, rng) if self.growth == "explore" else {}
         known = criterion.with_gradient(layers)
-        gain = criterion.gradient
-        return masks | {
-            name: topology.exchange(masks[name], layer, ratio, lose=lose, gain=gain) for name, layer in known.items()
-        }
+
+        found, gain = dict(masks), criterion.gradient
+        for name, layer in known.items():
+            among = topology.some(before[name], self.explored, seeds[name]) if seeds else None
+            found[name] = topology.exchange(masks[name], layer, ratio, lose=lose, gain=gain, among=among)
+        return found
 
 
 MOMENTUM = (0.9, 0.1)
 """The exponential mean of dense gradients, as a `gradient_mix`: that of Dettmers & Zettlemoyer 2019."""
 
-GROWTHS = ("gradient", "momentum", "random")
+GROWTHS = ("gradient", "momentum", "explore", "random")
 
 
 def require_growth(method: Method) -> None:
@@ -314,6 +333,10 @@ def require_growth(method: Method) -> None:
     if growth not in GROWTHS:
         raise ValueError(f"{kind}: {unknown('growth', growth, GROWTHS)}")
     require(method, steps=("accumulate",))
+    if not 0 < method.explored < float("inf"):
+        raise ValueError(f"{kind}: explored={method.explored} must be a finite number above 0")
+    if method.explored != 1.0 and growth != "explore":
+        raise ValueError(f'{kind}: explored={method.explored} has an effect with growth="explore", not {growth!r}')
     if n > method.interval:
         raise ValueError(f"{kind}: accumulate={n} is more than the interval={method.interval} between two updates")
     if n > 1 and growth != "gradient":

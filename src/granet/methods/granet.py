@@ -35,7 +35,9 @@ class GraNet(Grows, Method):
         scope: where weights compete in pruning: "global" or "layerwise".
         last_sparsity: highest sparsity of the last layer (only with scope="layerwise"); 0.8 in the paper's code.
         schedule: how the sparsity rises: "cubic", "linear", "cosine" or "sigmoid".
-        growth: what new weights are chosen by: "gradient", "momentum" (a mean over steps) or "random".
+        growth: what new weights are chosen by: "gradient", "momentum" (a mean over steps), "explore" (the largest
+            gradients of a few random ones) or "random".
+        explored: how many random inactive weights `growth="explore"` looks at for each active one (gamma).
         accumulate: number of steps whose gradients are averaged for growth; 1 takes the gradient of the update's
             step.
     """
@@ -52,6 +54,7 @@ class GraNet(Grows, Method):
     last_sparsity: float | None = None
     schedule: str = "cubic"
     growth: str = "gradient"
+    explored: float = 1.0
     accumulate: Steps = 1
 
     def __post_init__(self):
@@ -95,7 +98,7 @@ class GraNet(Grows, Method):
 
     def update(self, step, layers, masks, rng):
         # gradual pruning: the smallest weights go, until s_t is reached (Eq. 1)
-        n = distribution.budget(topology.total_of(layers), 1 - self.sparsity_at(step))
+        before, n = masks, distribution.budget(topology.total_of(layers), 1 - self.sparsity_at(step))
         if self.scope == "global":
             masks = topology.prune_to(masks, n, layers, criterion.magnitude)
         else:
@@ -103,7 +106,7 @@ class GraNet(Grows, Method):
 
         # zero-cost neuroregeneration: each layer trades its smallest weights for its steepest gradients (Eq. 2, 3)
         r = self.regeneration_at(step)
-        return self.exchanged(masks, layers, r, rng)
+        return self.exchanged(masks, layers, r, rng, before=before)
 
     def sparsity_at(self, step):
         return schedule.ramp(self.schedule)(self.initial_sparsity, self.sparsity, self.begin, self.end)(step)

@@ -27,7 +27,9 @@ class RigLITOP(Grows, Method):
         drop_fraction: share of a layer's active weights that are replaced at the first update.
         distribution: how the active weights are shared among layers at the start: "erk", "er", "uniform", or
             densities by layer, such as "conv1.*=0.5, *=0.1".
-        growth: what new weights are chosen by: "gradient", "momentum" (a mean over steps) or "random".
+        growth: what new weights are chosen by: "gradient", "momentum" (a mean over steps), "explore" (the largest
+            gradients of a few random ones) or "random".
+        explored: how many random inactive weights `growth="explore"` looks at for each active one (gamma).
         accumulate: number of steps whose gradients are averaged for growth; 1 takes the gradient of the update's
             step.
     """
@@ -38,6 +40,7 @@ class RigLITOP(Grows, Method):
     drop_fraction: float = 0.5
     distribution: str = "erk"
     growth: str = "gradient"
+    explored: float = 1.0
     accumulate: Steps = 1
 
     def __post_init__(self):

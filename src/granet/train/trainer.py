@@ -253,9 +253,9 @@ class Trainer:
     def _cost(self, *, dense_gradient: bool) -> float:
         """Returns the FLOPs of training on one example, with the current topology."""
         if self._costs[0] != self.sparsifier.version:
-            active, trained = self.sparsifier.counts, self.sparsifier.trained
-            both = (self.flops.training_step(active, trained=trained, dense_gradient=dense) for dense in (False, True))
-            self._costs = (self.sparsifier.version, *both)
+            more = {"trained": self.sparsifier.trained, "explored": self.sparsifier.method.explores}
+            counts, cost = self.sparsifier.counts, self.flops.training_step
+            self._costs = (self.sparsifier.version, *(cost(counts, dense_gradient=d, **more) for d in (False, True)))
         return self._costs[1 + dense_gradient]
 
     def refuse_non_finite(self) -> None:

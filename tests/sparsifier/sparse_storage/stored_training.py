@@ -11,6 +11,10 @@ METHODS = {
     "static": granet.Static(sparsity=0.8),
     "set": granet.SET(sparsity=0.8, total=24, interval=4),
     "rigl": granet.RigL(sparsity=0.8, end=24, interval=4),
+    "rigl explore": granet.RigL(sparsity=0.8, end=24, interval=4, growth="explore", explored=0.5),
+    "granet explore": granet.GraNet(
+        sparsity=0.9, initial_sparsity=0.5, end=16, total=24, interval=4, growth="explore", explored=0.3
+    ),
     "rigl-itop": granet.RigLITOP(sparsity=0.8, total=24, interval=4),
     "mest": granet.MEST(sparsity=0.8, halve=9, end=18, interval=4),
     "granet": granet.GraNet(sparsity=0.9, initial_sparsity=0.5, end=16, total=24, interval=4),

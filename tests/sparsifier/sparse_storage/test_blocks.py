@@ -133,3 +133,20 @@ def test_a_module_with_a_forward_of_its_own_keeps_it():
     granet.Sparsifier(model, granet.Static(sparsity=0.5), only=["0.weight"], storage="sparse")
     x = torch.randn(3, 24)
     torch.testing.assert_close(model(x), 2 * F.linear(x, model[0].weight, model[0].bias))
+
+
+def test_exploration_keeps_the_gradients_of_active_and_drawn_weights_alone():
+    run = Training("sparse", "rigl explore").step(3)
+    run.loss().backward()
+    found = run.sparsifier._stored._gradients.found
+    assert sorted(found) == sorted(run.sparsifier.masks)
+    for name, gradient in found.items():
+        active = run.sparsifier.counts[name]
+        assert len(gradient.positions) == active + active // 2
+        assert run.sparsifier.masks[name].view(-1)[gradient.positions.long()].sum() == active
+    before = dict(run.sparsifier.masks)
+    run.optimizer.step()
+    for name, gradient in found.items():
+        grown = (run.sparsifier.masks[name] & ~before[name]).view(-1).nonzero().squeeze(1)
+        assert torch.isin(grown, gradient.positions.long()).all()
+    assert run.sparsifier.last_update.changed

@@ -105,7 +105,7 @@ def test_masks_that_were_loaded_without_their_weights_are_warned_of():
         run.step()
 
 
-@pytest.mark.parametrize("method", ["rigl", "granet"])
+@pytest.mark.parametrize("method", ["rigl", "granet", "rigl explore"])
 def test_accumulated_gradients_grow_what_dense_storage_grows(method):
     runs = pair(method)
     with warnings.catch_warnings():
@@ -331,7 +331,7 @@ def two_ranks(rank, world, folder, name):
     ranks.leave()
 
 
-@pytest.mark.parametrize("name", ["rigl", "granet"])
+@pytest.mark.parametrize("name", ["rigl", "granet", "granet explore"])
 def test_two_ranks_train_what_one_trains_with_the_whole_batch(name, tmp_path):
     mp.start_processes(two_ranks, args=(2, tmp_path, name), nprocs=2, start_method="spawn")
     weights, masks = torch.load(tmp_path / "state.pt")

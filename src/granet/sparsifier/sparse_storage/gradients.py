@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from granet import criterion, topology
 from granet.criterion import Layer
 from granet.sparsifier.sparse_storage.blocks import BLOCK, Pieces
-from granet.sparsifier.sparse_storage.values import bounds, give_back, part
+from granet.sparsifier.sparse_storage.values import bounds, give_back, part, positions_of, taken
 
 
 @dataclass
@@ -57,12 +57,20 @@ class Gradients:
         candidates: gives, for a number of active weights, how many the coming update can grow at most; None for any
             number.
         mask: gives the mask of a layer by its name.
+        explored: gives a mask of the inactive weights of a layer that the coming update looks at; None for all.
         alone: whether this process has all of a step's gradients.
     """
 
-    def __init__(self, candidates: Callable[[int], int | None], mask: Callable[[str], Tensor], *, alone: bool):
+    def __init__(
+        self,
+        candidates: Callable[[int], int | None],
+        mask: Callable[[str], Tensor],
+        explored: Callable[[str], Tensor | None] = lambda name: None,
+        *,
+        alone: bool,
+    ):
         self.found: dict[str, Gradient] = {}
-        self._candidates, self._mask, self._alone = candidates, mask, alone
+        self._candidates, self._mask, self._explored, self._alone = candidates, mask, explored, alone
         self._passes: dict[str, set[int]] = {}  # the backwards of this step, by layer
         self._latest: dict[str, int] = {}  # the backward of the latest gradient
         self._several: bool | None = None  # whether the last step had several of them; None: not known yet
@@ -72,6 +80,13 @@ class Gradients:
     def count(self, name: str) -> None:
         """Notes that a backward has reached the layer's values."""
         self._passes.setdefault(name, set()).add(torch._C._current_graph_task_id())
+
+    def zero(self, name: str, device: torch.device) -> Gradient:
+        """Returns a gradient of zeros, with the entries that this step's gradients of the layer have."""
+        mask, drawn = self._mask(name), self._explored(name)
+        positions = None if drawn is None else positions_of(mask | drawn)
+        size = mask.numel() if positions is None else len(positions)
+        return Gradient(tuple(mask.shape), torch.zeros(size, device=device), positions)
 
     def begin(self) -> None:
         """Begins a new step."""
@@ -86,10 +101,13 @@ class Gradients:
         anew = self._latest.get(name) != this and (so_far is None or not so_far.any())  # as zero_grad() leaves it
         self._latest[name] = this
         earlier = None if anew else self.found.get(name)
+        mask, drawn = self._mask(name), self._explored(name)
+        if drawn is not None:
+            self.found[name] = _at(tuple(mask.shape), pieces, positions_of(mask | drawn), earlier)
+            return
         if earlier is not None and earlier.positions is not None:
             self.cut.add(name)
             self._shared.add(name)
-        mask = self._mask(name)
         active, shape = topology.count(mask), tuple(mask.shape)
         one = self._alone and self._several is False and name not in self._shared and earlier is None
         n = self._candidates(active) if one else None
@@ -97,6 +115,17 @@ class Gradients:
             self.found[name] = _whole(shape, pieces, earlier)
         else:
             self.found[name] = _largest(shape, pieces, module.positions, min(n, mask.numel() - active))
+
+
+def _at(shape: tuple[int, ...], pieces: Pieces, positions: Tensor, earlier: Gradient | None) -> Gradient:
+    """The entries at the positions, added to those that came earlier."""
+    values = None if earlier is None else earlier.values.clone()
+    for start, piece in pieces:
+        if values is None:
+            values = piece.new_zeros(len(positions), dtype=torch.promote_types(piece.dtype, torch.float32))
+        low, high = bounds(positions, [start, start + len(piece)])
+        values[low:high] += taken(piece, positions[low:high] - start)
+    return Gradient(shape, values, positions)
 
 
 def _whole(shape: tuple[int, ...], pieces: Pieces, earlier: Gradient | None) -> Gradient:

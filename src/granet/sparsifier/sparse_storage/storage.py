@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from math import prod
 from weakref import ref
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from granet import shards
+from granet import shards, topology
 from granet.criterion import Layer
 from granet.methods.base import Method
 from granet.names import matched, unknown
@@ -156,7 +155,17 @@ class SparseStorage:
         def candidates(active: int) -> int | None:
             return owner().method.candidates(owner().step + 1, active) if unstructured else None
 
-        self._gradients = Gradients(candidates, lambda name: owner().masks[name], alone=current().world == 1)
+        def explored(name: str) -> Tensor | None:
+            one = owner()
+            if (share := one.method.explores) is None:
+                return None
+            rng = torch.Generator().set_state(one._rng.get_state())  # the update will draw the same
+            return topology.some(one.masks[name], share, topology.seeds(one.masks, rng)[name])
+
+        def mask(name: str) -> Tensor:
+            return owner().masks[name]
+
+        self._gradients = Gradients(candidates, mask, explored, alone=current().world == 1)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -197,9 +206,9 @@ class SparseStorage:
         ranks, found = current(), self._gradients.found
         for name, module in self.modules.items() if ranks.world > 1 else ():
             if ranks.any(name in found):
-                shape = stored.shape_of(module)
-                zero = Gradient(shape, torch.zeros(prod(shape), device=module.values.device))
-                ranks.mean_([found.setdefault(name, zero).values])
+                if name not in found:
+                    found[name] = self._gradients.zero(name, module.values.device)
+                ranks.mean_([found[name].values])
         if not self._gradients.cut:
             return ""
         return (
