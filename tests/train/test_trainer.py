@@ -317,11 +317,12 @@ def test_a_loss_that_is_not_finite_stops_training_and_is_not_saved():
     assert saved == list(range(1, step))
 
 
+@pytest.mark.parametrize("storage", ["dense", "sparse"])
 @pytest.mark.parametrize(
     "train", [{"momentum": 0.9}, {"optimizer": "adamw", "lr": 0.002, "ema": 0.9, "clip_norm": 1.0}]
 )
-def test_a_trainer_goes_on_from_its_state_to_the_bit(train):
-    settings = recipe("digits-cnn", epochs=1, log=3, batch_size=32, accumulate=2, **train)
+def test_a_trainer_goes_on_from_its_state_to_the_bit(train, storage):
+    settings = recipe("digits-cnn", epochs=1, log=3, batch_size=32, accumulate=2, storage=storage, **train)
     whole = Trainer(settings)
     records = fit(whole)
     first = Trainer(settings)
@@ -391,3 +392,24 @@ def test_the_sparse_engine_trains_the_same_network_up_to_rounding(bf16, monkeypa
 def test_the_sparse_engine_does_not_go_with_compile():
     with pytest.raises(ValueError, match=r"kernels of its own.*: leave out compile"):
         recipe(engine="sparse", compile="default")
+
+
+@pytest.mark.parametrize("train", [{"decay": "weights"}, {"optimizer": "adamw", "lr": 0.002, "ema": 0.9, "bf16": True}])
+def test_sparse_storage_trains_what_dense_storage_trains(train):
+    dense, sparse = (Trainer(recipe("digits-cnn", storage=storage, **train)) for storage in ("dense", "sparse"))
+    records = [fit(one) for one in (dense, sparse)]
+    held = [sum(p.numel() for p in one.model.parameters()) for one in (dense, sparse)]
+    assert held[1] < 0.2 * held[0]
+    assert equal(dense.sparsifier.masks, sparse.sparsifier.masks)
+    assert equal(weights(dense), weights(sparse))
+    for record in [*records[0], *records[1]]:
+        record.pop("seconds", None)
+    assert records[0] == records[1]
+    a, b = dense.summary(), sparse.summary()
+    assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+@pytest.mark.parametrize("other", [{"engine": "sparse"}, {"quantise": "int8"}, {"compile": "default"}])
+def test_sparse_storage_goes_with_torchs_own_kernels_alone(other):
+    with pytest.raises(ValueError, match="storage sparse trains on torch's kernels as they are"):
+        recipe(storage="sparse", **other)

@@ -385,7 +385,7 @@ class Sparsifier(Upkeep):
         if self._aside is not None:
             self._aside.give_back(self._parameters)
         self._restore(saved)
-        self._stored.reposition(self.masks)
+        self._stored.reposition(self.masks, self._followers)
         self._aside = state.Aside()
         self._clear_all()
 

@@ -38,7 +38,8 @@ def build(model: nn.Module, settings: Train, *, spared: Iterable[str] = ()) -> t
         settings: the section `train` of a recipe.
         spared: names of more parameters that are not decayed.
     """
-    free = {name for name, p in model.named_parameters() if settings.decay == "weights" and p.ndim < 2} | set(spared)
+    vectors = {name for name, p in model.named_parameters() if p.ndim < 2 and not name.endswith("values")}
+    free = (vectors if settings.decay == "weights" else set()) | set(spared)
     decayed = [p for name, p in model.named_parameters() if name not in free]
     spared = [p for name, p in model.named_parameters() if name in free]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}]

@@ -213,6 +213,9 @@ class Train(Section):
     engine: Literal["dense", "sparse"] = Field(
         "dense", description="Arithmetic: 'sparse' runs layers on granet's own kernels where these are faster (CPU)."
     )
+    storage: Literal["dense", "sparse"] = Field(
+        "dense", description="What layers hold in training: 'sparse' holds active weights alone, in less memory."
+    )
     quantise: Literal["int8"] | None = Field(
         None,
         description="Quantisation-aware training: layers compute with weights and inputs rounded as in int8 inference.",
@@ -231,6 +234,10 @@ class Train(Section):
             raise ValueError(
                 f"quantise {self.quantise} rounds float32 numbers of torch's own layers: leave out bf16, compile and "
                 "engine sparse"
+            )
+        if self.storage == "sparse" and (self.engine == "sparse" or self.quantise or self.compile):
+            raise ValueError(
+                "storage sparse trains on torch's kernels as they are: leave out engine sparse, quantise, compile"
             )
         if self.batch_size % self.accumulate:
             raise ValueError(

@@ -86,7 +86,7 @@ class Trainer:
         self.target, self.units = planned.final_active, planned.sparse_units  # weights, blocks or channels
         probe = self.probe(self.settings.probe) if method.needs_probe else None
         self.flops = flops.count(self.model, torch.zeros(1, *shape, device=self.device))
-        options = {"skip": skip, "seed": recipe.seed, "probe": probe, "masks": masks}
+        options = {"skip": skip, "seed": recipe.seed, "probe": probe, "masks": masks, "storage": self.settings.storage}
         self.sparsifier = Sparsifier(self.model, method, pattern=recipe.model.pattern, **options)
         spared = self.sparsifier.masks if method.decays else ()
         self.optimizer = optimizer.build(self.model, self.settings, spared=spared)
@@ -386,8 +386,8 @@ class Trainer:
             self.model.load_state_dict(dict(state["model"] or model))
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
+            self.sparsifier.load_state_dict(state["sparsifier"])  # buffers have the size of what it makes active
             restore_layout(state["optimizer"], self.optimizer)
-            self.sparsifier.load_state_dict(state["sparsifier"])
             self.quantisation.load_state_dict(state.get("quantisation", {}))
             self.best = None if state["best"] is None else Best(**state["best"])
             self.training_flops, self.seconds = state["training_flops"], state["seconds"]

@@ -237,11 +237,23 @@ class SparseStorage:
             "state dict too, before the first step"
         )
 
-    def reposition(self, masks: Mapping[str, Tensor]) -> None:
-        """Has the layers hold the weights at the places of loaded masks; what optimizers have stays as it is."""
+    def reposition(self, masks: Mapping[str, Tensor], followers: Iterable[object] = ()) -> None:
+        """Has the layers, and those of averaged models, hold the weights at the places of loaded masks.
+
+        What optimizers have stays as it is.
+        """
+        copies = [self._copies(one) for one in followers if isinstance(one, nn.Module)]
         for name, module in self.modules.items():
             known = stored.reposition(module, masks[name], fixed=self._fixed_size)
             (self._unknown.discard if known else self._unknown.add)(name)
+            for layers in copies:
+                stored.reposition(layers[name], masks[name], fixed=self._fixed_size)
+
+    def _copies(self, follower: nn.Module) -> dict[str, nn.Module]:
+        """The follower's own layers in the place of those in sparse storage."""
+        names = {f"{name.removesuffix('weight')}values": name for name in self.modules}
+        found = matched(names, [key for key, _ in follower.named_parameters()])
+        return {names[key]: follower.get_submodule(other.rpartition(".")[0]) for key, other in found.items()}
 
     def refuse(self, optimizers: Iterable[Optimizer]) -> None:
         """Raises ValueError if an optimizer needs whole weights, or remembers what cannot follow their values."""
@@ -282,12 +294,7 @@ class SparseStorage:
         tensors = followers.held_by(follower, self.model, names)
         if not isinstance(follower, nn.Module):
             return {names[key]: (tensor, None) for key, tensor in tensors.items()}
-        found = matched(names, [key for key, _ in follower.named_parameters()])
-        return {
-            names[key]: (module.values, module)
-            for key, other in found.items()
-            for module in [follower.get_submodule(other.rpartition(".")[0])]
-        }
+        return {name: (module.values, module) for name, module in self._copies(follower).items()}
 
     @torch.no_grad()
     def renew(
