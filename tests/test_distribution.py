@@ -1,5 +1,6 @@
 """Budgets are whole, add up exactly, and follow the definitions of ER and ERK."""
 
+from fractions import Fraction
 from math import prod
 
 import pytest
@@ -98,6 +99,19 @@ def test_unknown_distribution_names_the_nearest():
 def test_a_density_that_means_nothing_is_refused(density):
     with pytest.raises(ValueError, match="outside"):
         distribution.uniform({"a": (3, 3)}, density)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n", "says"),
+    [
+        ((30, 20), 29, "29 active weights are less than one for each of the 30 neurons of 'a'.*skip="),
+        ((30,), 30, "'a' of shape \\(30,\\) has one dimension"),
+        (distribution.Limited((30, 20), Fraction(1, 2)), 60, "obeys a pattern"),
+    ],
+)
+def test_a_constant_fan_in_that_cannot_be_is_refused(shape, n, says):
+    with pytest.raises(ValueError, match=says):
+        distribution.fan_ins({"a": shape}, {"a": n})
 
 
 LAYERS = st.lists(st.tuples(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), st.integers(0, 500)), min_size=1, max_size=8)

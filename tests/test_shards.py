@@ -23,6 +23,7 @@ SETTINGS = {
     "rigl accumulate": {"sparsity": 0.8, "end": 15, "interval": 3, "accumulate": 2},
     "rigl momentum": {"sparsity": 0.8, "end": 15, "interval": 3, "growth": "momentum"},
     "rigl-itop": {"sparsity": 0.8, "total": 30, "interval": 3},
+    "srigl": {"sparsity": 0.8, "end": 15, "interval": 3},
     "set": {"sparsity": 0.8, "total": 20, "interval": 3},
     "set by-sign": {"sparsity": 0.8, "total": 20, "interval": 3, "by_sign": True},
     "snfs": {"sparsity": 0.8, "total": 30, "interval": 3},
@@ -35,7 +36,7 @@ SETTINGS = {
     "str": {"s_init": -3.0, "interval": 3},
     "top-kast": {"sparsity": 0.8, "interval": 3},
 }
-SHARDED = [name for name in SETTINGS if name not in ("str", "top-kast")]
+SHARDED = [name for name in SETTINGS if name not in ("srigl", "str", "top-kast")]
 QUICK = ["gmp layerwise", "granet", "rigl accumulate", "rigl momentum", "set by-sign", "deep-r", "mest soft", "fixed"]
 STEPS = 16
 
@@ -155,7 +156,7 @@ def spawn(function, world, tmp_path, *args):
 @pytest.mark.parametrize(
     ("kind", "world", "names"),
     [
-        ("ddp", 2, ["granet", "rigl accumulate", "set", "deep-r", "str", "top-kast"]),
+        ("ddp", 2, ["granet", "rigl accumulate", "srigl", "set", "deep-r", "str", "top-kast"]),
         ("fsdp", 2, QUICK),
         pytest.param("fsdp", 2, [name for name in SHARDED if name not in QUICK], marks=pytest.mark.slow),
         ("fsdp", 4, ["granet"]),
@@ -283,6 +284,8 @@ def what_cannot_be_sharded_is_refused(rank, world, folder):
             granet.Sparsifier(model, method(name))
     with pytest.raises(ValueError, match=r"'0.weight' is sharded, .* only the pattern 'unstructured', not 1:2"):
         granet.Sparsifier(model, granet.Static(sparsity=0.5), pattern="1:2", skip="6")
+    with pytest.raises(ValueError, match=r"'0.weight' is sharded over ranks, and a constant fan-in .* such as RigL"):
+        granet.Sparsifier(model, granet.SRigL(sparsity=0.5, end=10))
     for kind in ("snip", "grasp", "synflow"):
         chosen = granet.METHODS[kind](sparsity=0.8)
         with pytest.raises(ValueError, match=f"{type(chosen).__name__} looks at gradients .* masks=masks"):

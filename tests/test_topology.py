@@ -11,7 +11,24 @@ from hypothesis import strategies as st
 
 from granet.criterion import Layer, gradient, magnitude
 from granet.pattern import NM, Block, parse
-from granet.topology import count, drop, exchange, grow, grow_random, obeying, prune_to, random_masks, rewire, some, top
+from granet.topology import (
+    NonFiniteScores,
+    count,
+    drop,
+    exchange,
+    grow,
+    grow_random,
+    in_rows,
+    obeying,
+    prune_to,
+    random_masks,
+    random_rows,
+    rewire,
+    row_counts,
+    some,
+    top,
+    top_of_rows,
+)
 
 SCORES = st.lists(st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 1.0, 3.5, 7.25]), min_size=1, max_size=40)
 
@@ -143,6 +160,48 @@ def test_random_masks_are_exact_and_depend_on_the_seed_alone():
     assert {name: count(mask) for name, mask in draw[0].items()} == counts
     assert all(torch.equal(draw[0][name], draw[1][name]) for name in shapes)
     assert not torch.equal(draw[0]["a"], draw[2]["a"])
+
+
+@cases(st.integers(1, 6), st.integers(1, 8), st.sampled_from([(), (2,), (3, 1)]), st.data())
+def test_each_row_has_its_own_best_entries(rows, columns, kernel, data):
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    scores = torch.randint(-3, 4, (rows, columns, *kernel), generator=rng).float()  # with many ties
+    among = torch.rand(scores.shape, generator=rng) < 0.7
+    n = torch.tensor([data.draw(st.integers(0, count(row))) for row in among])
+    chosen = top_of_rows(Layer(scores), magnitude, n, among)
+    assert chosen.shape == among.shape and torch.equal(row_counts(chosen), n)
+    for i in range(rows):
+        expected = naive_top(scores[i].abs().flatten().tolist(), int(n[i]), among[i].flatten().tolist())
+        assert chosen[i].flatten().tolist() == expected
+
+
+def test_rows_without_so_many_candidates_or_with_nan_are_refused():
+    among = torch.tensor([[True, False], [True, True]])
+    for n in ([2, 1], [-1, 1]):
+        with pytest.raises(ValueError, match="cannot select"):
+            top_of_rows(Layer(torch.ones(2, 2)), magnitude, torch.tensor(n), among)
+    with pytest.raises(NonFiniteScores, match="no row can be ranked"):
+        top_of_rows(Layer(torch.tensor([[1.0, 2.0], [3.0, torch.nan]])), magnitude, torch.tensor([0, 1]), among)
+
+
+def test_random_rows_have_their_fan_in_and_depend_on_the_seed_alone():
+    layers = {"a": Layer(torch.zeros(40, 30)), "b": Layer(torch.zeros(7, 3, 3, 3)), "c": Layer(torch.zeros(5, 5))}
+    fan_in = {"a": 4, "b": 1, "c": 5}
+    draw = [random_rows(fan_in, layers, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert {name: row_counts(mask).unique().tolist() for name, mask in draw[0].items()} == {
+        "a": [4],
+        "b": [1],
+        "c": [5],
+    }
+    assert all(torch.equal(draw[0][name], draw[1][name]) for name in layers)
+    assert not torch.equal(draw[0]["a"], draw[2]["a"])
+    assert draw[0]["a"].any(0).all()  # every input is read
+
+
+def test_in_rows_leaves_the_chosen_rows_alone():
+    mask = torch.rand(4, 3, 2) < 0.6
+    left = in_rows(mask, torch.tensor([True, False, True, False]))
+    assert torch.equal(left[::2], mask[::2]) and not left[1::2].any()
 
 
 def test_random_growth_is_even():

@@ -35,6 +35,7 @@ from .methods.set import SET as SET
 from .methods.snfs import SNFS as SNFS
 from .methods.snip import SNIP as SNIP
 from .methods.soft_threshold import STR as STR
+from .methods.srigl import SRigL as SRigL
 from .methods.static import Static as Static
 from .methods.synflow import SynFlow as SynFlow
 from .methods.top_kast import TopKAST as TopKAST

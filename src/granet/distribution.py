@@ -130,6 +130,35 @@ def by_layer(text: str) -> Callable[[Shapes, float], dict[str, int]]:
     return budgets
 
 
+def fan_ins(shapes: Shapes, budgets: Mapping[str, int]) -> dict[str, int]:
+    """How many weights each neuron of a layer has if all have equally many, by layer: the budgets, rounded down.
+
+    Neurons are counted by the first dimension: outputs of a linear layer, filters of a convolution.
+
+    >>> fan_ins({"a": (10, 10), "b": (3, 2, 3, 3)}, {"a": 34, "b": 54})
+    {'a': 3, 'b': 18}
+
+    Raises:
+        ValueError: a budget is less than a weight for each neuron, a parameter has one dimension, or a pattern limits
+            the weights of a neuron.
+    """
+    found = {}
+    for name, shape in shapes.items():
+        if len(shape) < 2 or isinstance(shape, Limited):
+            raise ValueError(
+                f"a constant fan-in counts the weights of each neuron, and {name!r} of shape {tuple(shape)} "
+                + ("has one dimension" if len(shape) < 2 else "obeys a pattern that counts them in groups")
+                + ": leave it dense with skip=, or choose pattern 'unstructured'"
+            )
+        found[name] = budgets[name] // shape[0]
+        if not found[name]:
+            raise ValueError(
+                f"{budgets[name]} active weights are less than one for each of the {shape[0]} neurons of {name!r}: "
+                f"lower the sparsity, or leave the layer dense with skip="
+            )
+    return found
+
+
 def scale(counts: Mapping[str, int], total: int) -> dict[str, int]:
     """`counts` shrunk by one common factor so that they add up to `total`, none below 1.
 

@@ -85,6 +85,7 @@ def test_nonsense_is_refused_by_name(variant):
         "end": (-1, 0),
         "total": (0,),
         "drop_fraction": (1.5,),
+        "min_salient": (1.5, -0.1),
         "regeneration": (-0.1,),
         "distribution": ("erq",),
         "scope": ("local",),

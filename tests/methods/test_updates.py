@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from granet import GMP, METHODS, SET, GraNet, RigL
+from granet import GMP, METHODS, SET, GraNet, RigL, SRigL
 from granet.criterion import Layer
-from granet.distribution import budget
+from granet.distribution import budget, erk
 from granet.topology import count
 
 
@@ -90,6 +90,35 @@ def naive_rigl(method, step, weights, grads, masks):
     return {name: naive_exchange(mask, weights[name], grads[name], alpha) for name, mask in masks.items()}
 
 
+def naive_srigl(method, step, weights, grads, masks):
+    alpha = method.drop_fraction / 2 * (1 + math.cos(step * math.pi / method.end))
+    budgets = erk({name: mask.shape for name, mask in masks.items()}, 1 - method.sparsity)
+    found = {}
+    for name, mask in masks.items():
+        size, steep, neurons = np.abs(weights[name]), np.abs(grads[name]), range(len(mask))
+        salient = [int(n.sum()) for n in naive_exchange(mask, weights[name], grads[name], alpha)]
+        most = mask[0].size
+        needed = max(1, math.floor(Fraction(str(method.min_salient)) * (budgets[name] // len(mask))))
+        alive = [i for i in neurons if salient[i] >= needed]
+        if name == list(masks)[-1] or not method.min_salient:
+            alive = list(neurons)
+        elif len(alive) * most < budgets[name]:
+            alive = sorted(neurons, key=lambda i: (-salient[i], i))[: math.ceil(budgets[name] / most)]
+        k = min(budgets[name] // len(alive), most)
+        living = np.array([m if i in alive else np.zeros_like(m) for i, m in enumerate(mask)])
+        active = int(mask.sum())
+        n = active - floor(Fraction(str(round(alpha, 12))) * active)
+        kept = keep(living, size, n)
+        out = np.zeros(mask.shape, bool)
+        for i in alive:
+            row = keep(kept[i], size[i], k)
+            grown = best(steep[i], k - int(row.sum()), ~row)
+            out[i] = row
+            out[i].flat[grown] = True
+        found[name] = out
+    return found
+
+
 @pytest.mark.parametrize(
     ("method", "step"),
     [
@@ -99,6 +128,9 @@ def naive_rigl(method, step, weights, grads, masks):
         (GraNet(sparsity=0.95, initial_sparsity=0.0, end=50, total=100, interval=10), 60),
         (RigL(sparsity=0.8, end=75, interval=10), 10),
         (RigL(sparsity=0.8, end=75, interval=10, drop_fraction=1.0), 30),
+        (SRigL(sparsity=0.7, end=75, interval=10, min_salient=0.8), 10),
+        (SRigL(sparsity=0.5, end=75, interval=10, min_salient=1.0, drop_fraction=0.9), 30),
+        (SRigL(sparsity=0.8, end=75, interval=10, min_salient=0.0), 10),
     ],
 )
 def test_update_equals_the_naive_version(method, step, case):

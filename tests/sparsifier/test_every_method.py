@@ -134,7 +134,13 @@ def test_the_active_count_is_the_budget_of_the_schedule_at_every_update(variant)
             assert all(torch.equal(mask, run.weight(name) != 0) for name, mask in sparsifier.masks.items())
             return
         wanted = granet.distribution.budget(total, 1 - method.sparsity_at(step))
-        assert sparsifier.active_units == wanted
+        if isinstance(method, granet.SRigL):  # the largest constant fan-ins within the budget
+            masks = {name: pattern.pooled_mask(mask) for name, mask in sparsifier.masks.items()}
+            fan_ins = [granet.topology.row_counts(mask) for mask in masks.values()]
+            assert all(set(n.tolist()) <= {0, int(n.max())} for n in fan_ins)
+            assert wanted - sum(map(count, fan_ins)) < sparsifier.active_units <= wanted
+        else:
+            assert sparsifier.active_units == wanted
         assert wanted > legal or all(pattern.obeyed(mask) for mask in sparsifier.masks.values())
 
     check(0)
@@ -147,8 +153,11 @@ def test_the_active_count_is_the_budget_of_the_schedule_at_every_update(variant)
     if method.sparsity_at(STEPS) is None:
         return
     final = method.final_counts(shapes)
+    if final is None:
+        return
     assert sparsifier.active_units == (final if isinstance(final, int) else sum(final.values()))
-    assert sparsifier.active_units == granet.distribution.budget(total, 1 - getattr(method, "sparsity", 0.0))
+    if not isinstance(method, granet.SRigL):
+        assert sparsifier.active_units == granet.distribution.budget(total, 1 - getattr(method, "sparsity", 0.0))
     if not isinstance(final, int):
         assert {name: count(pattern.pooled_mask(mask)) for name, mask in sparsifier.masks.items()} == final
     assert all(pattern.obeyed(mask) for mask in sparsifier.masks.values())
