@@ -32,6 +32,7 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
         "fuzz_models.py": ["2"],
         "fuzz_reduced.py": ["2"],
         "fuzz_saved.py": ["3", "200"],
+        "fuzz_stored.py": ["100"],
     }
     for script, arguments in scripts.items():
         done = subprocess.run(

@@ -1,4 +1,8 @@
-"""Sparse storage trains what dense storage trains: the same masks and weights, whatever the loop does."""
+"""Sparse storage trains what dense storage trains: the same masks and weights, whatever the loop does.
+
+That is so to the bit on torch's own kernels, on which everything runs here. Those of granet round otherwise: they are
+tested in test_kernels.py.
+"""
 
 import io
 import os
@@ -15,9 +19,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import granet
 from granet import Sparsifier, ranks
-from granet.sparsifier.sparse_storage import is_stored
+from granet.sparsifier.sparse_storage import is_stored, linear
 from granet.sparsifier.sparse_storage import weight as stored
 from granet.sparsifier.sparse_storage.values import dense
+
+
+@pytest.fixture(autouse=True)
+def torchs_kernels(monkeypatch):
+    monkeypatch.setattr(linear, "DENSEST", {})
 
 
 def assert_equal(a, b, *, rounded=False):

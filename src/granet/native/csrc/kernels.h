@@ -28,6 +28,15 @@ struct Epilogue {
   bool last;        // apply residual, activation and keep
 };
 
+// A matrix as its values at ascending flat positions; see stored.inc.
+struct Stored {
+  const int32_t* position;
+  const float* value;
+  const int32_t* ptr;
+  int64_t columns;
+  int64_t step;
+};
+
 struct Kernels {
   const char* name;
   int32_t width;              // floats in a vector
@@ -53,7 +62,14 @@ struct Kernels {
   // to[c * to_stride + r] = from[r * from_stride + c] for a rows x columns block.
   void (*transpose)(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
                     int64_t columns);
+  // The product of a stored matrix, and its two gradients: see stored.inc.
+  void (*stored_spmm)(const Stored& m, int64_t r0, int64_t r1, const float* x, const float* start, float* y,
+                      int32_t vectors);
+  void (*stored_scatter)(const Stored& m, int64_t r0, int64_t r1, const float* dy, float* dx, int32_t vectors);
+  void (*stored_sddmm)(const Stored& m, int64_t r0, int64_t r1, const float* dy, const float* x, float* grad,
+                       int32_t vectors);
 };
+constexpr int32_t kStoredVectors = 8;  // longest tile of the stored kernels
 
 const Kernels& kernels_generic();
 const Kernels& kernels_avx2();

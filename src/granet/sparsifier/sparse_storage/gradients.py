@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from granet import criterion, topology
 from granet.criterion import Layer
-from granet.sparsifier.sparse_storage.blocks import BLOCK, Pieces
+from granet.sparsifier.sparse_storage.linear import BLOCK, Pieces
 from granet.sparsifier.sparse_storage.values import bounds, give_back, part, positions_of, taken
 
 

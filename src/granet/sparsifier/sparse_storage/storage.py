@@ -24,8 +24,8 @@ from granet.selection import Choice
 from granet.sparsifier import followers
 from granet.sparsifier.regrowth import Starts, buffers_of, ratio_to
 from granet.sparsifier.sparse_storage import weight as stored
-from granet.sparsifier.sparse_storage.blocks import Pieces
 from granet.sparsifier.sparse_storage.gradients import Gradient, Gradients
+from granet.sparsifier.sparse_storage.linear import Pieces
 from granet.sparsifier.sparse_storage.values import PIECE, Move, dense, give_back, part
 
 STORAGES = ("dense", "sparse")

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache
-from math import prod
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from granet.sparsifier.sparse_storage import blocks
-from granet.sparsifier.sparse_storage.blocks import CHANGED, Listener
+from granet.sparsifier.sparse_storage import linear
+from granet.sparsifier.sparse_storage.linear import CHANGED, Listener
 from granet.sparsifier.sparse_storage.values import dense, positions_of, taken
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -194,9 +193,9 @@ class _Recipe:
 
 def _forward(plain: type[nn.Module], module: nn.Module, *inputs: object, **named: object) -> object:
     """The module's own forward, in which autograd keeps values instead of the dense weight."""
-    if plain.forward is nn.Linear.forward and prod(shape_of(module)) > blocks.BLOCK and not _transformed():
-        (x,) = (*inputs, *named.values())
-        return blocks.apply(module, x, shape_of(module), _listener_of(module) if torch.is_grad_enabled() else None)
+    x = next(iter((*inputs, *named.values())), None)
+    if plain.forward is nn.Linear.forward and not _transformed() and linear.is_for(module, shape_of(module), x):
+        return linear.apply(module, x, shape_of(module), _listener_of(module) if torch.is_grad_enabled() else None)
     if not torch.is_grad_enabled() or _transformed():
         return plain.forward(module, *inputs, **named)
     recipes: dict[int, tuple[Tensor, _Recipe]] = {}

@@ -1,4 +1,7 @@
-"""Large linear layers from their values, a few rows of the weight dense at a time: what whole weights would give."""
+"""Large linear layers from their values, a few rows of the weight dense at a time: what whole weights would give.
+
+What the kernels compute is tested in test_kernels.py.
+"""
 
 import pytest
 import torch
@@ -7,14 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import granet
-from granet.sparsifier.sparse_storage import blocks, gradients
+from granet.sparsifier.sparse_storage import gradients, linear
 from granet.sparsifier.sparse_storage import weight as stored
 
 
 @pytest.fixture(autouse=True)
 def few_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 100)  # four rows of 24 inputs; the layers have 960 and 200 weights
+    monkeypatch.setattr(linear, "BLOCK", 100)  # four rows of 24 inputs; the layers have 960 and 200 weights
     monkeypatch.setattr(gradients, "BLOCK", 10)
+    monkeypatch.setattr(linear, "DENSEST", {})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -57,8 +61,8 @@ def test_outputs_and_gradients_are_those_of_the_whole_weight(bf16):
 
 def test_no_dense_tensor_of_the_weights_size_is_made(monkeypatch):
     made = []
-    whole = blocks.dense
-    monkeypatch.setattr(blocks, "dense", lambda *a: made.append(a[2]) or whole(*a))
+    whole = linear.dense
+    monkeypatch.setattr(linear, "dense", lambda *a: made.append(a[2]) or whole(*a))
     run = Training("sparse", "rigl").step(3)  # no update is due in these
     assert {shape for shape in made if shape[1] == 24} == {(4, 24)}
     assert max(rows * inputs for rows, inputs in made) <= 100
