@@ -28,6 +28,7 @@ LAYERS = [  # a folder or module may import what stands before it; docs/architec
     "pattern",
     "checks",
     "filters",
+    "storages",
     "selection",
     "importers",
     "probe",

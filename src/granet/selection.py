@@ -24,7 +24,7 @@ from math import prod
 import torch
 from torch import nn
 
-from granet import shards
+from granet import shards, storages
 from granet.checks import refuse_pruned, refuse_sparse_gradients, require_kinds
 from granet.criterion import Layer
 from granet.filters import KINDS, Default, Filter, Filters, by_default, hits, listed
@@ -266,7 +266,13 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, method: Method, *, only: Filters = None, skip: Filters = (), pattern: Pattern | str | None = None
+    model: nn.Module,
+    method: Method,
+    *,
+    only: Filters = None,
+    skip: Filters = (),
+    pattern: Pattern | str | None = None,
+    storage: str = "dense",
 ) -> Plan:
     """Returns the plan of `method` for `model`: every parameter, whether it is sparse and why, its shape and budgets.
 
@@ -276,11 +282,12 @@ def plan(
         only: filters that match the sparse parameters; see `granet.selection`.
         skip: filters that match parameters to leave dense.
         pattern: the pattern that every mask obeys; see `granet.pattern`.
+        storage: that of the weights; with "sparse" the reasons say which layers are in dense storage all the same.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: as for `select`; or the sparsity leaves a layer without any weight, or the method cannot obey the
-            pattern.
+            pattern, or cannot train in that storage.
 
     >>> import granet, torch
     >>> print(granet.plan(torch.nn.Sequential(torch.nn.Linear(8, 4)), granet.Static(sparsity=0.75)))
@@ -298,13 +305,16 @@ def plan(
     choices = select(model, only, skip, pattern)
     shapes = units_of(choices, pattern)
     refuse(method, pattern, shapes)
+    reasons = storage_reasons(model, choices)
+    storages.refuse(storage, method, reasons)
+    notes = {name: f"; in dense storage: {why}" for name, why in reasons.items() if why and storage == "sparse"}
     initial, final = method.initial_counts(shapes), method.final_counts(shapes)
     rows = tuple(
         PlanRow(
             choice.name,
             tuple(choice.parameter.shape),
             choice.sparse,
-            choice.reason,
+            choice.reason + notes.get(choice.name, ""),
             initial.get(choice.name) if isinstance(initial, dict) else None,
             final.get(choice.name) if isinstance(final, dict) else None,
             prod(shapes[choice.name]) if choice.sparse else choice.parameter.numel(),
@@ -338,6 +348,15 @@ def refuse(method: Method, pattern: Pattern, shapes: Mapping[str, tuple[int, ...
 def units_of(choices: Iterable[Choice], pattern: Pattern) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every sparse parameter in units of the pattern."""
     return {choice.name: pattern.shape(tuple(choice.parameter.shape)) for choice in choices if choice.sparse}
+
+
+def storage_reasons(model: nn.Module, choices: Iterable[Choice]) -> dict[str, str]:
+    """Returns why each sparse parameter stays in dense storage beside others in sparse storage; "" if it need not."""
+    return {
+        one.name: storages.reason_for_dense(model, one.name, one.parameter, one.aliases)
+        for one in choices
+        if one.sparse
+    }
 
 
 def layers_of(choices: Iterable[Choice], gradients: Mapping[str, torch.Tensor] | None = None) -> dict[str, Layer]:

@@ -321,7 +321,7 @@ def _planned(plan: TrainingPlan, name: str, module: nn.Module, refused: str) -> 
     if shared:
         why = f"it shares its weight with {shared[0]!r}"
     elif stored_shape(module) is not None:
-        why, sparse = "in sparse storage, which computes with torch's kernels", [masks[f"{name}.weight".lstrip(".")]]
+        why, sparse = "in sparse storage, which has kernels of its own", [masks[f"{name}.weight".lstrip(".")]]
     elif not sparse:
         why = f"{type(module).__name__} has no sparse weight"
     elif refused:

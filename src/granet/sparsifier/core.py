@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from granet import checks, shards
+from granet import checks, shards, storages
 from granet.criterion import NonFiniteScores
 from granet.filters import Filters
 from granet.methods.base import Method
 from granet.pattern import Pattern, parse
 from granet.probe import Probe
-from granet.selection import layers_of, refuse, select, units_of
-from granet.sparsifier import masking, ownership, sparse_storage, state, stepping
+from granet.selection import layers_of, refuse, select, storage_reasons, units_of
+from granet.sparsifier import masking, ownership, state, stepping
 from granet.sparsifier.attachment import Attachment
 from granet.sparsifier.records import LayerReport, SparsityReport, Update
 from granet.sparsifier.reparameterize import Reparameterization, fold
@@ -99,7 +99,7 @@ class Sparsifier(Upkeep):
         pattern = parse(pattern)
         self._choices = [choice for choice in select(model, only, skip, pattern) if choice.sparse]
         refuse(method, pattern, units_of(self._choices, pattern))
-        sparse_storage.refuse(storage, model, method, self._choices)
+        storages.refuse(storage, method, storage_reasons(model, self._choices))
         super().__init__(model, pattern, {choice.name: choice.parameter for choice in self._choices})
         self._policy = pattern.policy(method)  # the method, as the pattern has it choose
         self._rng = torch.Generator("cpu").manual_seed(seed)

@@ -80,7 +80,8 @@ class Recipe(Section):
         from granet.selection import plan
 
         method = self.resolve(steps_per_epoch)
-        return plan(model, method, skip=self.skipped(model), pattern=self.model.pattern)
+        skip, pattern = self.skipped(model), self.model.pattern
+        return plan(model, method, skip=skip, pattern=pattern, storage=self.train.storage)
 
     def to_yaml(self, *, defaults: bool = True) -> str:
         """Returns the recipe as YAML, which `load` reads back to an equal recipe."""

@@ -236,9 +236,7 @@ class Train(Section):
                 "engine sparse"
             )
         if self.storage == "sparse" and (self.engine == "sparse" or self.quantise or self.compile):
-            raise ValueError(
-                "storage sparse trains on torch's kernels as they are: leave out engine sparse, quantise, compile"
-            )
+            raise ValueError("storage sparse has kernels of its own: leave out engine sparse, quantise, compile")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be split into accumulate={self.accumulate} equal parts"

@@ -72,7 +72,7 @@ def test_the_number_of_threads_changes_no_bit(one_thread_again):
 
 @pytest.mark.parametrize("needs", ["input", "values", "neither"])
 def test_gradients_that_nobody_needs_are_left_out(needs):
-    layer, mask = layer_of(30, 20, 0.3)
+    layer, _ = layer_of(30, 20, 0.3)
     layer.values.requires_grad_(needs == "values")
     x = torch.randn(2, 3, 20, requires_grad=needs == "input")
     y = layer(x)

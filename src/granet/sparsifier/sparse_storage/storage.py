@@ -12,15 +12,13 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from granet import shards, topology
+from granet import topology
 from granet.criterion import Layer
-from granet.methods.base import Method
-from granet.names import matched, unknown
+from granet.names import matched
 from granet.ranks import current
-from granet.selection import Choice
+from granet.selection import Choice, storage_reasons
 from granet.sparsifier import followers
 from granet.sparsifier.regrowth import Starts, buffers_of, ratio_to
 from granet.sparsifier.sparse_storage import weight as stored
@@ -28,7 +26,6 @@ from granet.sparsifier.sparse_storage.gradients import Gradient, Gradients
 from granet.sparsifier.sparse_storage.linear import Pieces
 from granet.sparsifier.sparse_storage.values import PIECE, Move, dense, give_back, part
 
-STORAGES = ("dense", "sparse")
 MATRICES = ("Muon", "Shampoo", "SOAP", "LBFGS", "KFAC", "GaLore")  # in the names of optimizers that need whole weights
 
 
@@ -119,11 +116,8 @@ class SparseStorage:
     @classmethod
     def of(cls, model: nn.Module, choices: Iterable[Choice], masks: Mapping[str, Tensor]) -> SparseStorage:
         """Returns the storage of a model whose linear and convolution layers from now on hold active weights alone."""
-        modules = {
-            one.name: model.get_submodule(one.name.rpartition(".")[0])
-            for one in choices
-            if not reason_for_dense(model, one)
-        }
+        reasons = storage_reasons(model, choices)
+        modules = {name: model.get_submodule(name.rpartition(".")[0]) for name, why in reasons.items() if not why}
         for name, module in modules.items():
             stored.store(module, masks[name])
         return cls(model, modules)
@@ -342,47 +336,3 @@ class SparseStorage:
             stored.place(module, moved, move.positions)
             values.grad = grad
             give_back()
-
-
-def reason_for_dense(model: nn.Module, choice: Choice) -> str:
-    """Returns why a sparse parameter stays in dense storage; an empty string for one that is stored sparse."""
-    path, _, leaf = choice.name.rpartition(".")
-    module = model.get_submodule(path)
-    if choice.aliases:
-        return f"it is also {choice.aliases[0]!r}"
-    if isinstance(module, parametrize.ParametrizationList) or parametrize.is_parametrized(module):
-        return "it is under a parametrization"
-    if leaf != "weight" or not isinstance(module, stored.LAYERS):
-        return f"sparse storage has linear and convolution layers, not {leaf!r} of {type(module).__name__}"
-    if shards.is_sharded(choice.parameter):
-        return "it is sharded over ranks"
-    if type(choice.parameter) is not nn.Parameter:
-        return f"its weight is a {type(choice.parameter).__name__}"
-    if "forward" in vars(module):
-        return "its forward was exchanged"
-    return ""
-
-
-def refuse(storage: str, model: nn.Module, method: Method, choices: Iterable[Choice]) -> None:
-    """Rejects a storage that does not exist, and what cannot train in sparse storage.
-
-    Raises:
-        ValueError: says which of storage, method and layers it is, and what to do.
-    """
-    if storage not in STORAGES:
-        raise ValueError(unknown("storage", storage, STORAGES))
-    if storage == "dense":
-        return
-    kind, instead = type(method).__name__, 'use storage="dense"'
-    if method.reparameterizes or method.drifts or method.remembers:
-        raise ValueError(f"{kind} needs all weights at every step, and sparse storage has the active ones: {instead}")
-    if method.averages_gradients:
-        raise ValueError(
-            f"{kind} averages the dense gradients of several steps here, which take the memory of dense weights: "
-            f'{instead}, or choose growth="gradient" and accumulate=1'
-        )
-    if not method.needs_probe and method.sparsity_at(0) == 0:
-        raise ValueError(f"{kind} starts dense here, which takes more memory in sparse storage: {instead}")
-    reasons = [(one.name, reason_for_dense(model, one)) for one in choices]
-    if all(why for _, why in reasons):
-        raise ValueError(f"no layer can be in sparse storage ({reasons[0][0]!r}: {reasons[0][1]}): {instead}")

@@ -21,7 +21,6 @@ from granet.sparsifier.sparse_storage import linear
 from granet.sparsifier.sparse_storage.linear import CHANGED, Listener
 from granet.sparsifier.sparse_storage.values import dense, positions_of, taken
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 SHAPE = "_dense_shape"
 LOADED = "_loaded_weight"  # the weight that was loaded last; True if it was zero outside of the positions
 
