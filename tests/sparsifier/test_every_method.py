@@ -242,7 +242,8 @@ def test_the_state_dict_is_that_of_the_dense_model(variant):
     before = [one.eval()(x) for one in copies]
     run.sparsifier.fold()
     run.sparsifier.fold()
-    assert all(torch.equal(y, run.model(x)) for y in before)
+    same = torch.allclose if variant in STORED else torch.equal  # layers in sparse storage add up in another order
+    assert all(same(y, run.model(x)) for y in before)
     assert list(run.model.state_dict()) == list(state)
     assert all(torch.equal(value, state[key]) for key, value in run.model.state_dict().items())
     if not run.sparsifier.method.reparameterizes:
