@@ -23,6 +23,8 @@ SETTINGS = {
     "synflow": {"sparsity": 0.8, "rounds": 10},
     "str": {"s_init": -3.0, "interval": 4},
     "top-kast": {"sparsity": 0.8, "interval": 4},
+    "feather": {"sparsity": 0.9, "begin": 3, "end": 17},
+    "cyclic": {"sparsity": 0.8, "end": 17, "total": 30, "interval": 4},
     "fixed": {},
 }
 VARIANTS = {
@@ -45,6 +47,8 @@ VARIANTS = {
     "rigl-itop random": {**SETTINGS["rigl-itop"], "growth": "random"},
     "set by-sign": {**SETTINGS["set"], "by_sign": True},
     "snip iterative": {**SETTINGS["snip"], "rounds": 5},
+    "feather every fourth": {**SETTINGS["feather"], "interval": 4, "p": 1.0, "theta": 0.25},
+    "cyclic triangular": {**SETTINGS["cyclic"], "cycles": 1, "peak": 4.0, "wave": "triangular"},
     "top-kast global": {**SETTINGS["top-kast"], "scope": "global", "distribution": "erk", "backward_sparsity": 0.5},
 }
 PATTERNED = {
@@ -64,6 +68,7 @@ PATTERNED = {
         "ac-dc": ("2:4",),
         "snip iterative": ("2:4",),
         "synflow": ("2:4",),
+        "cyclic": ("1:4", "4x1", "channel"),
     }.items()
     for pattern in patterns
 }
@@ -89,6 +94,7 @@ STORED = {
         "set by-sign",
         "rigl 2:4",
         "granet 4x1",
+        "cyclic",
     )
 }  # in sparse storage
 every = pytest.mark.parametrize("variant", VARIANTS)

@@ -35,8 +35,10 @@ SETTINGS = {
     "fixed": {},
     "str": {"s_init": -3.0, "interval": 3},
     "top-kast": {"sparsity": 0.8, "interval": 3},
+    "feather": {"sparsity": 0.8, "end": 12},
+    "cyclic": {"sparsity": 0.8, "end": 12, "total": 20, "interval": 3},
 }
-SHARDED = [name for name in SETTINGS if name not in ("srigl", "str", "top-kast")]
+SHARDED = [name for name in SETTINGS if name not in ("srigl", "str", "top-kast", "feather")]
 QUICK = ["gmp layerwise", "granet", "rigl accumulate", "rigl momentum", "set by-sign", "deep-r", "mest soft", "fixed"]
 STEPS = 16
 
@@ -156,7 +158,7 @@ def spawn(function, world, tmp_path, *args):
 @pytest.mark.parametrize(
     ("kind", "world", "names"),
     [
-        ("ddp", 2, ["granet", "rigl accumulate", "srigl", "set", "deep-r", "str", "top-kast"]),
+        ("ddp", 2, ["granet", "rigl accumulate", "srigl", "set", "deep-r", "str", "top-kast", "feather"]),
         ("fsdp", 2, QUICK),
         pytest.param("fsdp", 2, [name for name in SHARDED if name not in QUICK], marks=pytest.mark.slow),
         ("fsdp", 4, ["granet"]),
@@ -279,7 +281,7 @@ def what_cannot_be_sharded_is_refused(rank, world, folder):
 
     begin(rank, world, folder)
     model, *_ = prepare("fsdp", world)
-    for name in ("str", "top-kast"):
+    for name in ("str", "top-kast", "feather"):
         with pytest.raises(ValueError, match=f"'0.weight' is sharded over ranks: {type(method(name)).__name__} cannot"):
             granet.Sparsifier(model, method(name))
     with pytest.raises(ValueError, match=r"'0.weight' is sharded, .* only the pattern 'unstructured', not 1:2"):

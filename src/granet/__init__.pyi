@@ -21,9 +21,11 @@ from .integrations import distributed_checkpoint as distributed_checkpoint
 from .methods import METHODS as METHODS
 from .methods.ac_dc import ACDC as ACDC
 from .methods.base import Method as Method
+from .methods.cyclic import Cyclic as Cyclic
 from .methods.deep_r import DeepR as DeepR
 from .methods.dense import Dense as Dense
 from .methods.dsr import DSR as DSR
+from .methods.feather import Feather as Feather
 from .methods.fixed import Fixed as Fixed
 from .methods.gmp import GMP as GMP
 from .methods.granet import GraNet as GraNet

@@ -130,6 +130,39 @@ class Cosine:
         return self.final + (self.initial - self.final) * (1 + cos(pi * _progress(step, 0, self.total))) / 2
 
 
+@dataclass(frozen=True)
+class Waves:
+    """From `initial` to `peak` and back, `cycles` times until `end`, and `initial` afterwards.
+
+    A wave is a full `"cosine"`, or `"triangular"`: up and down along straight lines.
+
+    >>> [round(Waves(0.99, 0.97, end=100, cycles=2)(step), 4) for step in (0, 10, 25, 50, 75, 100, 200)]
+    [0.99, 0.9831, 0.97, 0.99, 0.97, 0.99, 0.99]
+
+    Raises:
+        ValueError: `cycles` is no whole number above 0, or the wave is unknown.
+    """
+
+    initial: float
+    peak: float
+    end: int
+    cycles: int
+    wave: str = "cosine"
+
+    def __post_init__(self):
+        if isinstance(self.cycles, bool) or not isinstance(self.cycles, int) or self.cycles < 1:
+            raise ValueError(f"cycles={self.cycles!r} must be a whole number of cycles, 1 or more")
+        if self.wave not in ("cosine", "triangular"):
+            raise ValueError(unknown("wave", self.wave, ("cosine", "triangular")))
+
+    def __call__(self, step: int) -> float:
+        if step >= self.end:
+            return self.initial
+        x = step * self.cycles % self.end / self.end  # the place in the cycle, from 0 to 1
+        rise = (1 - cos(2 * pi * x)) / 2 if self.wave == "cosine" else 1 - abs(1 - 2 * x)
+        return self.initial + (self.peak - self.initial) * rise
+
+
 def _half_cosine(initial: float, final: float, begin: int, end: int) -> Callable[[int], float]:
     return lambda step: Cosine(initial, end - begin, final)(step - begin)
 

@@ -384,7 +384,15 @@ def test_weights_of_a_checkpoint_load_into_the_plain_model(tmp_path):
 
 
 @pytest.mark.parametrize("ema", [None, 0.8])
-@pytest.mark.parametrize("method", [{"name": "str", "s_init": -4.0}, {"name": "top-kast", "sparsity": 0.9}])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "str", "s_init": -4.0},
+        {"name": "top-kast", "sparsity": 0.9},
+        {"name": "feather", "sparsity": 0.9, "end": "50%"},
+    ],
+    ids=lambda method: method["name"],
+)
 def test_a_reparameterized_run_goes_on_to_the_bit_and_leaves_a_plain_network(tmp_path, method, ema):
     from granet.lab import sources
     from granet.train import models

@@ -168,9 +168,9 @@ class Method:
         """Returns further tensors that each effective weight is made from, by layer and name.
 
         This is for methods that set `reparameterizes`; `effective` takes the tensors as keyword arguments. A
-        floating-point tensor is a new parameter, trained with the model. A bool tensor has the shape of the weight and
-        is a set of entries; it is computed again whenever the masks change. The set named `trained` contains the
-        weights that receive gradients.
+        floating-point tensor is a new parameter, trained with the model; one without dimensions is a number. A bool
+        tensor has the shape of the weight and is a set of entries. Numbers and sets are computed again at each update.
+        The set named `trained` contains the weights that receive gradients.
         """
         return {}
 

@@ -1,6 +1,6 @@
 """Effective weights: what a network computes with, where a method trains something else.
 
-A method that `reparameterizes` (STR, Top-KAST) trains a parameter and has the network compute with
+A method that `reparameterizes` (STR, Top-KAST, Feather) trains a parameter and has the network compute with
 `method.effective(parameter, ...)`. The class of the parameter's module gets a property of the parameter's name:
 whoever reads `module.weight`, the module itself or another one, reads the effective weight, through which gradients
 flow. The parameter stays in the module under its name, for `named_parameters()`, the optimizer and the state dict.
@@ -73,7 +73,7 @@ class Reparameterization:
 
     def _install(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         parameter = self._parameters[name]
-        learned = {key: nn.Parameter(tensor) for key, tensor in tensors.items() if tensor.is_floating_point()}
+        learned = {k: nn.Parameter(t) for k, t in tensors.items() if t.is_floating_point() and t.ndim}
         for module, leaf in _owners(self.model, self._aliases[name]):
             if leaf in getattr(module, _FIELD, {}):
                 continue  # the module stands in the model under two names
@@ -82,8 +82,9 @@ class Reparameterization:
                 if key in learned:
                     module.register_parameter(attribute, learned[key])
                 else:
-                    places = masking.like(tensors[key], parameter).clone()
-                    module.register_buffer(attribute, places, persistent=False)
+                    tensor = tensors[key]
+                    places = masking.like(tensor, parameter) if tensor.ndim else tensor.to(parameter.device)
+                    module.register_buffer(attribute, places.clone(), persistent=False)
             fields = {**getattr(module, _FIELD, {}), leaf: (self.method, attributes)}
             _become(module, fields)
 
