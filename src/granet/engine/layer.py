@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from granet.engine import eager, ops
+from granet.engine import eager, ops, stored
 from granet.engine.report import LayerReport
 from granet.engine.spec import layer_spec
 from granet.engine.timing import Spread, Timings
 from granet.sparsifier import masking
+from granet.sparsifier.sparse_storage.weight import plain_type
+from granet.sparsifier.sparse_storage.weight import shape_of as stored_shape
 
 if TYPE_CHECKING:
     from granet.sparsifier import Sparsifier
@@ -62,12 +64,14 @@ class Forward:
         self.kind = _kind_of(module)
         self.module, self.name, self.spec = module, name, layer_spec(module)
         self._sparsifier, self._timings, self._follow = sparsifier, timings, follow
-        self.weight = module.weight  # the parameter that the sparsifier has
+        self.shape = stored_shape(module) or tuple(module.weight.shape)  # of the dense weight
+        self._leaf = "weight" if stored_shape(module) is None else "values"
+        self.weight = module._parameters[self._leaf]  # the parameter that the sparsifier has
         self.planes = Planes()  # where the layer runs sparse
         self.runs_sparse = False
         self.sample: Tensor | None = None  # form, type and requires_grad of the example's input, on the meta device
         self.autocast: torch.dtype | None = None  # the type of autocast under which the layer was measured
-        self.row = LayerReport(name, tuple(module.weight.shape), 1.0, None, None, "dense", "not measured yet")
+        self.row = LayerReport(name, self.shape, 1.0, None, None, "dense", "not measured yet")
         self._layouts: dict[tuple, ops.Layout] = {}
         self._seen: tuple[int, int] | None = None  # the weight's memory and version when it was last looked at
         self._zero = False  # and whether it was zero where it is inactive
@@ -82,12 +86,18 @@ class Forward:
     def _run(self, x: Tensor) -> Tensor:
         if eager.plain() and self._follow() and self.runs_sparse and not self.unfit(x) and self._is_clean():
             whole = torch.is_grad_enabled() and self._sparsifier.dense_grad_due
-            return self.sparse(x, self.planes, whole=whole)
+            if not (whole and self.is_stored):  # whose own forward knows what becomes of its dense gradient
+                return self.sparse(x, self.planes, whole=whole)
         return self.dense(x)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the layer is in sparse storage."""
+        return self._leaf == "values"
 
     def unfit(self, x: Tensor) -> str:
         """Why the kernels cannot compute the layer for `x`, or an empty string if they can."""
-        m, weight, bias = self.module, self.module._parameters.get("weight"), self.module.bias
+        m, weight, bias = self.module, self.module._parameters.get(self._leaf), self.module.bias
         if weight is not self.weight:
             return "its weight is not the parameter that the sparsifier has"
         autocast = eager.autocast_dtype()
@@ -124,6 +134,8 @@ class Forward:
 
         Looked at only where somebody else than the sparsifier's optimizers has changed the weight, by loading it, say.
         """
+        if self.is_stored:  # where inactive weights do not exist
+            return True
         seen = (self.weight.data_ptr(), self.weight._version)
         if seen != self._seen:
             self._seen, self._zero = seen, not masking.leaks([(self._mask, [self.weight.detach()])])
@@ -151,7 +163,14 @@ class Forward:
         if found is None:
             how = {"bfloat16": planes.bfloat16, "channels_last": last}
             with torch.inference_mode(False):  # a training step may find it, and save it for its backward
-                found = self._layouts[key] = ops.layout(self._mask, self.spec, tuple(x.shape), planes.batch, **how)
+                rest = (self.spec, tuple(x.shape), planes.batch)
+                if self.is_stored:
+                    found = stored.layout(self._mask, self.module.positions, *rest, planes.bfloat16)
+                else:
+                    found = ops.layout(self._mask, *rest, **how)
+                self._layouts[key] = found
+        if self.is_stored:
+            return stored.conv(x, self.module, found.with_images(x.shape[0]))
         return ops.conv(x, self.weight, self.module.bias, found.with_images(x.shape[0]), whole=whole)
 
     @property
@@ -224,7 +243,7 @@ class Forward:
             self.runs_sparse, dense_ms, sparse_ms = best.is_faster_than(dense), dense.least, best.least
             why = "faster" if self.runs_sparse else "dense is as fast"
         chosen = "sparse" if self.runs_sparse else "dense"
-        self.row = LayerReport(self.name, tuple(self.weight.shape), density, dense_ms, sparse_ms, chosen, why)
+        self.row = LayerReport(self.name, self.shape, density, dense_ms, sparse_ms, chosen, why)
         self._layouts = {key: place for key, place in self._layouts.items() if key[0] == self.planes}
 
     def run_dense(self, why: str) -> None:
@@ -275,9 +294,8 @@ def _kind_of(module: nn.Module) -> type[nn.Module]:
     """Which of torch's layers the module computes. Raises ValueError if a subclass computes it in its own way."""
     for kind in DIMENSIONS:
         if isinstance(module, kind):
-            same = all(
-                getattr(type(module), key, None) is getattr(kind, key, None) for key in ("forward", "_conv_forward")
-            )
+            own = plain_type(module)
+            same = all(getattr(own, key, None) is getattr(kind, key, None) for key in ("forward", "_conv_forward"))
             if not same:
                 raise ValueError(f"a {type(module).__name__} has a forward of its own")
             return kind

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +40,12 @@ class Layout:
     def numbers(self) -> list[int]:
         """The geometry as the operators take it."""
         return self.geometry.as_list(self.forward.blocks, self.backward.blocks)
+
+    @property
+    def structure(self) -> tuple[Tensor, ...]:
+        """The index structures as the operators take them."""
+        f, b = self.forward, self.backward
+        return f.ptr, f.id, f.offset, f.index, b.ptr, b.id, b.offset, b.index
 
     @property
     def nbytes(self) -> int:
@@ -125,10 +132,8 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, place: Layout, *, whole
         whole: whether the gradient of inactive weights is wanted as well; that one product then is a dense one. A
             gradient that is differentiated again (`create_graph=True`) is whole in any case, as torch computes it.
     """
-    f, b = place.forward, place.backward
-    structure = (f.ptr, f.id, f.offset, f.index, b.ptr, b.id, b.offset, b.index, place.numbers)
     how = (place.geometry.bfloat16, place.channels_last, whole)
-    return torch.ops.granet.conv(x, weight, bias, *structure, place.spec.numbers, *how)
+    return torch.ops.granet.conv(x, weight, bias, *place.structure, place.numbers, place.spec.numbers, *how)
 
 
 def _conv(x, weight, bias, ptr, id_, offset, index, b_ptr, b_id, b_offset, b_index, numbers, spec, half, last, whole):
@@ -186,20 +191,48 @@ def _backward(ctx, dy):
         dx = reference.input_gradient(dy, x, weight.to(x.dtype), ctx.spec) if need_x else None
     else:
         weights = gradients.in_memory_order(weight, channels_last=ctx.channels_last)
-        rest = (weights, *structure, ctx.numbers, need_x, need_weight and not whole)
-        if ctx.bfloat16:
-            dx, dw = torch.ops.granet.conv_backward_bfloat16(_nhwc(dy), _nhwc(x), *rest)
-        else:
-            dx, dw = torch.ops.granet.conv_backward(_plain(dy), _plain(x), *rest)
+        needs = (need_x, need_weight and not whole)
+        dx, dw = active_gradients(dy, x, weights, structure, ctx.numbers, *needs, bfloat16=ctx.bfloat16)
         if need_weight and not whole:
             dw = gradients.dense(dw, structure[3], weight, channels_last=ctx.channels_last)
         if need_x:
-            dx = (_nchw(dx) if ctx.bfloat16 else dx).to(x.dtype).contiguous(memory_format=_format(x, weight))
+            dx = dx.contiguous(memory_format=_format(x, weight))
     if whole and need_weight:
         dw = reference.weight_gradient(dy, x, weight.to(x.dtype), ctx.spec).to(weight.dtype)
     others = [d for d in range(dy.dim()) if d != 1]
     db = dy.sum(others, dtype=torch.float32) if ctx.has_bias and need_bias else None
     return (dx if need_x else None, dw if need_weight else None, db, *[None] * 13)
+
+
+def active_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    structure: Sequence[Tensor],
+    numbers: list[int],
+    need_x: bool,
+    need_weight: bool,
+    *,
+    bfloat16: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of the input and of the active weights, these in the order of the forward structure.
+
+    Args:
+        dy: the gradient of the output.
+        x: the input.
+        weights: the numbers that the structures' `index` points into.
+        structure: see `Layout.structure`.
+        numbers: see `Layout.numbers`.
+        need_x: whether the input's gradient is wanted; it is empty otherwise.
+        need_weight: whether that of the weights is.
+        bfloat16: whether the layout is one for bfloat16.
+    """
+    rest = (weights, *structure, numbers, need_x, need_weight)
+    if bfloat16:
+        dx, dw = torch.ops.granet.conv_backward_bfloat16(_nhwc(dy), _nhwc(x), *rest)
+    else:
+        dx, dw = torch.ops.granet.conv_backward(_plain(dy), _plain(x), *rest)
+    return ((_nchw(dx) if bfloat16 else dx).to(x.dtype) if need_x else dx), dw
 
 
 @functools.cache

@@ -315,13 +315,14 @@ def _planned(plan: TrainingPlan, name: str, module: nn.Module, refused: str) -> 
     """The exchanged forward of a module, or the row of the report that says why it keeps its own."""
     masks = plan.sparsifier.masks
     own = {f"{name}.{leaf}".lstrip("."): p for leaf, p in module._parameters.items() if p is not None}
-    sparse = [masks[key] for key in own if key in masks]
+    stored = stored_shape(module)
+    sparse = [masks[key] for key in ([f"{name}.weight".lstrip(".")] if stored else own) if key in masks]
     parameters = dict(plan.sparsifier.model.named_parameters())
     shared = [key for key in masks if key not in own and any(parameters.get(key) is p for p in own.values())]
     if shared:
         why = f"it shares its weight with {shared[0]!r}"
-    elif stored_shape(module) is not None:
-        why, sparse = "in sparse storage, which has kernels of its own", [masks[f"{name}.weight".lstrip(".")]]
+    elif stored and isinstance(module, nn.Linear):
+        why = "in sparse storage, where linear layers have kernels of their own"
     elif not sparse:
         why = f"{type(module).__name__} has no sparse weight"
     elif refused:
@@ -337,7 +338,7 @@ def _planned(plan: TrainingPlan, name: str, module: nn.Module, refused: str) -> 
             why = str(error)
     total = sum(mask.numel() for mask in sparse)
     density = sum(mask.count_nonzero().item() for mask in sparse) / total if total else 1.0
-    shape = stored_shape(module) or max((tuple(p.shape) for p in own.values()), key=lambda s: (len(s), s))
+    shape = stored or max((tuple(p.shape) for p in own.values()), key=lambda s: (len(s), s))
     return LayerReport(name, shape, density, None, None, DENSE, why)
 
 

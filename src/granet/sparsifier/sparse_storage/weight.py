@@ -62,6 +62,11 @@ def shape_of(module: nn.Module) -> tuple[int, ...] | None:
     return vars(module).get(SHAPE)
 
 
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """Returns the type that the module has outside of sparse storage."""
+    return type(module) if shape_of(module) is None else type(module)._plain
+
+
 @torch.no_grad()
 def store(module: nn.Module, mask: Tensor) -> nn.Parameter:
     """Puts the active values of the module's weight in the place of the weight, and returns them as its parameter."""
