@@ -27,6 +27,7 @@ from granet.probe import Probe
 from granet.selection import layers_of, refuse, select, storage_reasons, units_of
 from granet.sparsifier import masking, ownership, state, stepping
 from granet.sparsifier.attachment import Attachment
+from granet.sparsifier.ever import EverActive
 from granet.sparsifier.records import LayerReport, SparsityReport, Update
 from granet.sparsifier.reparameterize import Reparameterization, fold
 from granet.sparsifier.upkeep import Upkeep
@@ -121,7 +122,7 @@ class Sparsifier(Upkeep):
         if method.reparameterizes:
             self._effective = Reparameterization(model, self._choices, method, self.masks)
             self._set_masks(self.masks)
-        self._ever = {name: mask.clone() for name, mask in self.masks.items()}
+        self._ever = EverActive(self.masks)
         self._clear_all()
 
     @property
@@ -163,9 +164,8 @@ class Sparsifier(Upkeep):
         self._stored.refuse(attached.optimizers)
         ownership.claim(self, self._parameters.values())
         self._attached, self._detached = attached, False
-        self._by_hand, self._readied, self._calls_seen = (0, 0), False, {}
+        self._by_hand, self._readied, self._calls_seen, self._overflow = (0, 0), False, {}, False
         self._move()  # the model may have moved to another device since
-        self._overflow = False
         self._aside = self._aside or state.Aside()
         if self._verify_every:
             self.verify()
@@ -322,7 +322,7 @@ class Sparsifier(Upkeep):
         self._set_masks(masks)
         self.last_update = Update.between(self.step, old, self.masks, self._active)
         for name in filter(self.last_update.grown.get, old):
-            self._ever[name] |= self.masks[name]
+            self._ever.add(name, self.masks[name])
         self.version += self.last_update.changed
         if self.last_update.changed or self._effective is not None:
             self._carry(old, before)
@@ -368,7 +368,7 @@ class Sparsifier(Upkeep):
     def state_dict(self) -> dict:
         """All that a resumed run needs: tensors, numbers and strings, to be saved beside model and optimizer."""
         self._check_zeros()
-        parts = {"masks": self.masks, "ever": self._ever, "gradients": self._gradients, "memory": self._memory}
+        parts = {"masks": self.masks, "ever": self._ever.masks(), "gradients": self._gradients, "memory": self._memory}
         counters = {"step": self.step, "version": self.version, "overdue": self._overdue, "folded": self._folded}
         kind = {"method": repr(self.method), "pattern": str(self.pattern), "rng": self._rng.get_state()}
         return state.packed(parts, **kind, **counters)

@@ -15,6 +15,7 @@ from granet.pattern import Pattern
 from granet.probe import Probe
 from granet.ranks import current
 from granet.sparsifier import masking
+from granet.sparsifier.ever import EverActive
 from granet.topology import count
 
 _KEYS = {"method", "pattern", "step", "version", "overdue", "folded", "rng", "masks", "ever", "gradients", "memory"}
@@ -193,13 +194,16 @@ def packed(parts: Mapping[str, Mapping[str, Tensor]], **rest: Any) -> dict[str, 
     return rest | {key: {name: tensor.clone() for name, tensor in part.items()} for key, part in parts.items()}
 
 
-def unpacked(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+def unpacked(
+    state: Mapping[str, Any], parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], EverActive, dict[str, Tensor], dict[str, Tensor]]:
     """Returns copies of the masks, the weights ever active, the kept gradients and the memory in `state`.
 
     They lie where their parameters lie; see `moved`.
     """
-    parts = (moved(state[key], parameters) for key in _PARTS)
-    return [{name: value.clone() for name, value in part.items()} for part in parts]
+    parts = {key: moved(state[key], parameters) for key in _PARTS}
+    copies = {key: {name: value.clone() for name, value in parts[key].items()} for key in _PARTS if key != "ever"}
+    return copies["masks"], EverActive(parts["ever"]), copies["gradients"], copies["memory"]
 
 
 def moved(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

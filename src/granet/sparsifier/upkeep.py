@@ -23,6 +23,7 @@ from granet.pattern import Pattern
 from granet.selection import Choice
 from granet.sparsifier import followers, masking, ownership, regrowth, state, stepping
 from granet.sparsifier.attachment import Attachment
+from granet.sparsifier.ever import EverActive
 from granet.sparsifier.records import Update
 from granet.sparsifier.reparameterize import Reparameterization
 from granet.sparsifier.sparse_storage import SparseStorage
@@ -55,7 +56,7 @@ class Upkeep:
         self._attached: Attachment | None = None
         self._effective: Reparameterization | None = None  # of a method that reparameterizes, until it is folded
         self._stored = SparseStorage()  # the layers in sparse storage, whose inactive weights do not exist
-        self._ever: dict[str, Tensor] = {}  # the weights that were active at any time so far
+        self._ever = EverActive({})
         self._gradients: dict[str, Tensor] = {}  # dense ones, gathered from step to step by the method's gradient_mix
         self._taken: set[str] = set()  # parameters whose gradients of the coming step are gathered already
         self._memory: dict[str, Tensor] = {}  # what the method remembers from update to update
@@ -131,8 +132,8 @@ class Upkeep:
 
     def _move(self) -> None:
         """Moves masks, kept gradients and memory to where the parameters are now, after `model.to(device)` say."""
-        tensors = (self._ever, self._gradients, self._memory)
-        self._ever, self._gradients, self._memory = (state.moved(part, self._parameters) for part in tensors)
+        self._ever = EverActive(state.moved(self._ever.masks(), self._parameters))
+        self._gradients, self._memory = (state.moved(p, self._parameters) for p in (self._gradients, self._memory))
         self._set_masks(self.masks, self._memory)
         self._taken = set()
         if self._attached is not None:
@@ -163,7 +164,7 @@ class Upkeep:
     @property
     def exploration(self) -> float:
         """R_s, the share of the sparse parameters' weights that were ever active (ITOP, Liu et al. 2021)."""
-        return sum(count(mask) for mask in self._ever.values()) / self.total
+        return self._ever.count() / self.total
 
     @property
     def active_units(self) -> int:
