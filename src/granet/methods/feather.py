@@ -73,7 +73,7 @@ class Feather(Method):
     def effective(self, weight, active, trained, threshold):
         values, sizes = weight.detach(), weight.detach().abs()
         shrunk = values * (1 - (threshold / sizes) ** self.p) ** (1 / self.p)
-        passed = weight.where(active, self._theta * weight)  # gradients reach all weights ...
+        passed = weight if self._theta == 1 else weight.where(active, self._theta * weight)  # gradients reach all ...
         return shrunk.where(active & (sizes > threshold), 0) + (passed - passed.detach())  # ... values are thresholded
 
     @property

@@ -50,9 +50,13 @@ class Reparameterization:
         self._aliases = {choice.name: (choice.name, *choice.aliases) for choice in choices}
         for name, parameter in self._parameters.items():
             self._refuse(name, parameter)
-        layers = {name: Layer(parameter.detach()) for name, parameter in self._parameters.items()}
-        for name, tensors in method.companions(layers, masks).items():
+        for name, tensors in self._companions(masks).items():
             self._install(name, tensors)
+
+    def _companions(self, masks: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """What effective weights are made from beside the parameters, under these masks."""
+        layers = {name: Layer(parameter.detach()) for name, parameter in self._parameters.items()}
+        return self.method.companions(layers, masks)
 
     def _refuse(self, name: str, parameter: nn.Parameter) -> None:
         advice = f"{type(self.method).__name__} cannot train it; leave it dense with skip={name!r}"
@@ -130,7 +134,7 @@ class Reparameterization:
     def renew(self, masks: Mapping[str, Tensor], places: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The sets of places that go with new masks, or those given, put into the model."""
         if places is None:
-            companions = self.method.companions(self.layers(), masks)
+            companions = self._companions(masks)
             places = {f"{name}:{key}": tensor for name in companions for key, tensor in companions[name].items()}
         self.put(self.model, places)
         return self.places()
