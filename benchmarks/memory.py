@@ -53,7 +53,7 @@ def gpt():
     from torch.nn import functional as F
 
     text = b"".join(path.read_bytes() for path in sorted(Path(statistics.__file__).parent.glob("*.py")))
-    data, width, length, batch = torch.frombuffer(bytearray(text), dtype=torch.uint8).long(), 768, 128, 4
+    data, width, length, batch = torch.frombuffer(bytearray(text), dtype=torch.uint8), 768, 128, 4
 
     class Block(nn.Module):
         def __init__(self):
@@ -82,7 +82,7 @@ def gpt():
 
     def loss():
         at = torch.randint(0, len(data) - length - 1, (batch,)).tolist()
-        x = torch.stack([data[i : i + length + 1] for i in at])
+        x = torch.stack([data[i : i + length + 1] for i in at]).long()
         return F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
 
     return model, loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -22,10 +22,14 @@ class EverActive:
         self._shapes: dict[str, torch.Size] = {}  # of those in bits
         self._found: dict[str, np.ndarray | Tensor] = {}
         for name, mask in masks.items():
-            if _is_plain(mask):
-                self._shapes[name], self._found[name] = mask.shape, np.packbits(mask.numpy())
-            else:
-                self._found[name] = mask.clone()
+            self._put(name, mask)
+
+    def _put(self, name: str, mask: Tensor) -> None:
+        self._shapes.pop(name, None)
+        if _is_plain(mask):
+            self._shapes[name], self._found[name] = mask.shape, np.packbits(mask.numpy())
+        else:
+            self._found[name] = mask.clone()
 
     def add(self, name: str, mask: Tensor) -> None:
         """Adds a mask of a layer."""
@@ -41,6 +45,13 @@ class EverActive:
     def masks(self) -> dict[str, Tensor]:
         """Returns the unions as bool tensors."""
         return {name: one if isinstance(one, Tensor) else self._mask(name, one) for name, one in self._found.items()}
+
+    def move(self, parameters: Mapping[str, Tensor], moved: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+        """Moves to where the parameters are, by a function that moves masks; what is there already stays as it is."""
+        away = [name for name in self._found if name not in self._shapes or not _is_plain(parameters[name].detach())]
+        found = {name: one if isinstance(one := self._found[name], Tensor) else self._mask(name, one) for name in away}
+        for name, mask in moved(found).items():
+            self._put(name, mask)
 
     def _mask(self, name: str, bits: np.ndarray) -> Tensor:
         shape = self._shapes[name]

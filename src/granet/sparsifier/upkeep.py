@@ -132,7 +132,7 @@ class Upkeep:
 
     def _move(self) -> None:
         """Moves masks, kept gradients and memory to where the parameters are now, after `model.to(device)` say."""
-        self._ever = EverActive(state.moved(self._ever.masks(), self._parameters))
+        self._ever.move(self._parameters, lambda masks: state.moved(masks, self._parameters))
         self._gradients, self._memory = (state.moved(p, self._parameters) for p in (self._gradients, self._memory))
         self._set_masks(self.masks, self._memory)
         self._taken = set()

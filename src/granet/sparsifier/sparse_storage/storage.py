@@ -120,6 +120,7 @@ class SparseStorage:
         modules = {name: model.get_submodule(name.rpartition(".")[0]) for name, why in reasons.items() if not why}
         for name, module in modules.items():
             stored.store(module, masks[name])
+        give_back()
         return cls(model, modules)
 
     def unstore(self, models: Iterable[object]) -> dict[str, nn.Parameter]:
