@@ -12,7 +12,7 @@ def test_bits_are_the_union_of_the_masks(shape):
     masks = [torch.rand(shape, generator=rng) < 0.3 for _ in range(4)]
     ever, union = EverActive({"a": masks[0], "b": masks[1]}), masks[0].clone()
     for mask in masks[1:]:
-        ever.add("a", mask)
+        ever.add({"a": mask})
         union |= mask
     found = ever.masks()
     assert torch.equal(found["a"], union) and torch.equal(found["b"], masks[1]) and list(found) == ["a", "b"]

@@ -163,8 +163,8 @@ class Sparsifier(Upkeep):
         attached = Attachment(optimizers, self._parameters, learned)
         self._stored.refuse(attached.optimizers)
         ownership.claim(self, self._parameters.values())
-        self._attached, self._detached = attached, False
-        self._by_hand, self._readied, self._calls_seen, self._overflow = (0, 0), False, {}, False
+        self._attached, self._detached, self._overflow = attached, False, False
+        self._no_calls()
         self._move()  # the model may have moved to another device since
         self._aside = self._aside or state.Aside()
         if self._verify_every:
@@ -318,11 +318,10 @@ class Sparsifier(Upkeep):
     def _apply(self, masks: Mapping[str, Tensor]) -> None:
         """Take over new masks: clear what they drop, in the weights, the optimizers' buffers and the followers."""
         own = self._effective is not None  # sets that change in place
-        old, before = self.masks, {n: m.clone() if own else m for n, m in self.trained.items()}
+        old, before = self.masks, {n: m.clone() for n, m in self.trained.items()} if own else self.trained
         self._set_masks(masks)
         self.last_update = Update.between(self.step, old, self.masks, self._active)
-        for name in filter(self.last_update.grown.get, old):
-            self._ever.add(name, self.masks[name])
+        self._ever.add({name: self.masks[name] for name, grown in self.last_update.grown.items() if grown})
         self.version += self.last_update.changed
         if self.last_update.changed or self._effective is not None:
             self._carry(old, before)
@@ -386,6 +385,7 @@ class Sparsifier(Upkeep):
             self._aside.give_back(self._parameters)
         self._restore(saved)
         self._stored.reposition(self.masks, self._followers)
+        self._compact()
         self._aside = state.Aside()
         self._clear_all()
 

@@ -31,9 +31,10 @@ class EverActive:
         else:
             self._found[name] = mask.clone()
 
-    def add(self, name: str, mask: Tensor) -> None:
-        """Adds a mask of a layer."""
-        self._found[name] |= np.packbits(mask.numpy()) if name in self._shapes else mask
+    def add(self, masks: Mapping[str, Tensor]) -> None:
+        """Adds masks, of some of the layers or of all."""
+        for name, mask in masks.items():
+            self._found[name] |= np.packbits(mask.numpy()) if name in self._shapes else mask
 
     def count(self) -> int:
         """Returns how many weights there are."""

@@ -37,10 +37,10 @@ class Update:
 
         A mask that is the same tensor in both has not changed.
         """
-        pairs = {name: (old[name], new[name]) for name in new if new[name] is not old[name]}
-        none = dict.fromkeys(new, 0)
-        grown = none | {name: count(after > before) for name, (before, after) in pairs.items()}
-        dropped = none | {name: count(before > after) for name, (before, after) in pairs.items()}
+        grown, dropped = dict.fromkeys(new, 0), dict.fromkeys(new, 0)
+        for name, after in new.items():
+            if (before := old[name]) is not after:
+                grown[name], dropped[name] = count(after > before), count(before > after)
         return cls(step, dict(active), grown, dropped)
 
     @property

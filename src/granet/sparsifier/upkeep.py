@@ -23,6 +23,7 @@ from granet.pattern import Pattern
 from granet.selection import Choice
 from granet.sparsifier import followers, masking, ownership, regrowth, state, stepping
 from granet.sparsifier.attachment import Attachment
+from granet.sparsifier.by_hand import ByHand
 from granet.sparsifier.ever import EverActive
 from granet.sparsifier.records import Update
 from granet.sparsifier.reparameterize import Reparameterization
@@ -38,25 +39,26 @@ _NOT_ATTACHED = (
 )
 
 
-class Upkeep:
+class Upkeep(ByHand):
     """The part of a `Sparsifier` that keeps inactive weights at zero. It applies masks, but never chooses them."""
 
     model: nn.Module
     _method: Method
     pattern: Pattern
-    masks: dict[str, Tensor]
-    trained: dict[str, Tensor]
+    masks: Mapping[str, Tensor]
+    trained: Mapping[str, Tensor]
     step: int
     last_update: Update | None
     _choices: list[Choice]
     _folded: bool
 
     def __init__(self, model: nn.Module, pattern: Pattern, parameters: Mapping[str, nn.Parameter]):
+        super().__init__()
         self.model, self.pattern, self._parameters = model, pattern, dict(parameters)
         self._attached: Attachment | None = None
         self._effective: Reparameterization | None = None  # of a method that reparameterizes, until it is folded
         self._stored = SparseStorage()  # the layers in sparse storage, whose inactive weights do not exist
-        self._ever = EverActive({})
+        self._ever, self._total = EverActive({}), sum(p.numel() for p in parameters.values())
         self._gradients: dict[str, Tensor] = {}  # dense ones, gathered from step to step by the method's gradient_mix
         self._taken: set[str] = set()  # parameters whose gradients of the coming step are gathered already
         self._memory: dict[str, Tensor] = {}  # what the method remembers from update to update
@@ -65,9 +67,6 @@ class Upkeep:
         self._trainable = [name for name, p in self._parameters.items() if p.requires_grad]  # at first
         self._next_look = 0  # the position in `masks` at which the next check begins
         self._warned: set[str] = set()  # kinds of warnings that were given
-        self._by_hand = (0, 0)  # calls of before_step() and of after_step(), since the sparsifier was attached
-        self._readied = False  # whether the latest of these calls was one of before_step()
-        self._calls_seen: dict[int, tuple[int, int]] = {}  # those calls, as they were at each optimizer's last step
         self._unattached_looks = 0  # checks of optimizers that are not attached, so far
         self._detached = False  # whether detach() was called
 
@@ -78,11 +77,12 @@ class Upkeep:
             for name, p in self._parameters.items()
         }
         self._active = {name: count(mask) for name, mask in self.masks.items()}
+        self._devices = {name: mask.device for name, mask in self.masks.items()}
         if self._effective is not None:
             self._memory = self._effective.renew(self.masks, memory)
         # where training moves weights: all else is kept clear of gradients, and of what optimizers remember
         self.trained = self.masks if self._effective is None else self._effective.trained()
-        dense = {name: mask for name, mask in self.trained.items() if name not in self._stored}
+        dense = {name: self.trained[name] for name in self.trained if name not in self._stored}
         self._masked = {name: mask for name, mask in dense.items() if count(mask) < mask.numel()}
 
     def _store(self) -> None:
@@ -104,6 +104,12 @@ class Upkeep:
         self._choices = [replace(one, parameter=self._parameters[one.name]) for one in self._choices]
         ownership.claim(self, self._parameters.values())
         self._set_masks(self.masks)
+        self._compact()
+
+    def _compact(self) -> None:
+        """Lets masks go that the positions of the layers in sparse storage say as well."""
+        if self._stored:
+            self.masks = self.trained = self._stored.compact(self.masks)
 
     def _carry(self, old: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
         """Gives grown weights their places in the optimizers' buffers, and in sparse storage moves all values.
@@ -113,10 +119,11 @@ class Upkeep:
             trained: where training moved weights before it.
         """
         optimizers = self._attached.optimizers if self._attached is not None else ()
-        dense = {name: mask for name, mask in self.trained.items() if name not in self._stored}
+        dense = {name: self.trained[name] for name in self.trained if name not in self._stored}
         grads = self._gradients if self.method.needs_dense_grad else {}  # those by which weights were grown
         regrowth.warm(optimizers, self._parameters, trained, dense, grads)
         self._stored.renew(old, self.masks, optimizers, self._followers)
+        self._compact()
         if self._attached is not None:
             self._attached.renew()
 
@@ -135,6 +142,7 @@ class Upkeep:
         self._ever.move(self._parameters, lambda masks: state.moved(masks, self._parameters))
         self._gradients, self._memory = (state.moved(p, self._parameters) for p in (self._gradients, self._memory))
         self._set_masks(self.masks, self._memory)
+        self._compact()
         self._taken = set()
         if self._attached is not None:
             self._attached.reset()
@@ -154,7 +162,7 @@ class Upkeep:
     @property
     def total(self) -> int:
         """The number of weights that take part, active or not."""
-        return sum(mask.numel() for mask in self.masks.values())
+        return self._total
 
     @property
     def active(self) -> int:
@@ -282,7 +290,7 @@ class Upkeep:
                     "weights were loaded with assign=True. Load without assign=True; after the model has changed, call "
                     "detach() and make a new Sparsifier and optimizer (its masks= takes the masks that go on)"
                 )
-        if any(self._parameters[name].device != self.masks[name].device for name in some):
+        if any(self._parameters[name].device != self._devices[name] for name in some):
             self._move()
 
     def _begin(self) -> None:
@@ -345,45 +353,6 @@ class Upkeep:
             self._warn("unattached", f"{type(optimizer).__name__} {_NOT_ATTACHED}")
             return True
         return self._unattached_looks > _MAX_LOOKS
-
-    def _called_by_hand(self, verb: str) -> None:
-        """Counts a call of `before_step` or `after_step`.
-
-        Raises:
-            RuntimeError: nothing is attached, hooks make the same call already, or the other call is missing.
-        """
-        if self._attached is None:
-            if verb == "after_step":
-                return  # detached in the step, say
-            raise RuntimeError("attach(optimizer) comes before the first step: the optimizer's buffers must stay clean")
-        if self._attached.hooked:
-            raise RuntimeError(
-                f"{verb}() was called, and attach(optimizer) has hooked the optimizer, whose every step does this "
-                "already: leave the call out, or use attach(optimizer, hooks=False)"
-            )
-        before, after = self._by_hand
-        if verb == "after_step" and not self._readied:
-            raise RuntimeError(
-                "after_step() was called without before_step(), which comes right before the optimizer's step"
-            )
-        self._readied = verb == "before_step"
-        self._by_hand = (before + self._readied, after + (not self._readied))
-
-    def _misses_a_call(self, optimizer: Optimizer) -> bool:
-        """Returns whether a loop without hooks has left out `before_step` or `after_step`, and warns once if so."""
-        if stepping.found_inf(optimizer):  # it was called and did nothing
-            return False
-        before, after = self._calls_seen.get(id(optimizer), (0, -1))
-        self._calls_seen[id(optimizer)] = now = self._by_hand
-        missing = "before_step" if now[0] == before else "after_step" if now[1] == after else ""
-        if missing:
-            self._warn(
-                "by hand",
-                f"{type(optimizer).__name__}, attached with hooks=False, has stepped without {missing}(): such a loop "
-                "calls before_step() right before each step of the optimizer and after_step() right after it. Without "
-                "them the model becomes dense and no step is counted. attach(optimizer) does both by itself",
-            )
-        return bool(missing)
 
     def _check_zeros(self) -> None:
         """Warns if weights that the masks call inactive are not zero."""

@@ -19,6 +19,7 @@ from granet import criterion, topology
 from granet.criterion import Layer
 from granet.sparsifier.sparse_storage.linear import BLOCK, Pieces
 from granet.sparsifier.sparse_storage.values import bounds, give_back, part, positions_of, taken
+from granet.sparsifier.sparse_storage.weight import shape_of
 
 
 @dataclass
@@ -101,20 +102,19 @@ class Gradients:
         anew = self._latest.get(name) != this and (so_far is None or not so_far.any())  # as zero_grad() leaves it
         self._latest[name] = this
         earlier = None if anew else self.found.get(name)
-        mask, drawn = self._mask(name), self._explored(name)
+        drawn, shape, active = self._explored(name), shape_of(module), len(module.positions)
         if drawn is not None:
-            self.found[name] = _at(tuple(mask.shape), pieces, positions_of(mask | drawn), earlier)
+            self.found[name] = _at(shape, pieces, positions_of(self._mask(name) | drawn), earlier)
             return
         if earlier is not None and earlier.positions is not None:
             self.cut.add(name)
             self._shared.add(name)
-        active, shape = topology.count(mask), tuple(mask.shape)
         one = self._alone and self._several is False and name not in self._shared and earlier is None
         n = self._candidates(active) if one else None
-        if n is None or n + active >= mask.numel() // 2:
+        if n is None or n + active >= prod(shape) // 2:
             self.found[name] = _whole(shape, pieces, earlier)
         else:
-            self.found[name] = _largest(shape, pieces, module.positions, min(n, mask.numel() - active))
+            self.found[name] = _largest(shape, pieces, module.positions, min(n, prod(shape) - active))
 
 
 def _at(shape: tuple[int, ...], pieces: Pieces, positions: Tensor, earlier: Gradient | None) -> Gradient:

@@ -24,6 +24,7 @@ from granet.sparsifier.regrowth import Starts, buffers_of, ratio_to
 from granet.sparsifier.sparse_storage import weight as stored
 from granet.sparsifier.sparse_storage.gradients import Gradient, Gradients
 from granet.sparsifier.sparse_storage.linear import Pieces
+from granet.sparsifier.sparse_storage.masks import Masks
 from granet.sparsifier.sparse_storage.values import PIECE, Move, dense, give_back, part
 
 MATRICES = ("Muon", "Shampoo", "SOAP", "LBFGS", "KFAC", "GaLore")  # in the names of optimizers that need whole weights
@@ -141,6 +142,11 @@ class SparseStorage:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters with the active values."""
         return {name: module.values for name, module in self.modules.items()}
+
+    def compact(self, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns the masks, with those of the layers made from their positions, which must be those of the masks."""
+        made = {name: (module.positions, stored.shape_of(module)) for name, module in self.modules.items()}
+        return Masks(masks, made) if made else masks
 
     def listen(self, sparsifier) -> None:
         """Has what an update of the sparsifier needs of the dense gradients kept, in the backwards before it."""
@@ -314,10 +320,11 @@ class SparseStorage:
         starts, layers, optimizers = Starts(), self.layers({}), list(optimizers)
         averages = [self.follow(follower) for follower in followers]
         for name, module in self.modules.items():
-            if new[name] is old[name] or torch.equal(new[name], old[name]):
+            before, after = old[name], new[name]
+            if after is before or torch.equal(after, before):
                 continue
             values, size = module.values, len(module.values) if self._fixed_size else None
-            move = Move(module.positions, old[name], new[name], size)
+            move = Move(module.positions, before, after, size)
             growing = bool(move.grown.any())
             ratio = layers[name].ratio(module.positions, move.positions[move.grown]) if growing else 1.0
             for optimizer, group, key, buffer in buffers_of(optimizers, values):
