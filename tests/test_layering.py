@@ -38,6 +38,7 @@ LAYERS = [  # a folder or module may import what stands before it; docs/architec
     "storage",
     "flops",
     "shrinking",
+    "pruning",
     "export",
     "train",
     "hub",

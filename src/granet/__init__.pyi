@@ -7,6 +7,7 @@ from . import flops as flops
 from . import hub as hub
 from . import lab as lab
 from . import pattern as pattern
+from . import pruning as pruning
 from . import ranks as ranks
 from . import schedule as schedule
 from . import selection as selection
@@ -42,6 +43,7 @@ from .methods.static import Static as Static
 from .methods.synflow import SynFlow as SynFlow
 from .methods.top_kast import TopKAST as TopKAST
 from .probe import Probe as Probe
+from .pruning.prune import prune as prune
 from .selection import plan as plan
 from .shrinking.shrink import shrink as shrink
 from .sparsifier.core import Sparsifier as Sparsifier

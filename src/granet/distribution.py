@@ -48,7 +48,7 @@ def uniform(shapes: Shapes, density: float) -> dict[str, int]:
     >>> uniform({"a": (10, 10), "b": (3, 5)}, 0.2)
     {'a': 20, 'b': 3}
     """
-    return _allocate(shapes, density, dict.fromkeys(shapes, 1.0))
+    return proportional(shapes, density, dict.fromkeys(shapes, 1.0))
 
 
 def er(shapes: Shapes, density: float) -> dict[str, int]:
@@ -59,7 +59,7 @@ def er(shapes: Shapes, density: float) -> dict[str, int]:
     >>> er({"a": (10, 10), "b": (100, 10)}, 0.2)
     {'a': 34, 'b': 186}
     """
-    return _allocate(shapes, density, {name: sum(shape[:2]) / prod(shape[:2]) for name, shape in shapes.items()})
+    return proportional(shapes, density, {name: sum(shape[:2]) / prod(shape[:2]) for name, shape in shapes.items()})
 
 
 def erk(shapes: Shapes, density: float) -> dict[str, int]:
@@ -70,7 +70,7 @@ def erk(shapes: Shapes, density: float) -> dict[str, int]:
     >>> erk({"a": (16, 3, 3, 3), "b": (64, 64, 3, 3)}, 0.1)
     {'a': 432, 'b': 3298}
     """
-    return _allocate(shapes, density, {name: sum(shape) / prod(shape) for name, shape in shapes.items()})
+    return proportional(shapes, density, {name: sum(shape) / prod(shape) for name, shape in shapes.items()})
 
 
 DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, int]]] = {"uniform": uniform, "er": er, "erk": erk}
@@ -125,7 +125,7 @@ def by_layer(text: str) -> Callable[[Shapes, float], dict[str, int]]:
                 f"the distribution names {', '.join(idle[:5])}, which decides nothing: the sparse layers are "
                 f"{', '.join(list(shapes)[:5])}{' and others' * (len(shapes) > 5)}, and the first name that fits counts"
             )
-        return _allocate(shapes, density, {name: densities[pattern] for name, pattern in chosen.items()})
+        return proportional(shapes, density, {name: densities[pattern] for name, pattern in chosen.items()})
 
     return budgets
 
@@ -217,8 +217,15 @@ def share(total: int, weights: Mapping[str, float], room: Mapping[str, int], *, 
     return _fill(total, {name: weights[name] / most / max(1, n) for name, n in room.items()}, room, least)
 
 
-def _allocate(shapes: Shapes, density: float, weights: Mapping[str, float]) -> dict[str, int]:
-    """Budgets with layer densities proportional to `weights`, capped at 1, the excess shared by the others."""
+def proportional(shapes: Shapes, density: float, weights: Mapping[str, float]) -> dict[str, int]:
+    """Budgets with layer densities proportional to `weights`, capped at 1, the excess shared by the others.
+
+    >>> proportional({"a": (10, 10), "b": (10, 10)}, 0.2, {"a": 3.0, "b": 1.0})
+    {'a': 30, 'b': 10}
+
+    Raises:
+        ValueError: the density is outside (0, 1], or leaves a layer without any weight.
+    """
     if not 0 < density <= 1:
         raise ValueError(f"density {density} is outside (0, 1]")
     sizes = {name: prod(shape) for name, shape in shapes.items()}

@@ -67,23 +67,23 @@ def select(
             parameter cannot obey the pattern, has sparse gradients, or belongs to a weight that torch's pruning masks.
     """
     wanted, unwanted = listed("only", only), listed("skip", skip)
-    owners = _owners(model)
+    owned = owners(model)
     used: set[int] = set()
-    training = any(entries[0][2].requires_grad for entries in owners.values())
-    defaults = {key: by_default(entries, training) for key, entries in owners.items()}
+    training = any(entries[0][2].requires_grad for entries in owned.values())
+    defaults = {key: by_default(entries, training) for key, entries in owned.items()}
     wide = {  # patterns that match nothing that is sparse by default
         id(one)
         for one in (*wanted, *unwanted)
-        if isinstance(one, str) and not any(hits([one], owners[key], defaults[key], {}, set()) for key in owners)
+        if isinstance(one, str) and not any(hits([one], owned[key], defaults[key], {}, set()) for key in owned)
     }
     choices = [
         _choose(entries, defaults[key], wanted if only is not None else None, unwanted, wide, used)
-        for key, entries in owners.items()
+        for key, entries in owned.items()
     ]
     for kind, filters in (("only", wanted), ("skip", unwanted)):
         for one in filters:
             if id(one) not in used:
-                known = [name for names in owners.values() for name, *_ in names]
+                known = [name for names in owned.values() for name, *_ in names]
                 near = nearest(one, [*known, *KINDS], 3)
                 hint = f"; the nearest names are: {', '.join(near)}" if near else f"; the kinds are: {', '.join(KINDS)}"
                 raise ValueError(f"{kind}={one!r} matches no parameter of the model{hint}")
@@ -152,17 +152,17 @@ def unfit(
     return (_Unfit(pattern, names),) if names else ()
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, nn.Parameter]]]:
+def owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, nn.Parameter]]]:
     """Returns, by the id of each parameter, all its names, each with the module that holds it under that name."""
-    owners: dict[int, list[tuple[str, nn.Module, nn.Parameter]]] = {}
+    owned: dict[int, list[tuple[str, nn.Module, nn.Parameter]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{path}.{leaf}" if path else leaf
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(f"{name} has no shape yet: run the model on an input once before you make it sparse")
-            owners.setdefault(id(parameter), []).append((name, module, parameter))
+            owned.setdefault(id(parameter), []).append((name, module, parameter))
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {key: sorted(owners[key], key=lambda entry, key=key: entry[0] != first[key]) for key in first}
+    return {key: sorted(owned[key], key=lambda entry, key=key: entry[0] != first[key]) for key in first}
 
 
 def _choose(names, default: Default, wanted, unwanted, wide, used) -> Choice:

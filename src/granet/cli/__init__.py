@@ -16,6 +16,7 @@ COMMANDS = {
     "plasticity": "prune a network along its training, and see how well it recovers",
     "sensitivity": "accuracy of a run against sparsity, one layer pruned at a time",
     "connectivity": "overlap of masks between runs and through a run, dead units",
+    "prune": "prune a trained language model in one shot: Wanda, SparseGPT, magnitude",
     "plan": "every parameter of a recipe's network: sparse or not, why, its budget",
     "show": "a recipe with every default written out",
     "bench": "speed of any model on the engines of this machine, side by side",
