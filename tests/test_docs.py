@@ -82,7 +82,7 @@ def test_help_explains_every_parameter_of_a_method(name):
         assert re.search(rf"^ \|\s+{field.name}: \S+ \S+", text, re.MULTILINE), field.name
 
 
-EXPLAINED = {"Sparsifier", "Probe", "plan", "import_masks", "compile", "accelerate", "pack", "save", "load"}
+EXPLAINED = {"Sparsifier", "Probe", "plan", "prune", "import_masks", "compile", "accelerate", "pack", "save", "load"}
 
 
 @pytest.mark.parametrize("name", sorted(EXPLAINED))

@@ -76,19 +76,19 @@ def main(args: list[str]) -> int:
     text = None if arguments.calibration is None else _read(arguments.calibration)
 
     from granet.export.staging import staged
+    from granet.pruning.layers import targets
     from granet.pruning.perplexity import perplexity
-    from granet.pruning.prune import prune
+    from granet.pruning.prune import prune, settings
 
-    console = Console(stderr=True)
+    with _worded():
+        asked = settings(sparsity, arguments.method, text is not None, arguments.pattern, arguments.budgets)
     model, tokenizer = _load(arguments)
     learn, measure = ([], []) if text is None else _pieces(arguments, model, tokenizer, text)
-    before = perplexity(model, measure) if measure else None
-    options: dict[str, Any] = {"pattern": arguments.pattern, "budgets": arguments.budgets, "skip": arguments.skip}
-    try:
-        with _bar(console) as progress:
-            report = prune(model, sparsity, arguments.method, learn or None, progress=progress, **options)
-    except ValueError as error:
-        raise ValueError(str(error).replace("skip=", "--skip ")) from error
+    with _worded(), _bar(Console(stderr=True)) as progress:
+        targets(model, None, arguments.skip, asked.pattern, bool(learn))  # refuses before anything takes time
+        before = perplexity(model, measure) if measure else None
+        options: dict[str, Any] = {"pattern": arguments.pattern, "budgets": asked.budgets, "skip": arguments.skip}
+        report = prune(model, sparsity, asked.method, learn or None, progress=progress, **options)
     say(report)
     if measure:
         after = perplexity(model, measure)
@@ -163,6 +163,15 @@ def _pieces(arguments: Arguments, model, tokenizer, text: str) -> tuple[list[Ten
             "belong together"
         )
     return perplexity.split(ids, arguments.length or min(2048, most), arguments.samples)
+
+
+@contextmanager
+def _worded():
+    """Says errors of the library in the words of this command."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("skip=", "--skip ")) from error
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from granet import shards
 from granet.filters import Filters, by_default, listed
+from granet.names import described
 from granet.pattern import NM
 from granet.selection import owners, select
 from granet.sparsifier import ownership
@@ -75,9 +76,12 @@ def targets(model: nn.Module, only: Filters, skip: Filters, pattern: NM | None, 
         calibrated: whether their inputs are to be observed.
 
     Raises:
+        TypeError: the model is none, or `only` or `skip` is no filter.
         ValueError: as for `granet.selection.select`; or a weight cannot obey the pattern, is sharded, or is of a kind
             of layer whose inputs cannot be observed; or a sparsifier is training it.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is {described(model)}, and a torch.nn.Module is needed")
     owned = owners(model)
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
     if only is None:

@@ -21,9 +21,9 @@ class OWL:
 
     def __post_init__(self):
         if not (isfinite(self.outlier) and self.outlier > 0):
-            raise ValueError(f"outlier={self.outlier}: give a positive number; the paper tries 3 to 10")
+            raise ValueError(f"outlier={self.outlier}: give a positive number; the default is 5")
         if not (isfinite(self.spread) and 0 <= self.spread < 0.5):
-            raise ValueError(f"spread={self.spread}: give a number from 0 and below 0.5; the paper has 0.08")
+            raise ValueError(f"spread={self.spread}: give a number from 0 and below 0.5; the default is 0.08")
 
     def ratio(self, scores: Sequence[Tensor]) -> float:
         """The share of outliers among the scores of a block's layers: the block's part of the LOD (section 3.2)."""

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -162,17 +162,7 @@ def prune(
     pruned layers              2,304     576    25.0%
     other parameters              40   dense
     """
-    _require_module(model)
-    method, pattern, budgets = _method(method), _pattern(pattern), _budgets(budgets)
-    sparsity = _sparsity(sparsity, pattern)
-    if pattern and budgets != "uniform":
-        raise ValueError(f"pattern {pattern} gives every layer the same density: leave budgets={budgets!r} out")
-    if calibration is None and (method.calibrated or isinstance(budgets, OWL)):
-        which = method if method.calibrated else budgets
-        raise ValueError(
-            f"{type(which).__name__} looks at activations: give calibration=, a few batches of inputs of the model "
-            "(128 pieces of text in the papers), or choose method='magnitude' with budgets='uniform'"
-        )
+    method, sparsity, pattern, budgets = settings(sparsity, method, calibration is not None, pattern, budgets)
     found = layers.targets(model, only, skip, pattern, calibration is not None)
     shapes = {target.name: target.shape for target in found}
     reports: dict[str, Pruned] = {}
@@ -243,10 +233,33 @@ def _weighed(
     return distribution.proportional(shapes, density, each)
 
 
-def _require_module(model: object) -> None:
-    """Raises TypeError if it is no model."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the model is {described(model)}, and a torch.nn.Module is needed")
+class Settings(NamedTuple):
+    """What `prune` was asked for, checked; its fields are those arguments."""
+
+    method: OneShot
+    sparsity: float
+    pattern: NM | None
+    budgets: str | OWL
+
+
+def settings(sparsity, method, calibrated: bool, pattern, budgets) -> Settings:
+    """Returns the arguments of `prune` as values; `calibrated` says whether there is calibration data.
+
+    Raises:
+        TypeError: one has the wrong type.
+        ValueError: one is impossible, or they do not fit each other.
+    """
+    method, pattern, budgets = _method(method), _pattern(pattern), _budgets(budgets)
+    sparsity = _sparsity(sparsity, pattern)
+    if pattern and budgets != "uniform":
+        raise ValueError(f"pattern {pattern} gives every layer the same density: leave budgets={budgets!r} out")
+    if not calibrated and (method.calibrated or isinstance(budgets, OWL)):
+        which = method if method.calibrated else budgets
+        raise ValueError(
+            f"{type(which).__name__} looks at activations: give calibration=, a few batches of inputs of the model "
+            "(128 pieces of text in the papers), or choose method='magnitude' with budgets='uniform'"
+        )
+    return Settings(method, sparsity, pattern, budgets)
 
 
 def _method(method: str | OneShot) -> OneShot:

@@ -33,7 +33,7 @@ class SparseGPT:
 
     def __post_init__(self):
         if not (isfinite(self.dampening) and self.dampening >= 0):
-            raise ValueError(f"dampening={self.dampening}: give a number from 0; the paper has 0.01")
+            raise ValueError(f"dampening={self.dampening}: give a number from 0; the default is 0.01")
         if isinstance(self.columns, bool) or not isinstance(self.columns, int) or self.columns < 1:
             raise ValueError(f"columns={self.columns!r}: give a whole number from 1; the paper has 128")
 
