@@ -52,15 +52,12 @@ def test_wanda_and_sparsegpt_lose_less_than_magnitude_where_features_differ_in_s
     assert lost["magnitude"] > 2 * max(lost["wanda"], lost["sparsegpt"]) > 0
 
 
-def test_sparsegpt_reconstructs_best(trained, calibration, held_out):
-    errors, lost, dense = {}, {}, perplexity(trained, held_out)
+def test_each_method_reconstructs_better_than_the_one_before(trained, calibration):
+    errors = {}
     for method in METHODS:
-        model = copy.deepcopy(trained)
-        report = granet.prune(model, 0.6, method, calibration)
+        report = granet.prune(copy.deepcopy(trained), 0.5, method, calibration)
         errors[method] = sum(layer.error for layer in report.layers)
-        lost[method] = perplexity(model, held_out) - dense
-    assert errors["sparsegpt"] < 0.8 * min(errors["wanda"], errors["magnitude"])
-    assert 0 < lost["sparsegpt"] < 0.8 * min(lost["wanda"], lost["magnitude"])
+    assert errors["magnitude"] > 1.1 * errors["wanda"] > 1.1 * 1.5 * errors["sparsegpt"]
 
 
 def test_wanda_does_not_see_that_features_were_scaled(trained, calibration):

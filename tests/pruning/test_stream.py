@@ -61,7 +61,10 @@ def test_only_one_blocks_moments_and_activations_exist_at_a_time(make, calibrati
         assert total == 21
         if done % 7 == 1:  # the first layer of a block has been pruned
             moments = [one for one in gc.get_objects() if type(one) is layers.Moment]
-            hidden = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.shape == (1, 48, 32)]
+            tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+            hidden = [one for one in tensors if one.shape == (1, 48, 32)]
+            positions = [one for one in tensors if one.shape == (1, 48, 8)]  # sines and cosines, as wide as a head
+            assert len(positions) == 2
             seen.append(({one.name.split(".")[2] for one in moments}, len(moments), len(hidden)))
 
     gc.collect()

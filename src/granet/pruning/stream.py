@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from granet.names import described
 from granet.pruning.layers import Moment, Target, observed
@@ -196,7 +197,7 @@ def _captured(
 ) -> tuple[list[Tensor], list[list[Call]]]:
     """Returns the activations in front of the first block for each batch, and for each block its other arguments.
 
-    Arguments that the blocks share, masks and positions, are kept once.
+    Arguments that are the same for all blocks or batches, masks and positions, are kept once.
     """
     hidden: list[Tensor] = []
     others: list[list[Call]] = [[] for _ in blocks]
@@ -206,7 +207,8 @@ def _captured(
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if i == 0:
                 hidden.append(_hidden(args, kwargs).clone())
-            others[i].append(_with(args, kwargs, None))
+            call = _with(args, kwargs, None)
+            others[i].append(_sharing(call, others[i][0]) if others[i] else call)
             if i == 1 and not second:
                 second.append(_hidden(args, kwargs).clone())
 
@@ -285,6 +287,16 @@ def _with(args: tuple, kwargs: Mapping, hidden: Tensor | None) -> Call:
     if args:
         return (hidden, *args[1:]), dict(kwargs)
     return (), {**kwargs, next(iter(kwargs)): hidden}
+
+
+def _sharing(call: Call, first: Call) -> Call:
+    """The same arguments, with the tensors of `first` in the place of equal ones."""
+    (mine, form), (others, other_form) = tree_flatten(call), tree_flatten(first)
+    if form != other_form:
+        return call
+    pairs = zip(mine, others, strict=True)
+    same = [b if isinstance(a, Tensor) and isinstance(b, Tensor) and _equal(a, b) else a for a, b in pairs]
+    return tree_unflatten(same, form)
 
 
 def _hidden_of_output(output: Any) -> Tensor | None:
