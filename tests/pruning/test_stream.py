@@ -191,3 +191,26 @@ def test_a_model_is_as_it_was_after_an_error(make, calibration):
 def test_calibration_data_of_the_wrong_kind(given, message):
     with pytest.raises(ValueError, match=message):
         granet.prune(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 0.5, "wanda", given)
+
+
+class Named(nn.Module):
+    """Takes and returns a dict, in which no activations are looked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return {"hidden": self.layer(x["hidden"] if isinstance(x, dict) else x)}
+
+
+def test_blocks_that_return_no_tensor_are_pruned_while_the_whole_model_runs(caplog):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Named(), Named(), Named()), torch.randn(64, 8)
+    other = copy.deepcopy(model)
+    with caplog.at_level("INFO", logger="granet"):
+        report = granet.prune(model, 0.5, "wanda", x)
+    assert "3 layers are in no list of blocks" in caplog.text
+    one_after_the_other(other, [{"input": x}], 0.5, [[layer.name] for layer in report.layers])
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)

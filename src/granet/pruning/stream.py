@@ -8,6 +8,7 @@ block. Layers outside of chains are observed one at a time while the whole model
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from granet.names import described
 from granet.pruning.layers import Moment, Target, observed
+
+log = logging.getLogger(__name__)
 
 Call = tuple[tuple, dict[str, Any]]  # positional and keyword arguments
 
@@ -55,7 +58,7 @@ class Chain:
     @property
     def sound(self) -> bool:
         """Whether each module was called once, on what the one before it returned."""
-        return not self.broken and self.place == len(self.stages)
+        return not self.broken and self.place == len(self.stages) and self.last is not None
 
     def enter(self, i: int, hidden: Tensor | None) -> None:
         """Takes note that module `i` is called on `hidden`."""
@@ -165,6 +168,9 @@ def walk(
     Raises:
         ValueError: activations are NaN or infinite.
     """
+    alone = sum(chain[0].module is None for chain in stages)
+    if alone:
+        log.info("%d layers are in no list of blocks, and the whole model runs for each of them", alone)
     for chain in stages:
         if chain[0].module is None:
             (stage,) = chain
