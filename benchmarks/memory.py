@@ -6,6 +6,7 @@ arithmetic: four bytes for each number, and four for the position of each weight
 
     python benchmarks/memory.py                     # all networks, at 90 %
     python benchmarks/memory.py mlp --sparsity 0.95
+    python benchmarks/memory.py gpt --bf16          # under bfloat16 autocast
 
 If SparseLab is installed, networks of linear layers alone train with it as well: RigL, with its own layers.
 """
@@ -95,12 +96,19 @@ def vgg19():
 
     from granet.train.models import build
 
-    model = build("vgg19", classes=10, in_channels=3)
-    return model, lambda: F.cross_entropy(model(torch.randn(64, 3, 32, 32)), torch.randint(0, 10, (64,)))
+    model = build("vgg19", classes=10, in_channels=3).to(memory_format=torch.channels_last)
+    return model, lambda: F.cross_entropy(model(images()), torch.randint(0, 10, (64,)))
+
+
+def images():
+    """What VGG-19 gets."""
+    import torch
+
+    return torch.randn(64, 3, 32, 32).to(memory_format=torch.channels_last)
 
 
 NETWORKS = {"mlp": mlp, "gpt": gpt, "classifier": classifier, "vgg19": vgg19}
-WAYS = ("dense", "masked", "sparse")
+WAYS = ("dense", "masked", "sparse", "accelerated")  # the last: sparse, and granet.accelerate for convolutions
 
 
 def resident() -> int:
@@ -121,7 +129,7 @@ def with_sparselab(model, sparsity: float):
     return rigl
 
 
-def measure(network: str, way: str, optimizer: str, sparsity: float) -> dict:
+def measure(network: str, way: str, optimizer: str, sparsity: float, bf16: bool) -> dict:
     """One row, in this process."""
     import torch
 
@@ -137,24 +145,31 @@ def measure(network: str, way: str, optimizer: str, sparsity: float) -> dict:
         other = with_sparselab(model, sparsity)
     elif way != "dense":
         method = granet.RigL(sparsity=sparsity, end=STEPS, interval=4, distribution="uniform")
-        sparsifier = granet.Sparsifier(model, method, storage={"masked": "dense"}.get(way, way))
+        sparsifier = granet.Sparsifier(model, method, storage="dense" if way == "masked" else "sparse")
     rate = {"lr": 1e-3}
     kinds = {"adamw": (torch.optim.AdamW, rate, 2), "sgd": (torch.optim.SGD, rate | {"momentum": 0.9}, 1)}
     kind, settings, moments = kinds[optimizer]
     trained = kind(model.parameters(), **settings)
     if sparsifier is not None:
         sparsifier.attach(trained)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+    if way == "accelerated":
+        with autocast:
+            granet.accelerate(sparsifier, images())
     times = []
     for _ in range(STEPS):
         start = time.perf_counter()
-        loss().backward()
+        with autocast:
+            found = loss()
+        found.backward()
+        del found
         trained.step()
         if other is not None:
             other.step()
         trained.zero_grad()
         times.append(time.perf_counter() - start)
     held = sum(p.numel() for p in model.parameters())
-    stored = sparsifier.active if way == "sparse" else held if way == "sparselab" else 0
+    stored = sparsifier.active if way in ("sparse", "accelerated") else held if way == "sparselab" else 0
     plain = [t for i, t in enumerate(times) if i % 4 in (1, 2)]  # neither the first step nor one with an update
     return {
         "peak": resident() - before,
@@ -172,6 +187,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=[], help=f"some of {', '.join(NETWORKS)}; all without any")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9], help="shares of inactive weights")
     parser.add_argument("--optimizer", nargs="+", default=["adamw"], choices=["adamw", "sgd"], help="optimizers")
+    parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.row:
@@ -189,8 +205,8 @@ def main() -> None:
             for sparsity in given.sparsity:
                 dense = None
                 theirs = ["sparselab"] if network in ("mlp", "classifier") and find_spec("sparselab") else []
-                for way in [*WAYS, *theirs]:
-                    row = json.dumps([network, way, optimizer, sparsity])
+                for way in [*(WAYS if network == "vgg19" else WAYS[:3]), *theirs]:
+                    row = json.dumps([network, way, optimizer, sparsity, given.bf16])
                     done = subprocess.run([sys.executable, __file__, "--row", row], capture_output=True, text=True)
                     if done.returncode:
                         sys.exit(done.stderr)
