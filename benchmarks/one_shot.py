@@ -101,20 +101,16 @@ def measure(seed, steps, lr):
     start = time.perf_counter()
     train(model, learn, steps, lr, seed)
     print(f"seed {seed}: trained {steps} steps in {time.perf_counter() - start:.0f} s", flush=True)
-    calibration, test = (
-        torch.cat(pieces(learn, CONTEXT, 256)).split(16),
-        torch.cat(pieces(held, CONTEXT, 256)).split(16),
-    )
+    calibration, test = (torch.cat(pieces(text, CONTEXT, 256)).split(16) for text in (learn, held))
     dense = {"plain": model, "outliers": with_outliers(copy.deepcopy(model))}
     rows = [{"features": k, "method": "dense", "perplexity": perplexity(m, test)} for k, m in dense.items()]
     for features, whole in dense.items():
         for sparsity, pattern, budgets in CASES:
             for method in METHODS:
                 pruned = copy.deepcopy(whole)
-                start = time.perf_counter()
                 report = granet.prune(pruned, sparsity, method, calibration, pattern=pattern, budgets=budgets)
                 row = {"features": features, "method": method, "budgets": budgets, "of": pattern or f"{sparsity:.0%}"}
-                row |= {"seconds": time.perf_counter() - start, "perplexity": perplexity(pruned, test)}
+                row |= {"perplexity": perplexity(pruned, test)}
                 row["error"] = statistics.fmean(layer.error for layer in report.layers)
                 if sparsity == 0.7 and budgets == "uniform" and features == "plain":
                     sparsifier = granet.Sparsifier(pruned, granet.Fixed(), skip="lm_head")
@@ -143,8 +139,6 @@ def table(rows):
             lines.append([features, of, budgets, *found])
     tuned = [mean("fine-tuned", features="plain", of="70%", method=method) for method in METHODS]
     lines.append(["plain", "70%", "uniform, fine-tuned", *tuned])
-    seconds = [mean("seconds", features="plain", of="50%", budgets="uniform", method=method) for method in METHODS]
-    lines.append(["", "50%", "seconds", *seconds])
     return markdown_table(lines, right=(1, 3, 4, 5))
 
 
