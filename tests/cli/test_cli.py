@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from granet import __version__
 from granet.cli import COMMANDS
 from granet.cli.progress import stoppable
 from granet.train import checkpoint
-from granet.train.recipe import validate
+from granet.train.recipe import RecipeError, validate
 from granet.train.run import Run
 
 GRANET = [sys.executable, "-m", "granet.cli"]
@@ -128,6 +129,26 @@ def test_every_command_explains_itself(say, command):
 def test_help_shows_the_settings_of_the_method_asked_for(say):
     assert "--method.drop-fraction" in say("train", "digits", "--method", "rigl", "--help")[1]
     assert "--method.drop-fraction" not in say("train", "digits", "--help")[1]
+
+
+def test_settings_that_a_method_needs_and_the_recipe_lacks_are_given_as_options():
+    from granet.cli.arguments import parse
+
+    @dataclass(frozen=True)
+    class Options:
+        """None."""
+
+    def method(*words):
+        return parse(["digits", "--method", "mest", *words], Options, prog="granet train", description="").recipe.method
+
+    found = method("--method.halve", "20%", "--method.end=80%", "--method.sparsity", "0.8")
+    assert (found.name, found.halve, found.end, found.sparsity) == ("mest", "20%", "80%", 0.8)
+    with pytest.raises(RecipeError, match=r"method.halve: is missing; add --method.halve$"):
+        method("--method.end", "80%")
+    with pytest.raises(RecipeError, match=r"method.end: is missing; add --method.halve, --method.end$"):
+        method()
+    with pytest.raises(RecipeError, match="'x' is not a number of steps"):
+        method("--method.end", "80%", "--method.halve", "x")
 
 
 @pytest.mark.parametrize("what", ["recipes", "methods", "models", "data"])

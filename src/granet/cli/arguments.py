@@ -1,6 +1,7 @@
 """From words to a recipe: which one, which method, what is changed."""
 
 from dataclasses import dataclass, field, make_dataclass
+from itertools import pairwise
 from typing import Annotated, Any
 
 import tyro
@@ -8,7 +9,7 @@ from pydantic import ValidationError, create_model
 
 from granet.cli import words
 from granet.train import recipes
-from granet.train.recipe import Recipe, RecipeError, explained, validate
+from granet.train.recipe import SECTIONS, Recipe, RecipeError, explained, validate
 
 DEFAULT = "digits"
 SHORT = {"--engine": "--train.engine", "--init-from": "--train.init", "--max-steps": "--train.max-steps"}
@@ -48,7 +49,7 @@ def parse(args: list[str], options: type, *, prog: str, description: str, method
         raise RecipeError(
             f"{prog} trains the method {method!r} and cannot train {asked!r}: name the recipe alone, without a method"
         )
-    recipe = recipes.load(name, method=method or asked)
+    recipe = _load(name, method or asked, given)
     concrete = create_model("Recipe", __base__=Recipe, __doc__=Recipe.__doc__, method=(type(recipe.method), ...))
     default = concrete(**{key: getattr(recipe, key) for key in Recipe.model_fields})
     arguments = make_dataclass(
@@ -71,6 +72,28 @@ def parse(args: list[str], options: type, *, prog: str, description: str, method
     settings = validate(result.settings.model_dump(), source=name)
     _check_method(settings, name)
     return Request(settings, recipe, name, result.options)
+
+
+def _load(name: str, method: str | None, given: list[str]) -> Recipe:
+    """Returns the recipe; what it lacks of the method's settings may be among ``given``.
+
+    Raises:
+        RecipeError: as `recipes.load`, with the options that are needed.
+    """
+    fields = SECTIONS[method].model_fields if method in SECTIONS else {}
+    needed = {f"--method.{key.replace('_', '-')}": key for key, one in fields.items() if one.is_required()}
+    words = [part for word in given for part in word.split("=", 1)]
+    settings = {needed[flag]: value for flag, value in pairwise(words) if flag in needed}
+    try:
+        try:
+            return recipes.load(name, method=method)
+        except RecipeError:
+            if not settings:
+                raise
+        return recipes.load(name, method=method, settings=settings)
+    except RecipeError as error:
+        lacks = [flag for flag, key in needed.items() if f"method.{key}: is missing" in str(error)]
+        raise RecipeError(f"{error}; add {', '.join(lacks)}" if lacks else str(error)) from None
 
 
 def _check_method(recipe: Recipe, source: str) -> None:
