@@ -151,10 +151,11 @@ def test_settings_that_a_method_needs_and_the_recipe_lacks_are_given_as_options(
         method("--method.end", "80%", "--method.halve", "x")
 
 
-@pytest.mark.parametrize("what", ["recipes", "methods", "models", "data"])
+@pytest.mark.parametrize("what", ["recipes", "sweeps", "methods", "models", "data"])
 def test_ls(say, what):
     expected = {
         "recipes": ["digits", "cifar10-vgg19", "imagenet-resnet50", "granet-d2s"],
+        "sweeps": ["digits", "cifar10", "84 runs", "granet sweep NAME"],
         "methods": ["granet", "rigl", "set", "gmp", "static", "dense"],
         "models": ["digits-cnn", "resnet20", "vgg19"],
         "data": ["digits", "cifar10", "Download"],

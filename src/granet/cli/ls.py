@@ -8,7 +8,7 @@ import tyro
 from granet.cli import words
 from granet.cli.terminal import say
 
-DESCRIPTION = """List the available recipes, methods, models, datasets or optimizers.
+DESCRIPTION = """List the available recipes, sweeps, methods, models, datasets or optimizers.
 
 examples:
   granet ls recipes
@@ -19,7 +19,7 @@ examples:
 class Arguments:
     """What to list."""
 
-    what: tyro.conf.Positional[Literal["recipes", "methods", "models", "data", "optimizers"]] = "recipes"
+    what: tyro.conf.Positional[Literal["recipes", "sweeps", "methods", "models", "data", "optimizers"]] = "recipes"
     """What to list."""
 
 
@@ -47,6 +47,12 @@ def _recipes():
         "granet is sparse-to-sparse from 50 %, granet-d2s dense-to-sparse from 0 %."
     )
     return rows, hint
+
+
+def _sweeps():
+    from granet.lab.sweep import grid
+
+    return [(name, grid.load(name).summary) for name in grid.names()], "`granet sweep NAME` trains one."
 
 
 def _methods():
@@ -81,4 +87,11 @@ def _optimizers():
     return [(name, optimizer.description) for name, optimizer in OPTIMIZERS.items()], None
 
 
-LISTS = {"recipes": _recipes, "methods": _methods, "models": _models, "data": _data, "optimizers": _optimizers}
+LISTS = {
+    "recipes": _recipes,
+    "sweeps": _sweeps,
+    "methods": _methods,
+    "models": _models,
+    "data": _data,
+    "optimizers": _optimizers,
+}

@@ -39,7 +39,7 @@ class Arguments:
     """What to train, and where."""
 
     sweep: tyro.conf.Positional[str] = "digits"
-    """A sweep of the package (digits, fashion-mnist, family, cifar10, fashion-patterns), or a TOML file."""
+    """A sweep of the package, as `granet ls sweeps` lists them, or a TOML file."""
     runs: Path = Path("runs")
     """Folder of run directories."""
     out: Path | None = None
