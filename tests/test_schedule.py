@@ -53,7 +53,7 @@ def test_every_ramp_has_its_own_form():
     assert quarter["cubic"] == pytest.approx(1 - 0.75**3)
     assert quarter["linear"] == pytest.approx(0.25)
     assert quarter["cosine"] == pytest.approx((1 - 2**-0.5) / 2)
-    low, high, here = (1 / (1 + math.exp(-z)) for z in (-3.0, 3.0, -1.5))
+    low, high, here = (1 / (1 + math.exp(-z)) for z in (-6.0, 6.0, -3.0))
     assert quarter["sigmoid"] == pytest.approx((here - low) / (high - low))
     for name in ("linear", "cosine", "sigmoid"):
         assert RAMPS[name](0.2, 0.8, 0, 50)(25) == pytest.approx(0.5)
