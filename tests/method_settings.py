@@ -16,6 +16,7 @@ SETTINGS = {
     "deep-r": {"sparsity": 0.8, "l1": 0.01, "temperature": 1e-5},
     "dsr": {"sparsity": 0.8, "total": 30, "interval": 4, "threshold": 0.02},
     "mest": {"sparsity": 0.8, "halve": 9, "end": 18, "interval": 4},
+    "chtss": {"sparsity": 0.9, "initial_sparsity": 0.4, "end": 25, "interval": 4},
     "ac-dc": {"sparsity": 0.8, "begin": 4, "interval": 4, "end": 23},
     "rigl-itop": {"sparsity": 0.8, "total": 30, "interval": 4},
     "snip": {"sparsity": 0.8},
@@ -27,6 +28,7 @@ SETTINGS = {
     "cyclic": {"sparsity": 0.8, "end": 17, "total": 30, "interval": 4},
     "fixed": {},
 }
+CHT = {"initial_sparsity": None, "soft": False, "predictor": "ch3-l3p", "anneal": False}
 VARIANTS = {
     **SETTINGS,
     "gmp layerwise": {**SETTINGS["gmp"], "scope": "layerwise"},
@@ -43,6 +45,9 @@ VARIANTS = {
     "rigl accumulate": {**SETTINGS["rigl"], "accumulate": 4},
     "srigl no-ablation": {**SETTINGS["srigl"], "min_salient": 0},
     "mest soft": {**SETTINGS["mest"], "soft_bound": True, "distribution": "erk"},
+    "chtss chts": {**SETTINGS["chtss"], "initial_sparsity": None, "relative_importance": 0.5},
+    "chtss cht": {**CHT, "sparsity": 0.8, "end": 25, "interval": 4},
+    "chtss brf": {**SETTINGS["chtss"], "receptive_field": 0.3, "distribution": "erk"},
     "ac-dc layerwise": {**SETTINGS["ac-dc"], "scope": "layerwise"},
     "rigl-itop random": {**SETTINGS["rigl-itop"], "growth": "random"},
     "set by-sign": {**SETTINGS["set"], "by_sign": True},
@@ -65,6 +70,7 @@ PATTERNED = {
         "deep-r": ("2:4",),
         "dsr": ("channel",),
         "mest soft": ("1:4",),
+        "chtss": ("2:4", "4x1"),
         "ac-dc": ("2:4",),
         "snip iterative": ("2:4",),
         "synflow": ("2:4",),
@@ -81,6 +87,7 @@ STORED = {
         "srigl",
         "set",
         "mest",
+        "chtss",
         "rigl-itop",
         "snip",
         "fixed",

@@ -24,6 +24,7 @@ LAYERS = [  # a folder or module may import what stands before it; docs/architec
     "ranks",
     "ranking",
     "topology",
+    "bipartite",
     "methods",
     "pattern",
     "checks",

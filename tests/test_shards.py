@@ -14,6 +14,7 @@ from torch import nn
 import granet
 from granet.ranks import leave
 
+CHT = {"initial_sparsity": None, "soft": False, "predictor": "ch3-l3p", "anneal": False}
 SETTINGS = {
     "static": {"sparsity": 0.8},
     "gmp": {"sparsity": 0.9, "end": 12, "interval": 3},
@@ -31,6 +32,8 @@ SETTINGS = {
     "dsr": {"sparsity": 0.8, "total": 30, "interval": 3, "threshold": 0.02},
     "mest": {"sparsity": 0.8, "halve": 9, "end": 15, "interval": 3},
     "mest soft": {"sparsity": 0.8, "halve": 9, "end": 15, "interval": 3, "soft_bound": True},
+    "chtss": {"sparsity": 0.9, "initial_sparsity": 0.4, "end": 12, "interval": 3, "relative_importance": 0.5},
+    "chtss cht": {**CHT, "sparsity": 0.8, "end": 20, "interval": 3, "receptive_field": 0.4},
     "ac-dc": {"sparsity": 0.8, "begin": 3, "interval": 3, "end": 12},
     "fixed": {},
     "str": {"s_init": -3.0, "interval": 3},
@@ -39,7 +42,17 @@ SETTINGS = {
     "cyclic": {"sparsity": 0.8, "end": 12, "total": 20, "interval": 3},
 }
 SHARDED = [name for name in SETTINGS if name not in ("srigl", "str", "top-kast", "feather")]
-QUICK = ["gmp layerwise", "granet", "rigl accumulate", "rigl momentum", "set by-sign", "deep-r", "mest soft", "fixed"]
+QUICK = [
+    "gmp layerwise",
+    "chtss",
+    "granet",
+    "rigl accumulate",
+    "rigl momentum",
+    "set by-sign",
+    "deep-r",
+    "mest soft",
+    "fixed",
+]
 STEPS = 16
 
 

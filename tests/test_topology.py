@@ -14,6 +14,7 @@ from granet.pattern import NM, Block, parse
 from granet.topology import (
     NonFiniteScores,
     count,
+    draw,
     drop,
     exchange,
     grow,
@@ -211,6 +212,27 @@ def test_random_growth_is_even():
     often = sum(grow_random(mask, 5, rng).int() for _ in range(2000))
     assert (often[:10] == 2000).all()
     assert (often[10:] - 500).abs().max() < 90
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 2.5])
+def test_the_highest_of_a_draw_are_drawn_one_after_another_by_their_scores(sharpness):
+    """Of 4,000 draws, the first two of four, in order: within four standard deviations of their probabilities."""
+    rng, scores, times = torch.Generator().manual_seed(0), torch.tensor([0.5, 1.0, 2.0, 3.0]), torch.zeros(4, 4)
+    for _ in range(4000):
+        first, second = draw(scores, rng, sharpness).topk(2).indices.tolist()
+        times[first, second] += 1
+    p = scores**sharpness / (scores**sharpness).sum()
+    expected = 4000 * p[:, None] * (p / (1 - p[:, None])) * (1 - torch.eye(4))
+    assert ((times - expected).abs() <= 4 * expected.sqrt()).all()
+
+
+def test_a_draw_leaves_zeros_to_the_end_and_depends_on_the_seed_alone():
+    scores = torch.tensor([0.0, 1e-6, 0.0, 50.0, 0.0, 1.0])
+    orders = {tuple(draw(scores, torch.Generator().manual_seed(seed)).argsort().tolist()) for seed in range(50)}
+    assert all(set(order[:3]) == {0, 2, 4} for order in orders)
+    assert len({order[:3] for order in orders}) == 6
+    again = [draw(scores.bfloat16().float(), torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*again) and again[0].isfinite().all()
 
 
 def test_some_draws_inactive_entries_uniformly_and_never_more_than_there_are():

@@ -1,5 +1,6 @@
 # What `import granet` offers. `granet/__init__.py` reads this file when it is imported, and editors and type checkers
 # read it too: a public name is added here and nowhere else.
+from . import bipartite as bipartite
 from . import criterion as criterion
 from . import distribution as distribution
 from . import export as export
@@ -22,6 +23,7 @@ from .integrations import distributed_checkpoint as distributed_checkpoint
 from .methods import METHODS as METHODS
 from .methods.ac_dc import ACDC as ACDC
 from .methods.base import Method as Method
+from .methods.chtss import CHTss as CHTss
 from .methods.cyclic import Cyclic as Cyclic
 from .methods.deep_r import DeepR as DeepR
 from .methods.dense import Dense as Dense

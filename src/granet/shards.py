@@ -1,9 +1,10 @@
 """Tensors in shards on many ranks (DTensor: FSDP2, tensor parallelism): counting and comparing over all of them.
 
-Nothing is gathered. Every rank looks at its own shard and what is sent around are sums and histograms, so that the
-bytes sent do not depend on the number of weights. The n-th largest of all is found digit by digit: scores become
-integers of the same order, a histogram of their first eleven bits is summed over the ranks, the bin with the n-th
-largest is kept, and its next eleven bits follow. All ranks must call these functions together.
+Nothing is gathered, except by `gather` and `place_like`. Every rank looks at its own shard and what is sent around are
+sums and histograms, so that the bytes sent do not depend on the number of weights. The n-th largest of all is found
+digit by digit: scores become integers of the same order, a histogram of their first eleven bits is summed over the
+ranks, the bin with the n-th largest is kept, and its next eleven bits follow. All ranks must call these functions
+together.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def like(values: Tensor, tensor: DTensor) -> DTensor:
     return DTensor.from_local(
         values, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """All of `tensor` on every rank, for which all ranks ask together; a plain tensor itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shard(whole: Tensor, tensor: Tensor) -> Tensor:

@@ -283,6 +283,22 @@ def random_scores(tensor: Tensor, rng: torch.Generator) -> Tensor:
     return _random(tensor, _seed(rng)).weight
 
 
+def draw(scores: Tensor, rng: torch.Generator, sharpness: float = 1.0) -> Tensor:
+    """Scores whose `n` highest are `n` entries drawn one after another with probabilities `scores ** sharpness`.
+
+    The draw is without replacement, and this holds for every `n` and among any candidates: a random number of Gumbel's
+    distribution is added to the logarithm (Efraimidis & Spirakis 2006; Kool et al. 2019). Entries whose score is zero
+    come after all others, in random order, unless `sharpness` is 0.
+
+    Args:
+        scores: what probabilities are made of, none negative.
+        rng: the random generator of the topology; one number is drawn from it.
+        sharpness: the exponent: 0 draws uniformly, and the larger it is, the rarer are exceptions from the order.
+    """
+    uniform = (random_scores(scores, rng) + 2**-25).clamp(max=1 - 2**-24)  # neither 0 nor 1
+    return sharpness * scores.clamp(min=1e-30).log() - (-uniform.log()).log()
+
+
 def _random(tensor: Tensor, seed: int) -> "Layer | _Random":
     """Random scores for the entries of a tensor, as a layer."""
     if shards.is_sharded(tensor):

@@ -140,7 +140,7 @@ def test_a_failed_run_gives_exit_code_1_and_its_last_lines(swept, say, monkeypat
     ("words", "message"),
     [
         (["digit"], "there is no sweep 'digit'; did you mean 'digits'?"),
-        (["none.toml"], "there is no file none.toml; sweeps of the package: cifar10, digits"),
+        (["none.toml"], "there is no file none.toml; sweeps of the package: chtss, cifar10, digits"),
         (["digits", "--jobs", "0"], "jobs=0: at least one must run"),
         (["digits", "--option", "num_gpus", "1"], "the local executor has no options, got num_gpus"),
     ],
