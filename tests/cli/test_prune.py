@@ -92,7 +92,11 @@ REFUSED = [
     ("text.txt --method magnitude", "is no folder of a transformers model, because it has no config.json"),
     ("tiny --method magnitude --out tiny", "exists already: move it away, or give another folder with --out"),
     ("tiny --method magnitude --out none/such", "there is no folder none"),
-    ("tiny --calibration none.txt", "No such file"),
+    (
+        "tiny --calibration none.txt",
+        r"--calibration none.txt cannot be read \(No such file.*\): give a text",
+    ),
+    ("broken --method magnitude", r"the model in broken cannot be loaded \(.*header.*\): its files may be damaged"),
     ("tiny --calibration bytes", "bytes is no text in UTF-8"),
     ("tiny --calibration short", "the text has 100 tokens, and at least 128 are needed"),
     ("tiny --calibration text.txt --samples 0", "--samples needs a number from 1"),
@@ -107,6 +111,10 @@ def test_what_is_refused_leaves_nothing_behind(say, made, tmp_path, given, messa
     (tmp_path / "tiny").symlink_to(made / "tiny")
     (tmp_path / "text.txt").symlink_to(made / "text.txt")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").symlink_to(made / "tiny" / "config.json")
+    whole = (made / "tiny" / "model.safetensors").read_bytes()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(whole[:1000])
     (tmp_path / "short").write_text("x" * 100)
     before = sorted(tmp_path.iterdir())
     code, out, err = say("prune", *given.split())

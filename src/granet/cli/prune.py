@@ -120,6 +120,8 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from None
+    except OSError as error:
+        raise ValueError(f"--calibration {path} cannot be read ({error.strerror}): give a text file in UTF-8") from None
 
 
 def _load(arguments: Arguments):
@@ -146,7 +148,14 @@ def _load(arguments: Arguments):
                 "with tokenizer.save_pretrained(FOLDER)"
             ) from None
         tokenizer = None
-    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", **here)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", **here)
+    except Exception as error:  # of many kinds: those of safetensors are no OSError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"the model in {arguments.model} cannot be loaded ({reason}): its files may be damaged; write it again "
+            "with model.save_pretrained(FOLDER)"
+        ) from None
     return model.to(device).eval(), tokenizer
 
 

@@ -11,7 +11,9 @@ from granet.engine import ops, reference
 from granet.engine.spec import Spec
 
 
-def layout(mask: Tensor, positions: Tensor, spec: Spec, shape: tuple[int, ...], batch: int | None, bfloat16: bool):
+def layout(
+    mask: Tensor, positions: Tensor, spec: Spec, shape: tuple[int, ...], batch: int | None, bfloat16: bool
+) -> ops.Layout:
     """Returns the layout of a layer whose weight is values at the flat `positions` of the mask; see `ops.layout`."""
     place = ops.layout(mask, spec, shape, batch, bfloat16=bfloat16)
     forward, backward = (
