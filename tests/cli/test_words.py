@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from granet.cli import COMMANDS
 from granet.train.run import Run
@@ -35,7 +36,8 @@ GRANET = [sys.executable, "-m", "granet.cli"]
         ("train --seed", "--seed needs a value"),
         ("train --seed x", "--seed: 'x' is no whole number"),
         ("train --train.lr x", "--train.lr: 'x' is no number"),
-        ("train --train.bf16 maybe", "--train.bf16: 'maybe' is not possible; (choices: True, False)"),
+        ("train --train.bf16 maybe", "--train.bf16: 'maybe' is not possible; (choices: true, false)"),
+        ("train --train.ema x", "--train.ema: 'x' is not possible; write null or a number"),
         ("train --train.lr -1", "the recipe digits is not valid: train.lr: "),
         ("eval", "granet eval needs PATH (run directory); `granet eval --help` tells more"),
         ("eval runs/x --split tset", "--split: 'tset' is not possible; did you mean 'test'?"),
@@ -54,6 +56,20 @@ def test_a_wrong_word_costs_one_line_that_says_what_to_write(say, line, says):
     assert err.startswith("granet: error: ") and says in err
     assert err.count("\n") == 1
     assert "pydantic" not in err
+
+
+@pytest.mark.parametrize("word", ["true", "True", "false", "False", "null", "None"])
+def test_true_false_and_null_are_written_as_in_yaml_or_as_in_python(say, word):
+    key = "ema" if word.lower() in ("null", "none") else "bf16"
+    code, out, _ = say("show", f"--train.{key}", word)
+    assert code == 0
+    assert yaml.safe_load(out)["train"][key] is {"true": True, "false": False, "null": None, "none": None}[word.lower()]
+
+
+def test_help_shows_true_false_and_null_as_a_recipe_does(say):
+    shown = say("train", "--help")[1]
+    assert "{true,false}" in shown and "{null}|" in shown
+    assert "{True" not in shown and "{None}" not in shown
 
 
 def test_the_folder_of_runs_and_a_missing_run_are_told_from_a_model(say, tmp_path):

@@ -36,6 +36,12 @@ def test_a_setting_that_is_a_list_stays_one(sweep):
     assert (cell.at("train.milestones"), cell.at("model.keep_dense")) == (("1ep", "50%"), ("head.*",))
 
 
+@pytest.mark.parametrize("word", ["null", "None"])
+def test_null_is_written_as_in_yaml_or_as_in_python(sweep, word):
+    (cell, *_) = grid.cells(override.laid_over(sweep, {"train.ema": [word]}))
+    assert cell.recipe.train.ema is None
+
+
 def test_names_stay_names(sweep):
     assert override.laid_over(sweep, {"data.root": ["/data/../x"]}).name == "mine"
     assert len(override.laid_over(sweep, {"train.milestones": [f"{i}it" for i in range(99)]}).name) < 20

@@ -18,7 +18,7 @@ examples:
   granet train cifar10-vgg19 --engine sparse              on the sparse kernels, where they are faster (CPU)
   granet train digits --method fixed --init-from RUN      from another run's weights; fixed: within its masks
   granet train cifar10-vgg19 --max-steps 15 --train.evaluate-images 500   a quick look
-  granet train my.yaml --train.epochs 9 --train.bf16 True a recipe of your own"""
+  granet train my.yaml --train.epochs 9 --train.bf16 true a recipe of your own"""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 from pydantic import ValidationError
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from granet.names import nearest
 from granet.train.recipe import suggest
@@ -19,6 +20,33 @@ T = TypeVar("T")
 
 class UsageError(ValueError):
     """A command line that cannot be understood: says what was given, and what is possible."""
+
+
+SPELLINGS = ConstructorRegistry()
+"""How true, false and null are written: as in a recipe's YAML, and as in Python."""
+PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+
+@SPELLINGS.primitive_rule
+def _truth(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    return _spelt(lambda value: isinstance(value, bool), true=True, false=False) if info.type is bool else None
+
+
+@SPELLINGS.primitive_rule
+def _nothing(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    return _spelt(lambda value: value is None, null=None) if info.type is type(None) else None
+
+
+def _spelt(is_instance: Any, **values: Any) -> PrimitiveConstructorSpec:
+    python = tuple(word for word, yaml in PYTHON.items() if yaml in values)
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(values)}}}",
+        choices=(*values, *python),
+        instance_from_str=lambda words: values[PYTHON.get(words[0], words[0])],
+        is_instance=is_instance,
+        str_from_instance=lambda value: [next(word for word in values if values[word] is value)],
+    )
 
 
 def read(kind: type[T], words: list[str], *, prog: str, description: str, also: Iterable[str] = ()) -> T:
@@ -75,7 +103,7 @@ def unknown(flag: str, known: Iterable[str], prog: str) -> UsageError:
 
 def _parse(kind: type[T], words: list[str], prog: str, description: str) -> T:
     config = (tyro.conf.FlagCreatePairsOff,)
-    return tyro.cli(kind, args=words, prog=prog, description=description, config=config)
+    return tyro.cli(kind, args=words, prog=prog, description=description, config=config, registry=SPELLINGS)
 
 
 def _explain(box: str, words: list[str], prog: str, known: list[str]) -> str:
@@ -95,8 +123,14 @@ def _explain(box: str, words: list[str], prog: str, known: list[str]) -> str:
 
 
 def _choice(match: re.Match, prog: str) -> str:
-    choices = re.findall(r"'([^']*)'", match[3])
+    choices = [one for one in re.findall(r"'([^']*)'", match[3]) if one not in PYTHON]
     return f"{match[2]}: {match[1]!r} is not possible; {suggest(match[1], choices)}"
+
+
+def _no_type(match: re.Match, _: str) -> str:
+    kinds = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
+    said = [kinds.get(kind, kind.strip("{}")) for kind in match[2].split("|")]
+    return f"{match[1]}: {match[3]!r} is not possible; write {' or '.join(said)}"
 
 
 SAYINGS: tuple[tuple[str, Any], ...] = (
@@ -109,6 +143,7 @@ SAYINGS: tuple[tuple[str, Any], ...] = (
         r"Missing from .*?: (\S+) (.*?)\.? \(required\)",
         lambda m, prog: f"{prog} needs {m[1]} ({m[2].lower()}); `{prog} --help` tells more",
     ),
+    (r"Error parsing (\S+): no type matching (\S+) could be instantiated from \['(.*?)'", _no_type),
     (r"Error parsing (\S+): Failed to parse key-value", lambda m, prog: f"{m[1]} needs pairs of a name and a value"),
     (r"Error parsing (\S+): (.*)", lambda m, prog: f"{m[1]}: {m[2]}"),
 )

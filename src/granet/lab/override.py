@@ -47,7 +47,7 @@ def laid_over(sweep: Sweep, settings: Mapping[str, Sequence[str]], seeds: Sequen
 
     Args:
         sweep: the sweep as its file has it.
-        settings: values as they are written in YAML, by key such as ``train.epochs``.
+        settings: values as they are written in YAML (or ``None``, as in Python), by key such as ``train.epochs``.
         seeds: in place of those of the sweep.
 
     Raises:
@@ -60,7 +60,7 @@ def laid_over(sweep: Sweep, settings: Mapping[str, Sequence[str]], seeds: Sequen
         if not texts:
             raise ValueError(f"--{key.replace('_', '-')} needs a value")
         section, _, name = key.partition(".")
-        given = [from_yaml(text) for text in texts]
+        given = [None if text == "None" else from_yaml(text) for text in texts]
         fields = [kind.model_fields[name] for kind in FIELDS[section] if name in kind.model_fields]
         is_list = any(get_origin(field.annotation) is tuple for field in fields)
         values["grid"][section][name] = [given] if is_list else given if len(given) > 1 else given[0]
