@@ -16,13 +16,14 @@ Two measures, as in the GraNet paper: accuracy after k epochs at the learning ra
 before the pruning; and accuracy after the rest of the normal schedule, against that of the unpruned network. The same
 command again goes on where it stopped: what is made is not made again.
 
-RECIPE_OR_RUN is a recipe, a study of the package (plasticity-digits, plasticity-fashion, resnet20-paper), or the
-directory of a finished run, whose own checkpoints are then pruned.
+RECIPE_OR_RUN is a recipe, a study of the package (plasticity-digits, plasticity-fashion, plasticity-cifar10,
+resnet20-paper), or the directory of a finished run, whose own checkpoints are then pruned.
 
 examples:
   granet plasticity                                         handwritten digits, in minutes
   granet plasticity plasticity-digits --seeds 0 1 2         with bands over three seeds
   granet plasticity fashion-mlp --train.schedule multistep --at 3 6 9 12 --retrain 3
+  granet plasticity plasticity-cifar10 --jobs 2             ResNet-20 on 10,000 images of CIFAR-10, an hour on two cores
   granet plasticity resnet20-paper                          the paper's grid, for a GPU
   granet plasticity runs/digits-granet-3f9a1c               the checkpoints of a run"""
 

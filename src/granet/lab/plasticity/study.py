@@ -87,6 +87,10 @@ PRESETS: dict[str, tuple[str, Study]] = {
         "plasticity-fashion",
         Study(at=("2", "5", "8", "10", "13", "15", "18"), retrain="4"),
     ),
+    "plasticity-cifar10": (
+        "plasticity-cifar10",
+        Study(at=("3.5", "4.5", "5.5", "6.5"), retrain="1", pretrained_sparsity=(0.0, 0.9)),
+    ),
     "resnet20-paper": (
         "cifar10-resnet20",
         Study(at=tuple(f"{10 * i}" for i in range(1, 16)), retrain="30", seeds=(0, 1, 2)),
