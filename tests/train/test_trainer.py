@@ -111,6 +111,15 @@ def test_what_lies_behind_the_end_of_training_is_warned_of(caplog):
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bfloat16_without_its_arithmetic_is_warned_of(caplog, monkeypatch, emulated):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: not emulated)  # another processor
+    Trainer(recipe())
+    assert caplog.messages == []
+    Trainer(recipe(bf16=True))
+    assert ["there is no bfloat16 arithmetic here" in text for text in caplog.messages] == [True] * emulated
+
+
 def test_a_quick_look_ends_early_with_the_schedules_of_the_whole_training(caplog):
     whole, look = Trainer(recipe(epochs=3)), Trainer(recipe(epochs=3, max_steps=5, evaluate_images=70))
     assert "at most 70 images" in caplog.text

@@ -1,4 +1,7 @@
-"""Warnings about a training that does not learn: a loss that stays at chance, layers whose outputs are all the same."""
+"""Warnings about a training that does not learn, or is needlessly slow.
+
+A loss that stays at chance, layers whose outputs are all the same, bfloat16 without the arithmetic for it.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,18 @@ ADVICE = (
     "a lower train.lr (now {lr:g}), a longer train.warmup, train.clip_norm, a lower method.sparsity (the network is at "
     "{sparsity:.1%}), another distribution, or model.keep_dense for the sparsest layers"
 )
+
+
+def slow_bf16(device: torch.device) -> bool:
+    """Returns whether bfloat16 is computed in software there, many times slower than float32.
+
+    On a processor, torch's convolutions have kernels for it where oneDNN knows its arithmetic; elsewhere they are plain
+    loops.
+    """
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    return device.type == "cpu" and not known()
 
 
 @dataclass

@@ -255,8 +255,12 @@ class Train(Section):
                 raise ValueError(f"train.{every}: {getattr(self, every)!r} is less than a step; 1 is the least")
         return steps
 
-    def warnings(self, steps_per_epoch: int) -> list[str]:
-        """Returns a warning for each setting that has no effect, or changes what accuracies mean.
+    def warnings(self, steps_per_epoch: int, slow_bf16: bool = False) -> list[str]:
+        """Returns a warning for each setting that has no effect, slows down, or changes what accuracies mean.
+
+        Args:
+            steps_per_epoch: of the training.
+            slow_bf16: whether the device computes bfloat16 in software.
 
         >>> Train(epochs=50, milestones=("30ep", "90ep")).warnings(steps_per_epoch=100)
         ['train.milestones: 90ep is after the end of the training (50 epochs, 5,000 steps) and has no effect']
@@ -276,6 +280,11 @@ class Train(Section):
         if self.evaluate_images is not None:
             found.append(
                 f"train.evaluate_images: accuracies are those of at most {self.evaluate_images:,} images a split"
+            )
+        if self.bf16 and slow_bf16:
+            found.append(
+                "train.bf16: there is no bfloat16 arithmetic here, and doing without it can take ten times as long as "
+                "float32; write --train.bf16 false"
             )
         if in_steps(self.warmup, **units) > end:
             found.append(f"train.warmup: {self.warmup} is longer than {length}: its lr of {self.lr:g} is never reached")

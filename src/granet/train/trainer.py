@@ -24,7 +24,7 @@ from granet.probe import Probe
 from granet.sparsifier import Sparsifier, masking, stepping
 from granet.train import initial, models, optimizer
 from granet.train.checkpoint import Checkpoint, distrusted, restore_layout
-from granet.train.health import Health
+from granet.train.health import Health, slow_bf16
 from granet.train.images import Images
 from granet.train.recipe import Recipe
 from granet.train.scores import Best, Evaluation, Tally
@@ -71,7 +71,7 @@ class Trainer:
         self.steps_per_epoch = self.images.steps_per_epoch
         self.steps = self.steps_per_epoch * recipe.train.epochs
         self.end = min(self.steps, recipe.train.max_steps or self.steps)
-        for warning in recipe.train.warnings(self.steps_per_epoch) if self.ranks.first else ():
+        for warning in recipe.train.warnings(self.steps_per_epoch, slow_bf16(self.device)) if self.ranks.first else ():
             logger.warning(warning)
         self.settings = recipe.train.counted(self.steps_per_epoch)
         if self.settings.engine == "sparse" and self.ranks.world > 1:
