@@ -1,8 +1,9 @@
 """Figures of a study."""
 
 import dataclasses
+import re
 
-from granet.lab.plasticity.page import figure
+from granet.lab.plasticity.page import figure, svg
 
 
 def test_every_panel_shows_its_own_cells_where_others_are_missing(made_up, like_the_paper):
@@ -14,3 +15,14 @@ def test_every_panel_shows_its_own_cells_where_others_are_missing(made_up, like_
     shown = [[panel["data"]["values"] for panel in row["hconcat"]] for row in panels]
     assert [[len(values) for values in row] for row in shown] == [[0, 24], [24, 24], [24, 24]]
     assert {(value["arm"], value["sparsity"]) for value in shown[1][0]} == {("restore", "0.0")}
+
+
+def test_every_panel_labels_all_of_its_axis_of_points(made_up, like_the_paper):
+    table = made_up(like_the_paper, noise=0.0)
+    chart = figure(table)
+    panels = len(table.arms) * len(table.sparsities)
+    values = chart.to_dict()["vconcat"][0]["hconcat"][0]["layer"][-1]["encoding"]["y"]["axis"]["values"]
+    shown = re.findall(r'text-anchor="end"[^>]*>([^<]+)</text>', svg(chart))
+    assert {value: shown.count(f"{value:+g}".replace("-", "−") if value else "0") for value in values} == dict.fromkeys(
+        values, panels
+    )

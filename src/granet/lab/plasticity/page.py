@@ -69,7 +69,9 @@ def _panel(table: Table, points: list[dict], arm: str, sparsity: float, values: 
     legend = alt.Legend(title="pruning rate", orient="top", direction="horizontal", symbolOpacity=1)
     base = alt.Chart().encode(x=x, color=alt.Color("rate:N", sort=rates, scale=colours, legend=legend))
     y = alt.Y("mean:Q", title=title, scale=scale, axis=axis)
-    layers = [alt.Chart().mark_rule(opacity=0.5).encode(y=alt.datum(0, type="quantitative"))]
+    # all layers name the axis: one that does not brings its own back, which hides labels
+    zero = alt.YDatum(0, type="quantitative", title=title, scale=scale, axis=axis)
+    layers = [alt.Chart().mark_rule(opacity=0.5).encode(y=zero)]
     layers += [alt.Chart().mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x=alt.datum(at)) for at in table.drops]
     if len(table.seeds) > 1:
         layers.append(
