@@ -23,7 +23,7 @@ examples:
   granet plasticity                                         handwritten digits, in minutes
   granet plasticity plasticity-digits --seeds 0 1 2         with bands over three seeds
   granet plasticity fashion-mlp --train.schedule multistep --at 3 6 9 12 --retrain 3
-  granet plasticity plasticity-cifar10 --jobs 2             ResNet-20 on 8,000 images of CIFAR-10, an hour on two cores
+  granet plasticity plasticity-cifar10 --jobs 2             ResNet-20 on 6,000 images of CIFAR-10, an hour on two cores
   granet plasticity resnet20-paper                          the paper's grid, for a GPU
   granet plasticity runs/digits-granet-3f9a1c               the checkpoints of a run"""
 

@@ -89,7 +89,7 @@ PRESETS: dict[str, tuple[str, Study]] = {
     ),
     "plasticity-cifar10": (
         "plasticity-cifar10",
-        Study(at=("2.5", "3.5", "4", "5"), retrain="1", pretrained_sparsity=(0.0, 0.9)),
+        Study(at=("2.5", "3.5", "5"), retrain="1", pretrained_sparsity=(0.0, 0.9)),
     ),
     "resnet20-paper": (
         "cifar10-resnet20",
