@@ -1,5 +1,6 @@
 """Growth by one gradient, by the mean of several, by their exponential mean, or at random."""
 
+from dataclasses import replace
 from fractions import Fraction
 from math import floor
 
@@ -101,6 +102,18 @@ def test_random_growth_never_asks_for_a_dense_gradient(name):
     grown = run.masks[8] & ~run.masks[7]
     assert count(grown) and count(run.masks[8]) == count(run.masks[7])
     assert not torch.equal(run.masks[8], Spy(METHODS[name]()).masks[8])
+
+
+@each
+@pytest.mark.parametrize("growth", ["gradient", "momentum", "explore"])
+def test_a_method_that_exchanges_nothing_never_asks_for_a_dense_gradient(name, growth):
+    share = {"rigl": "drop_fraction", "granet": "regeneration"}[name]
+    method = replace(METHODS[name](growth=growth), **{share: 0.0})
+    assert not method.needs_dense_grad and method.last_growth == 0
+    run = Spy(method)
+    assert not any(run.due)
+    assert not any((run.masks[step] & ~run.masks[step - 1]).any() for step in range(1, STEPS + 1))
+    assert count(run.masks[STEPS]) == count(Spy(METHODS[name](growth=growth)).masks[STEPS])
 
 
 @each

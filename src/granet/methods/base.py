@@ -269,11 +269,11 @@ class Grows:
 
     @property
     def needs_dense_grad(self) -> bool:
-        return self.growth != "random"
+        return self.growth != "random" and self.last_growth > 0
 
     @property
     def last_growth(self) -> int:
-        """The last step whose update grows weights."""
+        """The last step whose update grows weights; 0 if none does."""
         raise NotImplementedError
 
     @property
@@ -288,7 +288,7 @@ class Grows:
         return topology.part(self.regeneration_at(step), active)
 
     def gradient_mix(self, step: int) -> tuple[float, float] | None:
-        if self.growth == "random" or step > self.last_growth:
+        if not self.needs_dense_grad or step > self.last_growth:
             return None
         if self.growth == "momentum":
             return MOMENTUM
@@ -307,6 +307,8 @@ class Grows:
         If growth is by gradients, a layer without one (frozen, or not used by the loss) keeps its mask. Growth by
         exploration draws from the weights that were inactive `before` the update, by default in `masks`.
         """
+        if ratio == 0:
+            return dict(masks)
         lose = criterion.magnitude
         if self.growth == "random":
             return {name: topology.rewire(masks[name], layer, ratio, rng, lose=lose) for name, layer in layers.items()}

@@ -94,7 +94,7 @@ class GraNet(Grows, Method):
 
     @property
     def last_growth(self):
-        return max(Every(self.interval, self.begin, self.total - 1).last, self.end)
+        return max(Every(self.interval, self.begin, self.total - 1).last, self.end) if self.regeneration else 0
 
     def update(self, step, layers, masks, rng):
         # gradual pruning: the smallest weights go, until s_t is reached (Eq. 1)

@@ -57,7 +57,7 @@ class RigL(Grows, Method):
 
     @property
     def last_growth(self):
-        return Every(self.interval, end=self.end - 1).last
+        return Every(self.interval, end=self.end - 1).last if self.drop_fraction else 0
 
     def update(self, step, layers, masks, rng):
         alpha = self.regeneration_at(step)

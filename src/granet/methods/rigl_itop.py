@@ -56,7 +56,7 @@ class RigLITOP(Grows, Method):
 
     @property
     def last_growth(self):
-        return Every(self.interval, end=self.total - 1).last
+        return Every(self.interval, end=self.total - 1).last if self.drop_fraction else 0
 
     def update(self, step, layers, masks, rng):
         p = self.regeneration_at(step)
