@@ -49,3 +49,8 @@ def test_runs_that_cannot_be_studied_say_why(tmp_path, run, recipe):
     shutil.copy(run.path / "summary.json", unfinished)
     with pytest.raises(StudyError, match="has no checkpoints, so there is nothing to prune"):
         plasticity_run.plan(unfinished)
+
+
+@pytest.mark.parametrize(("images", "tested"), [(None, 360), (50, 50), (5_000, 360)])
+def test_the_noise_is_that_of_the_images_that_are_looked_at(recipe, images, tested):
+    assert plasticity_run.plan(recipe(evaluate_images=images)).tested == tested

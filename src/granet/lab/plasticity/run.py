@@ -33,7 +33,7 @@ class Plan:
         steps: the moments of pruning.
         retrain: k, in steps.
         steps_per_epoch: optimizer steps in an epoch.
-        tested: number of test images.
+        tested: number of test images that accuracies are measured on.
     """
 
     study: Study
@@ -112,7 +112,8 @@ def plan(what: str | Path | Recipe, study: Study | None = None, *, out: Path | N
     steps = _moments_of(run, study, per_epoch) if run else studies.moments(study, recipe, per_epoch)
     place = out or (files.within(run.path, "plasticity") if run else Path("plasticity") / name)
     retrain = studies.retraining(study, recipe, per_epoch)
-    return Plan(study, recipe, run, place, steps, retrain, per_epoch, len(dataset.test))
+    tested = min(len(dataset.test), recipe.train.evaluate_images or len(dataset.test))
+    return Plan(study, recipe, run, place, steps, retrain, per_epoch, tested)
 
 
 def _moments_of(run: Run, study: Study, steps_per_epoch: int) -> tuple[int, ...]:

@@ -56,7 +56,7 @@ class Table:
         epochs: length of the normal schedule.
         drops: epochs at which the learning rate drops.
         retrain: k, in epochs.
-        tested: number of test images.
+        tested: number of test images that accuracies are measured on.
         missing: number of cells that are not finished.
     """
 
