@@ -34,6 +34,14 @@ def test_many_small_differences_decide_together(made_up):
     assert falls.verdict == "holds" and votes < 8
 
 
+def test_a_narrow_vote_without_a_mean_decides_nothing(made_up):
+    """Three curves fall by as much in all as five others rise."""
+    falling = {(0.0, 0.2), (0.0, 0.5), (0.9, 0.2)}
+    table = made_up(lambda sparsity, rate, arm, phase: -phase * (5 if (sparsity, rate) in falling else -3))
+    falls = next(finding for finding in findings(table) if finding.claim.startswith("Plasticity falls"))
+    assert falls.verdict == "undecided" and "6 of 16 falls for, 10 against" in falls.figures
+
+
 def test_findings_need_what_they_are_about(made_up, like_the_paper):
     """Without drops there is no fall, without the other arms no gain; one seed has the noise of the test set."""
     judged = {finding.claim: finding for finding in findings(made_up(like_the_paper, seeds=1, drops=()))}

@@ -1,10 +1,11 @@
 """The findings of the paper on pruning plasticity, each with a criterion that is computed and a verdict.
 
 A finding is put to curves (or to moments). It holds where their mean difference is above zero by two of its standard
-errors over them, and most of those that differ by more than the noise are for it; it does not hold where the mean is
-below zero by as much, or most of a quorum are against it. The noise is two standard errors of one difference: over
-seeds where there are several, pooled, else that of a difference of two accuracies on the test images. Curves of one
-network share its accidents, so the standard error of their mean is rather too small: more seeds make it sound.
+errors over them, and three in four of those that differ by more than the noise are for it; it does not hold where the
+mean is below zero by as much, or where three in four of a quorum are against it. The noise is two standard errors of
+one difference: over seeds where there are several, pooled, else that of a difference of two accuracies on the test
+images. Curves of one network share its accidents, so the standard error of their mean is rather too small: more seeds
+make it sound.
 """
 
 import math
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from granet.lab.plasticity.table import Row, Table, points
 
 FREE = 0.5  # points that a nearly free pruning may cost
-MAJORITY = 0.75  # of the votes, for a finding to hold
+MAJORITY = 0.75  # of the votes, for a finding or against it
 QUORUM = 0.5  # of the voters, for a verdict by the votes alone
 
 Votes = Mapping[Hashable, Mapping[int, float]]  # voter to seed to difference in points
@@ -64,7 +65,7 @@ def _judge(table: Table, claim: str, criterion: str, votes: Votes, unit: str, no
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else noise / 2
     if mean > 2 * error and yes >= MAJORITY * cast:
         verdict = "holds"
-    elif mean < -2 * error or (2 * no > cast and cast >= QUORUM * len(means)):
+    elif mean < -2 * error or (cast >= QUORUM * len(means) and no >= MAJORITY * cast):
         verdict = "does not hold"
     else:
         verdict = "undecided"
