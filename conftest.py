@@ -15,6 +15,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: with threads besides, steps take ten times longer
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test asks for threads, they do not wait in a loop
 
 sys.path.insert(0, str(Path(__file__).parent / "tests" / "shim"))
 import torchvision_shim  # noqa: F401  imported for its effect

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+import processes
 from granet.ranks import Ranks, current, joined, leave
 from granet.train import recipes
 from granet.train.recipe import validate
@@ -31,10 +31,6 @@ def begin(rank, world, folder):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(str(folder / "store"), world))
-
-
-def spawn(function, world, folder):
-    mp.start_processes(function, args=(world, folder), nprocs=world, start_method="spawn")
 
 
 def records(folder, kind):
@@ -69,7 +65,7 @@ def train_together(rank, world, folder):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(train_together, 2, folder)
+    processes.start(train_together, 2, folder)
     return folder
 
 

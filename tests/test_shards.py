@@ -8,10 +8,10 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import granet
+import processes
 from granet.ranks import leave
 
 CHT = {"initial_sparsity": None, "soft": False, "predictor": "ch3-l3p", "anneal": False}
@@ -164,10 +164,6 @@ def equal_to_one_process(rank, world, folder, kind, names):
     leave()
 
 
-def spawn(function, world, tmp_path, *args):
-    mp.start_processes(function, args=(world, tmp_path, *args), nprocs=world, start_method="spawn")
-
-
 @pytest.mark.parametrize(
     ("kind", "world", "names"),
     [
@@ -181,7 +177,7 @@ def spawn(function, world, tmp_path, *args):
     ],
 )
 def test_masks_and_weights_equal_those_of_one_process(kind, world, names, tmp_path):
-    spawn(equal_to_one_process, world, tmp_path, kind, names)
+    processes.start(equal_to_one_process, world, tmp_path, kind, names)
 
 
 def make(method, *, model=None, **options):
@@ -235,7 +231,7 @@ def an_inner_optimizer_has_a_part_of_the_state(rank, world, tmp_path):
 
 
 def test_an_inner_optimizer_with_a_part_of_the_state(tmp_path):
-    spawn(an_inner_optimizer_has_a_part_of_the_state, 2, tmp_path)
+    processes.start(an_inner_optimizer_has_a_part_of_the_state, 2, tmp_path)
 
 
 def differences_are_found(rank, world, folder):
@@ -286,7 +282,7 @@ def differences_are_found(rank, world, folder):
 
 
 def test_differences_between_ranks_are_found_on_all_of_them(tmp_path):
-    spawn(differences_are_found, 2, tmp_path)
+    processes.start(differences_are_found, 2, tmp_path)
 
 
 def what_cannot_be_sharded_is_refused(rank, world, folder):
@@ -314,7 +310,7 @@ def what_cannot_be_sharded_is_refused(rank, world, folder):
 
 
 def test_what_cannot_be_sharded_is_refused_with_what_to_do(tmp_path):
-    spawn(what_cannot_be_sharded_is_refused, 2, tmp_path)
+    processes.start(what_cannot_be_sharded_is_refused, 2, tmp_path)
 
 
 def one_fails_in_an_update(rank, world, folder, way):
@@ -341,7 +337,7 @@ def one_fails_in_an_update(rank, world, folder, way):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["dies", "hangs"])
 def test_a_rank_lost_in_an_update_ends_the_others_with_an_error(way, tmp_path):
-    context = mp.get_context("spawn")
+    context = processes.context()
     ranks = [context.Process(target=one_fails_in_an_update, args=(rank, 2, tmp_path, way)) for rank in range(2)]
     for process in ranks:
         process.start()

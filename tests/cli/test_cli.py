@@ -72,7 +72,7 @@ def start(*args, cwd):
     )
 
 
-@pytest.mark.parametrize("way", ["SIGINT", "SIGHUP", "reader gone"])
+@pytest.mark.parametrize("way", ["SIGINT", pytest.param("SIGHUP", marks=pytest.mark.slow), "reader gone"])
 def test_whoever_stops_a_training_gets_a_checkpoint(way, tmp_path):
     """Ctrl-C, a terminal that is closed, and `granet train | head`."""
     changes = ["--model.name", "mlp", "--train.epochs", "400", "--train.checkpoint", "100%", "--train.log", "1it"]

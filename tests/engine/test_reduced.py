@@ -31,7 +31,7 @@ def test_bytes_are_those_of_the_formula(seed):
     check_bytes(seed)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_networks_are_close_and_the_same_under_every_choice(seed):
     check_network(seed)
 
@@ -40,7 +40,7 @@ def test_networks_are_close_and_the_same_under_every_choice(seed):
     ("isa", "flag"),
     [
         ("generic", ""),
-        ("avx2", " fma "),
+        pytest.param("avx2", " fma ", marks=pytest.mark.slow),
         pytest.param("avxvnni", " avx_vnni ", marks=pytest.mark.slow),
         pytest.param("avx512", " avx512bw ", marks=pytest.mark.slow),
         pytest.param("avx512vnni", " avx512_vnni ", marks=pytest.mark.slow),
@@ -48,9 +48,10 @@ def test_networks_are_close_and_the_same_under_every_choice(seed):
     ],
 )
 def test_every_instruction_set_of_this_machine(isa, flag):
+    """The best one is that of the other tests."""
     if flag not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this processor has no {isa}")
-    command = [sys.executable, str(HERE / "fuzz_reduced.py"), "2"]
+    command = [sys.executable, str(HERE / "fuzz_reduced.py"), "1"]
     environment = {**os.environ, "GRANET_ISA": isa}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

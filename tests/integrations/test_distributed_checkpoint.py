@@ -5,11 +5,11 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import granet
+import processes
 from granet.integrations import distributed_checkpoint
 from granet.ranks import leave
 from granet.sparsifier import attachment
@@ -111,13 +111,13 @@ def go_on(rank, world, folder):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    mp.start_processes(write, args=(2, folder), nprocs=2, start_method="spawn")
+    processes.start(write, 2, folder)
     return folder
 
 
 @pytest.mark.slow
 def test_four_ranks_go_on_where_two_saved(written):
-    mp.start_processes(go_on, args=(4, written), nprocs=4, start_method="spawn")
+    processes.start(go_on, 4, written)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -11,9 +11,9 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import granet
+import processes
 from granet.integrations.distributed_checkpoint import load as load_shards
 from granet.ranks import RankError, current, leave
 from granet.train import recipes
@@ -38,7 +38,7 @@ def begin(rank, world, folder):
 
 
 def spawn(function, folder, *args):
-    mp.start_processes(function, args=(2, folder, *args), nprocs=2, start_method="spawn")
+    processes.start(function, 2, folder, *args)
 
 
 def delay(folder, seconds):

@@ -11,13 +11,13 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from stored_training import METHODS, OPTIMIZERS, STEPS, Training, batch, network, pair
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import granet
+import processes
 from granet import Sparsifier, ranks
 from granet.sparsifier.sparse_storage import is_stored, linear
 from granet.sparsifier.sparse_storage import weight as stored
@@ -319,7 +319,7 @@ def two_ranks(rank, world, folder, name):
 
 @pytest.mark.parametrize("name", ["rigl", "granet", "granet explore"])
 def test_two_ranks_train_what_one_trains_with_the_whole_batch(name, tmp_path):
-    mp.start_processes(two_ranks, args=(2, tmp_path, name), nprocs=2, start_method="spawn")
+    processes.start(two_ranks, 2, tmp_path, name)
     weights, masks = torch.load(tmp_path / "state.pt")
     one = Training("dense", name, "adamw", doubles=True)
     for _ in range(STEPS):
