@@ -1,4 +1,4 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent))  # method_settings, processes
+sys.path.append(str(Path(__file__).parent))  # method_settings, together

@@ -11,7 +11,7 @@ from hypothesis import given as cases
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_map_only
 
-import processes
+import together
 from granet import native, ranking
 from granet.criterion import Layer, magnitude, own_values
 from granet.ranking import NonFiniteScores
@@ -169,7 +169,7 @@ def equal_to_whole(rank, world, folder):
 
 
 def test_shards_choose_what_the_whole_does(tmp_path):
-    processes.start(equal_to_whole, 2, tmp_path)
+    together.start(equal_to_whole, 2, tmp_path)
 
 
 def test_candidates_that_are_not_there_are_told_instead_of_looked_for():

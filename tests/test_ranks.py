@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-import processes
+import together
 from granet.ranks import Ranks, current, joined, leave
 from granet.train import recipes
 from granet.train.recipe import validate
@@ -65,7 +65,7 @@ def train_together(rank, world, folder):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    processes.start(train_together, 2, folder)
+    together.start(train_together, 2, folder)
     return folder
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import granet
-import processes
+import together
 from granet.ranks import leave
 
 CHT = {"initial_sparsity": None, "soft": False, "predictor": "ch3-l3p", "anneal": False}
@@ -177,7 +177,7 @@ def equal_to_one_process(rank, world, folder, kind, names):
     ],
 )
 def test_masks_and_weights_equal_those_of_one_process(kind, world, names, tmp_path):
-    processes.start(equal_to_one_process, world, tmp_path, kind, names)
+    together.start(equal_to_one_process, world, tmp_path, kind, names)
 
 
 def make(method, *, model=None, **options):
@@ -231,7 +231,7 @@ def an_inner_optimizer_has_a_part_of_the_state(rank, world, tmp_path):
 
 
 def test_an_inner_optimizer_with_a_part_of_the_state(tmp_path):
-    processes.start(an_inner_optimizer_has_a_part_of_the_state, 2, tmp_path)
+    together.start(an_inner_optimizer_has_a_part_of_the_state, 2, tmp_path)
 
 
 def differences_are_found(rank, world, folder):
@@ -282,7 +282,7 @@ def differences_are_found(rank, world, folder):
 
 
 def test_differences_between_ranks_are_found_on_all_of_them(tmp_path):
-    processes.start(differences_are_found, 2, tmp_path)
+    together.start(differences_are_found, 2, tmp_path)
 
 
 def what_cannot_be_sharded_is_refused(rank, world, folder):
@@ -310,7 +310,7 @@ def what_cannot_be_sharded_is_refused(rank, world, folder):
 
 
 def test_what_cannot_be_sharded_is_refused_with_what_to_do(tmp_path):
-    processes.start(what_cannot_be_sharded_is_refused, 2, tmp_path)
+    together.start(what_cannot_be_sharded_is_refused, 2, tmp_path)
 
 
 def one_fails_in_an_update(rank, world, folder, way):
@@ -337,7 +337,7 @@ def one_fails_in_an_update(rank, world, folder, way):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["dies", "hangs"])
 def test_a_rank_lost_in_an_update_ends_the_others_with_an_error(way, tmp_path):
-    context = processes.context()
+    context = together.context()
     ranks = [context.Process(target=one_fails_in_an_update, args=(rank, 2, tmp_path, way)) for rank in range(2)]
     for process in ranks:
         process.start()

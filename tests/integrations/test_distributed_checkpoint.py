@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import granet
-import processes
+import together
 from granet.integrations import distributed_checkpoint
 from granet.ranks import leave
 from granet.sparsifier import attachment
@@ -111,13 +111,13 @@ def go_on(rank, world, folder):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    processes.start(write, 2, folder)
+    together.start(write, 2, folder)
     return folder
 
 
 @pytest.mark.slow
 def test_four_ranks_go_on_where_two_saved(written):
-    processes.start(go_on, 4, written)
+    together.start(go_on, 4, written)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import granet
-import processes
+import together
 from granet.integrations.distributed_checkpoint import load as load_shards
 from granet.ranks import RankError, current, leave
 from granet.train import recipes
@@ -38,7 +38,7 @@ def begin(rank, world, folder):
 
 
 def spawn(function, folder, *args):
-    processes.start(function, 2, folder, *args)
+    together.start(function, 2, folder, *args)
 
 
 def delay(folder, seconds):

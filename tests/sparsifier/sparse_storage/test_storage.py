@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import granet
-import processes
+import together
 from granet import Sparsifier, ranks
 from granet.sparsifier.sparse_storage import is_stored, linear
 from granet.sparsifier.sparse_storage import weight as stored
@@ -319,7 +319,7 @@ def two_ranks(rank, world, folder, name):
 
 @pytest.mark.parametrize("name", ["rigl", "granet", "granet explore"])
 def test_two_ranks_train_what_one_trains_with_the_whole_batch(name, tmp_path):
-    processes.start(two_ranks, 2, tmp_path, name)
+    together.start(two_ranks, 2, tmp_path, name)
     weights, masks = torch.load(tmp_path / "state.pt")
     one = Training("dense", name, "adamw", doubles=True)
     for _ in range(STEPS):
