@@ -44,7 +44,8 @@ def _recipes():
         rows.append(("", "methods: " + ", ".join(file.methods)))
     hint = (
         "Choose a method with --method NAME, or as in cifar10-vgg19-rigl, its sparsity with --method.sparsity 0.98;\n"
-        "granet is sparse-to-sparse from 50 %, granet-d2s dense-to-sparse from 0 %; granet-r01 regrows a tenth, not half."
+        "granet is sparse-to-sparse from 50 %, granet-d2s dense-to-sparse from 0 %;\n"
+        "granet-r01 regrows a tenth of the weights where granet regrows half."
     )
     return rows, hint
 
