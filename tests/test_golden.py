@@ -117,8 +117,9 @@ def test_the_masks_are_those_they_were(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_losses_are_those_they_were(name):
-    """Within what other processors' rounding does to fifty steps: up to 2.2 % has been seen."""
-    assert losses(name) == pytest.approx(recorded(name)["losses"], rel=0.05)
+    """Within what other processors' rounding does to fifty steps."""
+    bound = 0.05 if name == "feather" else 0.02  # weights near its threshold come and go: 2.2 % has been seen
+    assert losses(name) == pytest.approx(recorded(name)["losses"], rel=bound)
 
 
 if __name__ == "__main__":
