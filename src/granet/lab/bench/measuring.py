@@ -92,7 +92,7 @@ def throughput(calls: Sequence[Callable[[], object]], *, examples: int, seconds:
                     counts[i], spans[i] = counts[i] + 1, time.perf_counter() - begin
         except threading.BrokenBarrierError:
             pass  # another thread failed
-        except Exception as error:
+        except Exception as error:  # raised below, in the thread that measures
             failures.append(error)
             together.abort()
 
